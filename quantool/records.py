@@ -1,0 +1,284 @@
+"""The frozen records that one stage hands to the next, each saved as JSON beside the artifact.
+
+``Source`` and ``Plan`` are made before weights are touched, an ``Artifact`` by a method, a ``Report`` by the checks.
+Sizes are bytes, times seconds, hashes lower-case hexadecimal SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
+
+
+class Record(BaseModel):
+    """Frozen, closed to unknown keys, equal by value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(Record):
+    """One file: ``name`` is relative to the folder of the record that holds it, ``/`` as separator."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class SourceFile(Record):
+    """One file of a checkpoint. ``sha256`` is None while nobody has read it (weights, in a plan)."""
+
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+class ModelFacts(Record):
+    """What the configuration, the tokenizer files and the safetensors headers say; no weights are read."""
+
+    architecture: str
+    """Class name as config.json has it, e.g. ``LlamaForCausalLM``."""
+    model_type: str
+    parameters: int
+    """Elements of all weight tensors."""
+    dtype: str
+    """The dtype most of the bytes have, as safetensors names it (``BF16``, ``F16``, ``F32``)."""
+    vocabulary: int
+    context: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    sliding_window: int | None
+    tied_embeddings: bool
+    largest_tensor: int
+    """Bytes of the largest weight tensor."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    """Union of config.json and generation_config.json, in that order."""
+    chat_template: str | None
+    """The template that transformers applies (chat_template.jinja before tokenizer_config.json)."""
+    has_sentencepiece: bool
+    """Whether tokenizer.model is there."""
+
+
+class ModelCard(Record):
+    """The parts of the source's README.md front matter that a quantized repo repeats."""
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+    pipeline_tag: str | None = None
+    tags: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = ()
+
+
+class Source(Record):
+    """A checkpoint at one commit."""
+
+    model_id: str
+    """As the user wrote it: a Hub id or a local path."""
+    name: str
+    """Short name for file names and ``general.name``: last part of the Hub id or folder name."""
+    commit: str | None
+    """Hub commit; None for a local folder."""
+    folder: Path
+    """Where the files lie (or will lie, for weights that a plan does not download)."""
+    files: tuple[SourceFile, ...]
+    facts: ModelFacts
+    card: ModelCard
+    generation: dict[str, JsonValue] = {}
+    """generation_config.json."""
+    trust_remote_code: bool = False
+    tokenizer: Path | None = None
+    """Folder of the tokenizer files where ``tokenizer_name`` gives others than ``folder`` has (``source.overlay``)."""
+    notes: tuple[str, ...] = ()
+    """What deserves a warning and stops nothing."""
+    max_abs: float | None = None
+    """Largest magnitude among the weights; None while nobody has read them."""
+
+    def label(self) -> str:
+        """``id@commit`` for a Hub id, the path for a local folder."""
+        return f"{self.model_id}@{self.commit}" if self.commit else self.model_id
+
+
+class Gates(Record):
+    """Limits of one artifact; None switches a gate off. See ``quantool/gates.py`` for the defaults by level."""
+
+    max_ln_ppl_ratio: float | None = Field(
+        default=None, ge=0, description="Upper limit of ln(PPL / PPL of the reference)."
+    )
+    max_mean_kld: float | None = Field(
+        default=None,
+        ge=0,
+        description="Upper limit of the mean Kullback-Leibler divergence from the reference, in nats.",
+    )
+    min_same_top_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Lower limit of the share (0 to 1) of positions whose most likely token is the reference's.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        """Leave out what was not set: read back, a None would switch that gate off."""
+        fields: dict[str, JsonValue] = dump(self)
+        return {name: value for name, value in fields.items() if name in self.model_fields_set}
+
+
+class PlannedFile(Record):
+    """A file that will be published, with its exact size when it can be known."""
+
+    name: str
+    bytes: int
+
+
+class OutputPlan(Record):
+    """One method at one level: everything decided before weights are touched."""
+
+    id: str
+    """``method/level``, unique in a plan."""
+    method: str
+    level: str
+    options: dict[str, JsonValue]
+    engine: str
+    """What loads the artifact for judging: ``llama.cpp`` or ``transformers``."""
+    repo: str
+    """Name of the publishable folder below the output path; outputs of one repo share it."""
+    repo_id: str | None
+    files: tuple[PlannedFile, ...]
+    bits_per_weight: float | None
+    peak_ram: int
+    gates: Gates
+    done: bool = False
+    """Whether an earlier run left it finished."""
+    needs: tuple[str, ...] = ()
+    """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
+
+
+class StagePlan(Record):
+    """One step of the run: bytes it leaves on disk, peak RAM, and whether it is already done."""
+
+    name: str
+    writes: int
+    peak_ram: int
+    done: bool
+
+
+class Plan(Record):
+    """What a run will do."""
+
+    config: dict[str, JsonValue]
+    source: Source
+    outputs: tuple[OutputPlan, ...]
+    stages: tuple[StagePlan, ...]
+    peak_disk: int
+    free_disk: int
+    seed: int
+    versions: dict[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+class Artifact(Record):
+    """What a method made: files of one output, below ``folder``."""
+
+    output: str
+    method: str
+    level: str
+    folder: Path
+    files: tuple[FileRecord, ...]
+    shared: tuple[FileRecord, ...] = ()
+    """Files of the folder that several outputs share, e.g. the importance matrix."""
+    bits_per_weight: float
+    """Bits of tensor data per weight element."""
+    seconds: float
+    details: dict[str, JsonValue] = {}
+
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.bytes for file in self.files)
+
+
+class Verdict(StrEnum):
+    """What a check concludes about one number or fact."""
+
+    PASS = "PASS"  # noqa: S105
+    REGRESSION = "REGRESSION"
+    ANOMALOUS = "ANOMALOUS"
+    """Better than the reference beyond noise: usually a broken comparison, so it fails like a regression."""
+    SKIPPED = "SKIPPED"
+
+    @property
+    def fails(self) -> bool:
+        """Whether an artifact with such a verdict must not be published."""
+        return self in (Verdict.REGRESSION, Verdict.ANOMALOUS)
+
+
+class Finding(Record):
+    """One measured thing and its verdict. ``error`` is one standard error of ``measured``."""
+
+    check: str
+    metric: str
+    verdict: Verdict
+    corpus: str | None = None
+    measured: float | str | None = None
+    reference: float | str | None = None
+    error: float | None = None
+    threshold: float | None = None
+    detail: str = ""
+
+
+class Report(Record):
+    """The judgement of one artifact, bound to its bytes by their hashes."""
+
+    artifact: Artifact
+    reference: str
+    findings: tuple[Finding, ...]
+    seconds: float
+
+    def verdict(self) -> Verdict:
+        """The first of REGRESSION, ANOMALOUS and PASS that a finding has; SKIPPED when none has any of them."""
+        verdicts = {finding.verdict for finding in self.findings}
+        for verdict in (Verdict.REGRESSION, Verdict.ANOMALOUS, Verdict.PASS):
+            if verdict in verdicts:
+                return verdict
+        return Verdict.SKIPPED
+
+    def find(self, metric: str, corpus: str | None = None) -> Finding | None:
+        """The first finding of ``metric`` (on ``corpus``, when given)."""
+        for finding in self.findings:
+            if finding.metric == metric and corpus in (None, finding.corpus):
+                return finding
+        return None
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 of the canonical JSON of ``parts`` (records, paths and JSON values)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Iterable):
+        return list(value)
+    raise TypeError(f"no JSON form: {value!r}")
+
+
+def sha256_of(path: Path, chunk: int = 1 << 22) -> str:
+    """SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(chunk):
+            digest.update(block)
+    return digest.hexdigest()
