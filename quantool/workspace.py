@@ -1,0 +1,164 @@
+"""The output folder of a run: lock, logs, finished stages, and files that appear whole or not at all.
+
+::
+
+    OUTPUT/
+      .quantool/lock            held while a run works here
+      .quantool/stages/*.json   finished stages: key, files, result
+      .quantool/work/           shared intermediate files (base, importance matrix, reference)
+      logs/                     what the outside tools printed
+      <repo>/                   a folder to publish
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import DependencyError
+from quantool.records import fingerprint
+
+PART = ".part"  # marks a file that is being written
+
+
+class Workspace:
+    """One output folder. Creates nothing until something is written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.state = root / ".quantool"
+        self.stages = self.state / "stages"
+        self.work = self.state / "work"
+        self.logs = root / "logs"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this run; a second run is refused, a dead one leaves no lock behind."""
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.stages.mkdir(exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            handle = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DependencyError(f"cannot write to {self.root}: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(handle, 64, 0).decode() or "?"
+                raise DependencyError(
+                    f"{self.root} is in use by another quantool run (process {owner})",
+                    hint="wait for it, or give this run another output_path",
+                ) from error
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            self._sweep()
+            yield
+        finally:
+            os.close(handle)
+
+    def _sweep(self) -> None:
+        """Remove what a killed run was still writing."""
+        for path in self.root.rglob(f"*{PART}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def recall(self, name: str, key: str) -> dict[str, Any] | None:
+        """The result of stage ``name`` if it was finished with this ``key`` and its files are as it left them."""
+        try:
+            saved = json.loads(self._record(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        if saved["key"] != key:
+            return None
+        for path, stamp in saved["files"].items():
+            if _stamp(self.root / path) != stamp:
+                return None
+        result: dict[str, Any] = saved["result"]
+        return result
+
+    def keep(self, name: str, key: str, files: Iterable[Path], result: dict[str, Any]) -> None:
+        """Record stage ``name`` as finished; ``files`` must lie in the output folder under their final names."""
+        stamps = {str(path.relative_to(self.root)): _stamp(path) for path in files}
+        record = {"name": name, "key": key, "files": stamps, "result": result}
+        write_text(self._record(name), json.dumps(record, indent=1))
+
+    def stage(
+        self, name: str, key: str, produce: Callable[[], tuple[Iterable[Path], dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
+        result = self.recall(name, key)
+        if result is None:
+            files, result = produce()
+            self.keep(name, key, files, result)
+        return result
+
+    def _record(self, name: str) -> Path:
+        return self.stages / f"{name.replace('/', '-')}-{fingerprint(name)[:8]}.json"
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and modification time in ns: what changes when somebody touches a file; None when it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; on success it is synced and renamed, on failure removed.
+
+    Works for a file or a folder. Raises DependencyError when the disk is full or the folder not writable.
+    """
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        yield part
+        _sync(part)
+        if path.is_dir() and part.is_dir():
+            shutil.rmtree(path)
+        part.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise DependencyError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        _remove(part)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file so that it appears whole or not at all."""
+    with written(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
