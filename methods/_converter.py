@@ -1,0 +1,176 @@
+"""The child that runs llama.cpp's own converter (``convert_hf_to_gguf.py``, ``conversion/``) on a checkpoint.
+
+It brings its own ``gguf`` package, which differs from the one on the package index: never import both in one process.
+What is changed around it, and why:
+
+* the pre-tokenizer may be named by the user: upstream knows tokenizers by a hash over their vocabulary only;
+* the chat template is the one that transformers applies: upstream prefers tokenizer_config.json to chat_template.jinja;
+* ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
+* ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from quantool.errors import QuantizationError, SourceError
+from quantool.worker import Report
+
+OUT_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
+
+
+def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Convert a checkpoint to GGUF.
+
+    Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
+    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null), ``extra``
+    (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
+    ``keys`` (scalar metadata), ``tokens``, ``tensors`` (name to shape, type, bytes and number of the shard).
+    """
+    conversion, gguf = _load(Path(request["toolchain"]))
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    if request["pre_tokenizer"]:
+        _name_pre_tokenizer(conversion, request["pre_tokenizer"])
+    model = _prepare(conversion, gguf, request)
+    writer = model.gguf_writer
+    if request["rehearse"]:
+        writer.write_header_to_file(path=model.fname_out)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        headers = [file.tell() for file in writer.fout]
+    else:
+        headers = []
+        _report_progress(writer, report)
+        writer.write_header_to_file(path=model.fname_out)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+    files = writer.format_shard_names(writer.path)
+    summary = _summarize(writer)
+    writer.close()
+    return {"files": [str(file) for file in files], "headers": headers, **summary}
+
+
+def _load(toolchain: Path) -> tuple[ModuleType, Any]:
+    if "gguf" in sys.modules:
+        raise AssertionError("the converter needs its own gguf package")
+    os.environ.pop("NO_LOCAL_GGUF", None)
+    sys.path[:0] = [str(toolchain), str(toolchain / "gguf-py")]
+    import conversion  # type: ignore[import-not-found]
+    import gguf
+
+    if toolchain not in Path(str(gguf.__file__)).parents:
+        raise QuantizationError(f"the converter found the gguf package of {gguf.__file__}, not its own")
+    loaded: ModuleType = conversion
+    return loaded, gguf
+
+
+def _name_pre_tokenizer(conversion: ModuleType, name: str) -> None:
+    """Answer ``name`` where upstream would look the tokenizer's hash up."""
+    conversion.TextModel.get_vocab_base_pre = lambda _self, _tokenizer: name
+
+
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> Any:
+    """Make the upstream model object with header and (lazy) tensors complete."""
+    import torch
+
+    folder = Path(request["model"])
+    parameters = conversion.ModelBase.load_hparams(folder, False)
+    architecture = conversion.get_model_architecture(parameters, conversion.ModelType.TEXT)
+    try:
+        kind = conversion.get_model_class(architecture, mmproj=False)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"llama.cpp's converter does not know the architecture {architecture}",
+            hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
+        ) from error
+    torch.set_grad_enabled(False)
+    try:
+        model = kind(
+            folder,
+            getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
+            Path(request["output"]),
+            metadata_override=Path(request["metadata"]),
+            split_max_size=request["split_bytes"],
+        )
+        model.prepare_tensors()
+        model.prepare_metadata(vocab_only=False)
+    except (NotImplementedError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise _explain(error, folder) from error
+    _set_template(model.gguf_writer, gguf, request["chat_template"])
+    for key, value in request["extra"].items():
+        model.gguf_writer.add_string(key, value)
+    return model
+
+
+def _explain(error: Exception, folder: Path) -> SourceError:
+    """Turn what upstream raises into advice; its own traceback goes to the log."""
+    import traceback
+
+    traceback.print_exc()
+    text = str(error)
+    if "pre-tokenizer" in text:
+        return SourceError(
+            f"llama.cpp does not know the pre-tokenizer of this tokenizer ({text})",
+            hint="set quantization_config.pre_tokenizer to llama.cpp's name for it",
+        )
+    if isinstance(error, FileNotFoundError) or "tokenizer.model" in text:
+        missing = "tokenizer.model" if "tokenizer.model" in text else text
+        return SourceError(
+            f"the converter misses {missing} in {folder}",
+            hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
+        )
+    return SourceError(f"llama.cpp's converter refuses this checkpoint: {type(error).__name__}: {text}")
+
+
+def _set_template(writer: Any, gguf: Any, template: str | None) -> None:
+    """Make ``tokenizer.chat_template`` what transformers applies."""
+    key = gguf.Keys.Tokenizer.CHAT_TEMPLATE
+    for data in writer.kv_data:
+        data.pop(key, None)
+    if template is not None:
+        writer.add_chat_template(template)
+
+
+def _report_progress(writer: Any, report: Report) -> None:
+    """Report bytes as upstream pads each tensor it has written (its own bar goes to a log nobody watches)."""
+    total = sum(info.nbytes for shard in writer.tensors for info in shard.values())
+    done = 0
+    pad = writer.write_padding
+
+    def counted(file: Any, size: int, align: int | None = None) -> None:
+        nonlocal done
+        pad(file, size, align)
+        if writer.state.name == "TI_DATA" and file.tell() > size:
+            done += size
+            report(min(done, total), total)
+
+    writer.write_padding = counted
+
+
+def _summarize(writer: Any) -> dict[str, Any]:
+    """Scalar keys, number of tokens and the tensors of what was prepared."""
+    keys: dict[str, Any] = {}
+    tokens = 0
+    for data in writer.kv_data:
+        for key, entry in data.items():
+            if isinstance(entry.value, (bool, int, float, str)):
+                keys[key] = entry.value
+            elif key == "tokenizer.ggml.tokens":
+                tokens = len(entry.value)
+    tensors = {
+        name: {
+            "shape": [int(size) for size in info.shape],
+            "type": info.dtype.name,
+            "bytes": int(info.nbytes),
+            "shard": number,
+        }
+        for number, shard in enumerate(writer.tensors)
+        for name, info in shard.items()
+    }
+    return {"keys": keys, "tokens": tokens, "tensors": tensors}

@@ -1,0 +1,406 @@
+"""GGUF at every level that llama-quantize of the installed llama.cpp knows."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from quantool import process, toolchain
+from quantool.config import Config
+from quantool.errors import ConfigError, QuantizationError
+from quantool.methods import _gguf
+from quantool.plan import Request
+from quantool.progress import Progress
+from quantool.records import (
+    Artifact,
+    FileRecord,
+    OutputPlan,
+    PlannedFile,
+    Source,
+    StagePlan,
+    fingerprint,
+    sha256_of,
+)
+from quantool.registry import Job, Outline, method
+from quantool.workspace import write_text, written
+
+MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
+IMATRIX_CONTEXT = 512  # llama-imatrix's default
+IMATRIX_TOKENS = 1 << 18
+LOGITS_WINDOWS = 4
+
+
+class Options(_gguf.GgufOptions):
+    """``quantization_config`` of the method gguf."""
+
+    base_type: Literal["auto", "f16", "bf16", "f32"] = Field(
+        "auto",
+        description="Type of the file that levels are made from; auto: f16, or bf16 where f16 overflows.",
+    )
+    imatrix: bool | Path = Field(
+        False,
+        description="true: compute an importance matrix from the calibration text; a path: use that file.",
+    )
+    tensor_types: dict[str, str] = Field({}, description="Tensor name (regular expression) to ggml type.")
+    output_tensor_type: str | None = Field(None, description="ggml type of output.weight.")
+    token_embedding_type: str | None = Field(None, description="ggml type of token_embd.weight.")
+    pure: bool = Field(False, description="No mixtures: every tensor gets the level's own type.")
+    leave_output_tensor: bool = Field(False, description="Keep output.weight as it is in the base.")
+    keep_split: bool = Field(False, description="Write the same shards as the base (see max_shard_size).")
+    allow_requantize: bool = Field(False, description="Accept a base that is quantized already.")
+    threads: int = Field(0, ge=0, description="Threads; 0 for all cores.")
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the bytes of a level, as ``_quantizer`` takes it (threads do not)."""
+        names = (
+            "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor",
+            "keep_split", "allow_requantize", "threads",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def levels() -> dict[str, str]:
+    """Levels of llama-quantize with its own one-line descriptions."""
+    return {level.name: level.description for level in toolchain.levels().values()}
+
+
+def outline(request: Request, options: Options) -> Outline:
+    """Plan every level by llama.cpp's own dry run: exact sizes, and whether it needs an importance matrix."""
+    source = request.source
+    _validate(options)
+    kind, note = _gguf.choose_type(source, options.base_type)
+    rehearsal = _gguf.rehearse(source, options, kind)
+    runs = _dry_runs(rehearsal, request.levels, options)
+    _require_matrix(request.levels, runs, options)
+    stem = _gguf.file_stem(source, options)
+    repo = request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF"
+    label = _label(request.config) if options.imatrix is True else ""
+    if isinstance(options.imatrix, Path):
+        label = _matrix_label(options.imatrix)
+    outputs = []
+    for level, run in zip(request.levels, runs, strict=True):
+        split = len(rehearsal.headers) if options.keep_split else 1
+        sizes = _gguf.file_bytes(rehearsal, run["types"], _matrix_keys(options, stem, label))
+        if split == 1 and len(sizes) > 1:
+            sizes = [_merged(rehearsal, run["types"], _matrix_keys(options, stem, label))]
+        names = _gguf.shard_names(f"{stem}-{level}.gguf", split)
+        outputs.append(
+            OutputPlan(
+                id=f"gguf/{level}",
+                method="gguf",
+                level=level,
+                options=options.model_dump(mode="json"),
+                engine="llama.cpp",
+                repo=repo,
+                repo_id=request.repo_id,
+                files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
+                bits_per_weight=_gguf.bits_per_weight(rehearsal, run["types"]),
+                peak_ram=_quantize_ram(rehearsal, run["types"]),
+                gates=request.gates(level),
+                done=_is_done(request, options, kind, level, names),
+                needs=("base", "imatrix") if options.imatrix else ("base",),
+            )
+        )
+    aliases = [
+        f"level {name} is llama.cpp's {level.description}"
+        for name, level in toolchain.levels().items()
+        if name in request.levels and level.description.startswith("alias")
+    ]
+    return Outline(
+        tuple(outputs), _stages(request, rehearsal, options, kind), tuple(filter(None, (note, *aliases)))
+    )
+
+
+def _level_key(source: Source, options: Options, kind: str, level: str, matrix: str, names: list[str]) -> str:
+    """Fingerprint of all that the bytes of a level depend on; ``matrix`` is the key of the importance matrix."""
+    return fingerprint(
+        _gguf.base_key(source, options, kind), toolchain.levels()[level].ftype, level,
+        options.settings() | {"threads": 0}, matrix, toolchain.installed_version(), names,
+    )  # fmt: skip
+
+
+def _is_done(request: Request, options: Options, kind: str, level: str, names: list[str]) -> bool:
+    source, workspace = request.source, request.workspace
+    if not all(file.sha256 for file in source.files):
+        return False
+    matrix = ""
+    if isinstance(options.imatrix, Path):
+        matrix = sha256_of(options.imatrix)
+    elif options.imatrix:
+        text = workspace.recall("imatrix-ids", _text_key(request.config, source))
+        if text is None:
+            return False
+        matrix = _matrix_key(request.config, source, options, kind, str(text["sha256"]))
+    return (
+        workspace.recall(f"gguf/{level}", _level_key(source, options, kind, level, matrix, names)) is not None
+    )
+
+
+def _text_key(config: Config, source: Source) -> str:
+    """Fingerprint of the calibration ids: text, choice of documents, tokenizer."""
+    text = (
+        sha256_of(config.dataset_path) if config.dataset_path else [config.dataset_id, config.dataset_config]
+    )
+    tokenizer = {file.name: file.sha256 for file in source.files if not file.name.endswith(".safetensors")}
+    chosen = [
+        config.split,
+        config.sample_size,
+        config.shuffle,
+        config.dataset_seed,
+        config.calibration_config,
+    ]
+    return fingerprint(text, chosen, tokenizer, IMATRIX_CONTEXT)
+
+
+def _matrix_key(config: Config, source: Source, options: Options, kind: str, ids: str) -> str:
+    """Fingerprint of a computed importance matrix; ``ids`` is the hash of its token ids."""
+    return fingerprint(
+        _gguf.base_key(source, options, kind), ids, _label(config), toolchain.installed_version()
+    )
+
+
+def _validate(options: Options) -> None:
+    from quantool.methods._quantizer import ggml_type
+
+    for name in (*options.tensor_types.values(), options.output_tensor_type, options.token_embedding_type):
+        if name is not None:
+            ggml_type(name)
+    if options.keep_split and options.max_shard_size is None:
+        raise ConfigError("keep_split keeps the shards of the base, but max_shard_size is not set")
+    if isinstance(options.imatrix, Path) and not options.imatrix.is_file():
+        raise ConfigError(f"imatrix: {options.imatrix} does not exist")
+    options.split_bytes()
+
+
+def _dry_runs(rehearsal: _gguf.Rehearsal, names: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
+    """llama.cpp's decision for each level; kept beside the rehearsal."""
+    matrix = {"path": None, "label": ""} if options.imatrix else None
+    known = toolchain.levels()
+    runs = [
+        {
+            "ftype": known[name].ftype,
+            "copy": name == "COPY",
+            "settings": options.settings() | {"keep_split": False},
+            "imatrix": matrix,
+        }
+        for name in names
+    ]
+    kept = rehearsal.folder / f"runs-{fingerprint(runs)[:16]}.json"
+    if not kept.is_file():
+        result = process.call(
+            "quantool.methods._quantizer:rehearse",
+            {"base": str(rehearsal.header), "runs": runs},
+            log=rehearsal.folder / "quantizer.log",
+        )
+        write_text(kept, json.dumps(result["runs"]))
+    found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def _require_matrix(names: tuple[str, ...], runs: list[dict[str, Any]], options: Options) -> None:
+    missing = [name for name, run in zip(names, runs, strict=True) if run["needs_imatrix"]]
+    if missing and not options.imatrix:
+        raise ConfigError(
+            f"{', '.join(missing)} cannot be made without an importance matrix",
+            hint="set quantization_config.imatrix: true and calibration text (dataset_path), or a path",
+        )
+
+
+def _label(config: Config) -> str:
+    """Name of the calibration text, as the files' metadata has it."""
+    if config.dataset_path is not None:
+        return config.dataset_path.name
+    if config.dataset_id is not None:
+        return config.dataset_id
+    raise ConfigError(
+        "imatrix: true needs calibration text, and the configuration names none",
+        hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
+    )
+
+
+def _matrix_keys(options: Options, stem: str, label: str) -> int:
+    """Bytes of the ``quantize.imatrix.*`` keys that a level carries: key, type and value."""
+    if not options.imatrix:
+        return 0
+    strings = {"quantize.imatrix.file": f"{stem}-imatrix.gguf", "quantize.imatrix.dataset": label}
+    text = sum(8 + len(key) + 4 + 8 + len(value.encode()[:127]) for key, value in strings.items())
+    return text + sum(8 + len(f"quantize.imatrix.{key}") + 4 + 4 for key in ("entries_count", "chunks_count"))
+
+
+def _merged(rehearsal: _gguf.Rehearsal, types: dict[str, str], extra: int) -> int:
+    """Size of one file made from a split base: llama.cpp drops the three split keys and joins the tensor lists."""
+    split_keys = sum(
+        8 + len(key) + 4 + size
+        for key, size in (("split.no", 2), ("split.count", 2), ("split.tensors.count", 4))
+    )
+    own = 4 + 4 + 8 + 8 + split_keys  # magic, version, two counts and the keys of every further shard
+    header = sum(rehearsal.headers) - split_keys - own * (len(rehearsal.headers) - 1) + extra
+    whole = _gguf.Rehearsal(rehearsal.folder, rehearsal.architecture, (header,), rehearsal.keys, {
+        name: _gguf.Tensor(t.shape, t.type, t.bytes, 0) for name, t in rehearsal.tensors.items()
+    })  # fmt: skip
+    return _gguf.file_bytes(whole, types, 0)[0]
+
+
+def _quantize_ram(rehearsal: _gguf.Rehearsal, types: dict[str, str]) -> int:
+    """One slab of the largest tensor as stored, as float32 and as quantized, and the library."""
+    largest = max(
+        2 * t.bytes + t.bytes + _gguf.tensor_bytes(t, types[name]) for name, t in rehearsal.tensors.items()
+    )
+    return min(largest, MAX_BUFFER) + (200 << 20)
+
+
+def _stages(
+    request: Request, rehearsal: _gguf.Rehearsal, options: Options, kind: str
+) -> tuple[StagePlan, ...]:
+    source, workspace = request.source, request.workspace
+    base_bytes = sum(_gguf.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
+    hashed = all(file.sha256 for file in source.files)
+    done = hashed and workspace.recall(f"base-{kind}", _gguf.base_key(source, options, kind)) is not None
+    stages = [StagePlan(name=f"base-{kind}", writes=base_bytes, peak_ram=_gguf.export_ram(source), done=done)]
+    if options.imatrix is True:
+        logits = 4 * source.facts.vocabulary * IMATRIX_CONTEXT * LOGITS_WINDOWS
+        columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())
+        stages.append(StagePlan(name="imatrix", writes=columns, peak_ram=base_bytes + logits, done=False))
+    return tuple(stages)
+
+
+@method("gguf", options=Options, levels=levels, outline=outline, needs=("llama_cpp", "gguf"))
+def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
+    """Make one level: to a temporary file, loaded once, then renamed."""
+    source, output, workspace = job.plan.source, job.output, job.workspace
+    kind, note = _gguf.choose_type(source, options.base_type)
+    level = toolchain.levels()[output.level]
+    matrix, matrix_key = _matrix(job, options, kind, progress)
+    names = [file.name for file in output.files]
+    key = _level_key(source, options, kind, output.level, matrix_key, names)
+    if (kept := workspace.recall(output.id, key)) is not None:
+        return Artifact.model_validate(kept)
+    base, _ = _gguf.base(job, options, kind, progress)
+    started = time.monotonic()
+    _gguf.need_disk(workspace.root, sum(file.bytes for file in output.files))
+    log = workspace.logs / f"quantize-{output.level}.log"
+    request = {
+        "base": str(base),
+        "ftype": level.ftype,
+        "copy": level.name == "COPY",
+        "settings": options.settings(),
+        "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
+    }
+    said = _write(job, request, names, log, progress)
+    artifact = Artifact(
+        output=output.id,
+        method="gguf",
+        level=output.level,
+        folder=job.folder,
+        files=_gguf.records(job.folder, names),
+        shared=(matrix[0],) if matrix else (),
+        bits_per_weight=output.bits_per_weight or 0.0,
+        seconds=time.monotonic() - started,
+        details={"base": kind, "note": note, **said},
+    )
+    workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
+    return artifact
+
+
+def _write(
+    job: Job, request: dict[str, Any], names: list[str], log: Path, progress: Progress
+) -> dict[str, Any]:
+    """Run the quantizer into a temporary file or, for shards, folder; llama.cpp names shards itself."""
+    with progress.bar(f"quantize {job.output.level}", "tensors") as bar:
+        if len(names) == 1:
+            with written(job.folder / names[0]) as part:
+                said = process.call(
+                    "quantool.methods._quantizer:quantize", request | {"output": str(part)}, log=log, bar=bar
+                )
+                _gguf.load(part, log)
+            return said
+        with written(job.workspace.work / "shards") as part:
+            part.mkdir()
+            prefix = part / names[0].rpartition("-00001-of-")[0]
+            said = process.call(
+                "quantool.methods._quantizer:quantize", request | {"output": str(prefix)}, log=log, bar=bar
+            )
+            _gguf.load(part / names[0], log)
+        for name in names:
+            _gguf.place(job.workspace.work / "shards" / name, job.folder / name)
+            (job.workspace.work / "shards" / name).unlink()
+        return said
+
+
+def _matrix(
+    job: Job, options: Options, kind: str, progress: Progress
+) -> tuple[tuple[FileRecord, str] | None, str]:
+    """The importance matrix in the folder to publish, its text's label, and the key of both; None where not wanted."""
+    if options.imatrix is False:
+        return None, ""
+    name = f"{_gguf.file_stem(job.plan.source, options)}-imatrix.gguf"
+    target = job.folder / name
+    if isinstance(options.imatrix, Path):
+        digest = sha256_of(options.imatrix)
+        if not target.is_file() or sha256_of(target) != digest:
+            _gguf.place(options.imatrix, target)
+        label = _matrix_label(options.imatrix)
+        return (FileRecord(name=name, bytes=target.stat().st_size, sha256=digest), label), digest
+    result, key = _computed(job, options, kind, target, progress)
+    return (FileRecord.model_validate(result["file"]), result["label"]), key
+
+
+def _matrix_label(path: Path) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("imatrix.datasets")
+    if field is None:
+        raise ConfigError(f"{path} is not an importance matrix", hint="llama-imatrix writes them as GGUF")
+    return str(field.contents()[0])
+
+
+def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
+    """Token ids of the calibration text as an array in ``ids``; made again only when text or tokenizer changed."""
+    source, workspace, config = job.plan.source, job.workspace, job.config
+    limit = int(str((config.calibration_config or {}).get("max_tokens") or IMATRIX_TOKENS))
+    key = _text_key(config, source)
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        request = {
+            "config": config.model_dump(mode="json"),
+            "model": str(source.folder),
+            "context": IMATRIX_CONTEXT,
+            "max_tokens": limit,
+        }
+        log = workspace.logs / "imatrix.log"
+        with written(ids) as part, progress.bar("tokenize calibration text", "tok") as bar:
+            request["output"] = str(part)
+            result = process.call("quantool.methods._imatrix:tokenize", request, log=log, bar=bar)
+        return [ids], result
+
+    return workspace.stage("imatrix-ids", key, produce)
+
+
+def _computed(
+    job: Job, options: Options, kind: str, target: Path, progress: Progress
+) -> tuple[dict[str, Any], str]:
+    """Collect activations of the calibration text on the base; skipped when both are unchanged."""
+    workspace, config = job.workspace, job.config
+    ids = workspace.work / "imatrix-ids.npy"
+    text = _calibration_ids(job, ids, progress)
+    label = _label(config)
+    key = _matrix_key(config, job.plan.source, options, kind, text["sha256"])
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        base, _ = _gguf.base(job, options, kind, progress)
+        request = {"base": str(base), "ids": str(ids), "label": label, "gpu": config.device == "cuda"}
+        with written(target) as part, progress.bar("importance matrix", "tok") as bar:
+            request["output"] = str(part)
+            log = workspace.logs / "imatrix.log"
+            result = process.call("quantool.methods._imatrix:collect", request, log=log, bar=bar)
+        file = FileRecord(name=target.name, bytes=target.stat().st_size, sha256=sha256_of(target))
+        return [target], {"file": file.model_dump(), "label": label, **text, **result}
+
+    result = workspace.stage("imatrix", key, produce)
+    if not result["entries"]:
+        raise QuantizationError("the importance matrix is empty")
+    return result, key
