@@ -1,0 +1,279 @@
+"""The configuration: flat keys as langtech-bsc/quantool 0.2.0 has them, ``quantizations`` and ``validation`` beside.
+
+A YAML file is read by ``load``, which reports every mistake in it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from quantool import registry, rules
+from quantool.document import Document, read
+from quantool.mistakes import explain
+from quantool.records import Gates
+
+NO_EFFECT = {
+    "load_in_pipeline": "the calibration text is always prepared by quantool",
+    "preprocess_fn": "conversations are rendered through the model's own chat template",
+    "enable_evaluation": "every artifact is judged; see validation",
+    "metrics": "perplexity, divergence, tokenizer and chat template are always judged; see validation",
+    "report_to": "the report is written as JSON beside the artifacts",
+    "experiment_name": "the report is written as JSON beside the artifacts",
+    "save_logs": "logs of the outside tools are always kept in OUTPUT/logs",
+    "log_dir": "logs of the outside tools are always kept in OUTPUT/logs",
+    "log_level": "use --quiet",
+    "verbose": "use --quiet",
+    "use_auth_token": "the token of HF_TOKEN or of `hf auth login` is used",
+}
+"""Keys of 0.2.0 that are accepted and do nothing any more, with the reason that the warning gives."""
+
+
+def _retired(key: str) -> Any:
+    """The field of a key without effect. Never written to a record: ``use_auth_token`` could be a secret."""
+    return Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description=f"No effect any more: {NO_EFFECT[key]}.",
+        json_schema_extra={"deprecated": True},
+    )
+
+
+class Section(BaseModel):
+    """A part of the configuration: closed to unknown keys. In a file, null stands for the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Corpus(Section):
+    """One text to measure on, or to calibrate with."""
+
+    name: str = Field(description="Name in reports and tables, e.g. the language.", pattern=r"^[\w.-]+$")
+    path: Path | None = Field(default=None, description="A .txt, .jsonl or .parquet file.")
+    dataset: str | None = Field(default=None, description="A `datasets` id, used when path is not given.")
+    config: str | None = Field(default=None, description="Configuration of the data set.")
+    split: str = Field(default="train", description="Split of the data set.")
+    field: str | None = Field(default=None, description="Column with the text; default: text, then messages.")
+    gates: Gates | None = Field(
+        default=None, description="Gates for this corpus alone, over the level's, at every level."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Corpus:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError(rules.ONE_ORIGIN)
+        return self
+
+
+class Validation(Section):
+    """How artifacts are judged."""
+
+    corpora: tuple[Corpus, ...] = Field(
+        default=(), description="Held-out text. Default: the docstrings of Python's standard library."
+    )
+    context: int = Field(
+        default=rules.CONTEXT, ge=16, description="Tokens a window; the second half of each is scored."
+    )
+    max_tokens: int = Field(default=rules.MAX_TOKENS, ge=32, description="Token budget for each corpus.")
+    conversations: Path | None = Field(
+        default=None,
+        description="A .jsonl of conversations (messages, tools) to render beside the built-in ones.",
+    )
+    checks: tuple[str, ...] | None = Field(
+        default=None, description="Names of the checks to run. Default: all."
+    )
+    gates: dict[str, Gates] = Field(
+        default={},
+        description="Gates by level, over the defaults; the level '*' stands for all others. "
+        "null switches a gate off.",
+    )
+
+
+class Calibration(Section):
+    """The keys of ``calibration_config``."""
+
+    max_tokens: int | None = Field(default=None, ge=1, description="Token budget of the calibration text.")
+    max_seq_length: int | None = Field(default=None, ge=1, description="Tokens a calibration sample.")
+    text_field: str | None = Field(
+        default=None, description="Column with the text; default: text, then messages."
+    )
+
+
+class Quantization(Section):
+    """One method of a run with several."""
+
+    method: str = Field(description="Name of the method; `quantool methods` lists them.")
+    quant_level: Annotated[str | list[str] | None, Field(description="One level or a list of them.")] = None
+    quantization_config: dict[str, JsonValue] = Field(default={}, description="Options of the method.")
+    repo_id: str | None = Field(
+        default=None, description="Hub repository that this method's artifacts go to."
+    )
+
+    def levels(self) -> list[str]:
+        """List the levels."""
+        if self.quant_level is None:
+            return []
+        return [self.quant_level] if isinstance(self.quant_level, str) else self.quant_level
+
+
+class Config(Section):
+    """All keys of a configuration file."""
+
+    model_id: str = Field(description="Hub id or local folder of the bf16 checkpoint.", min_length=1)
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
+    tokenizer_name: str | None = Field(
+        default=None, description="Folder or Hub id of the tokenizer, if not the model's own."
+    )
+    cache_dir: Path | None = Field(default=None, description="Where Hub downloads are kept; default HF_HOME.")
+    trust_remote_code: bool = Field(
+        default=False, description="Allow the checkpoint's own Python code to run."
+    )
+
+    method: str | None = Field(default=None, description="Name of the method; `quantool methods` lists them.")
+    quant_level: Annotated[str | list[str] | None, Field(description="One level or a list of them.")] = None
+    quantization_config: dict[str, JsonValue] | None = Field(
+        default=None, description="Options of the method."
+    )
+    quantizations: tuple[Quantization, ...] = Field(
+        default=(), description="Several methods in one run, sharing source and reference; instead of method."
+    )
+
+    dataset_id: str | None = Field(default=None, description="Calibration text: a `datasets` id.")
+    dataset_path: Path | None = Field(
+        default=None, description="Calibration text: a .txt, .jsonl or .parquet file."
+    )
+    dataset_config: str | None = Field(default=None, description="Configuration of the data set.")
+    split: str = Field(default="train", description="Split of the data set.")
+    dataset_cache_dir: Path | None = Field(default=None, description="Where `datasets` keeps its downloads.")
+    sample_size: int = Field(default=512, ge=1, description="Calibration documents to use.")
+    shuffle: bool = Field(
+        default=True, description="Shuffle the calibration documents before taking the first ones."
+    )
+    dataset_seed: int = Field(default=42, description="Seed of that shuffle.")
+    calibration_config: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="Further calibration settings: max_tokens, max_seq_length, text_field.",
+    )
+
+    output_path: Path = Field(default=Path("output"), description="Folder for everything a run makes.")
+    push_to_hub: bool = Field(default=False, description="Publish what passed its gates.")
+    repo_id: str | None = Field(
+        default=None, description="Hub repository to publish to; an entry of quantizations may name its own."
+    )
+    private: bool = Field(default=True, description="Create that repository as private.")
+
+    eval_dataset: str | None = Field(
+        default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."
+    )
+    validation: Validation = Field(default_factory=Validation, description="How artifacts are judged.")
+    seed: int = Field(default=42, description="Seed of everything random.")
+    device: Literal["auto", "cpu", "cuda"] | None = Field(
+        default=None, description="Where torch computes; default auto."
+    )
+
+    load_in_pipeline: Any = _retired("load_in_pipeline")
+    preprocess_fn: Any = _retired("preprocess_fn")
+    enable_evaluation: Any = _retired("enable_evaluation")
+    metrics: Any = _retired("metrics")
+    report_to: Any = _retired("report_to")
+    experiment_name: Any = _retired("experiment_name")
+    save_logs: Any = _retired("save_logs")
+    log_dir: Any = _retired("log_dir")
+    log_level: Any = _retired("log_level")
+    verbose: Any = _retired("verbose")
+    use_auth_token: Any = _retired("use_auth_token")
+
+    def requested(self) -> tuple[Quantization, ...]:
+        """List the quantizations of the run: those of the list, or the one that the flat keys describe."""
+        if self.quantizations:
+            return tuple(
+                entry if entry.repo_id else entry.model_copy(update={"repo_id": self.repo_id})
+                for entry in self.quantizations
+            )
+        if self.method is None:  # ruled out by load
+            raise AssertionError
+        return (
+            Quantization(
+                method=self.method,
+                quant_level=self.quant_level,
+                quantization_config=self.quantization_config or {},
+                repo_id=self.repo_id,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration without mistakes, and what its author should know."""
+
+    config: Config
+    warnings: tuple[str, ...]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a YAML file with ``key.sub=value`` overrides on top.
+
+    Levels get the spelling of their method; nulls are dropped where a default exists. Raises ConfigError with every
+    mistake on a line of its own, ``FILE:LINE:COL: key.path: what is wrong (value …); did you mean …?``.
+    """
+    document = read(path, overrides)
+    given: dict[str, Any] = rules.without_nulls(document.data, Config)
+    data: dict[str, Any] = rules.without_nulls(document.data, Config)  # the rules mend spellings in this one
+    homes = _homes()
+    named = rules.methods(data, homes)
+    for option in named.options:
+        homes.setdefault(option, []).append(f"quantization_config.{option}")
+    mistakes = [
+        *document.mistakes,
+        *named.mistakes,
+        *rules.contradictions(data),
+        *rules.validation(data, named.levels),
+        *rules.options(Calibration, data, ("calibration_config",), homes),
+        *explain(Config, given, homes=homes),
+    ]
+    if mistakes:
+        raise document.error(
+            mistakes, hint="`quantool schema` describes every key, `quantool methods` the levels"
+        )
+    return Loaded(Config.model_validate(data), _warnings(document))
+
+
+def schema() -> dict[str, Any]:
+    """Build the JSON schema (draft 2020-12) of a configuration file, for editors."""
+    built = Config.model_json_schema()
+    built["properties"]["calibration_config"]["anyOf"][0] = Calibration.model_json_schema()
+    methods, checks = registry.names("methods"), registry.names("checks")
+    for place, known in (
+        (built["properties"]["method"]["anyOf"][0], methods),
+        (built["$defs"]["Quantization"]["properties"]["method"], methods),
+        (built["$defs"]["Validation"]["properties"]["checks"]["anyOf"][0]["items"], checks),
+    ):
+        if known:
+            place["enum"] = known
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **built, "title": "quantool"}
+
+
+def _homes() -> dict[str, list[str]]:
+    """Where each key belongs, for those found elsewhere."""
+    homes = {name: [f"{name} at the top"] for name in Config.model_fields}
+    for section, model in (("validation", Validation), ("calibration_config", Calibration)):
+        for name in model.model_fields:
+            homes.setdefault(name, []).append(f"{section}.{name}")
+    return homes
+
+
+def _warnings(document: Document) -> tuple[str, ...]:
+    """Name the keys that do nothing any more in one sentence, grouped by reason."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in NO_EFFECT.items():
+        if document.data.get(key) is not None:
+            reasons.setdefault(reason, []).append(key)
+    if not reasons:
+        return ()
+    told = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in reasons.items())
+    return (f"{document.name}: keys without effect: {told}",)
