@@ -1,0 +1,202 @@
+"""A small Hub on loopback for tests: what huggingface_hub asks when it reads a model repository.
+
+``Hub`` holds repositories in memory and notes every request. The routes are a table, so that a write side can be
+added beside the read side. Answers follow huggingface_hub 1.33 (``_snapshot_download.py``, ``file_download.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LFS_ENDS = (".safetensors", ".bin", ".gguf", ".model")
+
+
+@dataclass
+class Repository:
+    """One model repository with one commit."""
+
+    files: dict[str, bytes]
+    commit: str = "1" * 40
+    branches: set[str] = field(default_factory=lambda: {"main"})
+    gated: bool = False
+    """Its listing is public, its files need the token."""
+    broken: int = 0
+    """Status that every request for it gets, when not 0."""
+
+    def holds(self, revision: str) -> bool:
+        return revision == self.commit or revision in self.branches
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+@dataclass
+class Answer:
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def reply(value: Any, status: int = 200) -> Answer:
+    return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+def refusal(status: int, code: str) -> Answer:
+    return Answer(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+
+Route = Callable[["Hub", re.Match[str], Asked], Answer]
+
+
+class Hub:
+    """Repositories by id; ``url`` is the endpoint while ``serving``."""
+
+    def __init__(self, token: str = "hf_secret_of_the_test") -> None:  # noqa: S107
+        self.repositories: dict[str, Repository] = {}
+        self.asked: list[Asked] = []
+        self.token = token
+        self.url = ""
+
+    def downloads(self, end: str = "") -> list[str]:
+        """File names that were fetched whole or in part, ending in ``end``."""
+        return [
+            a.path.partition("/resolve/")[2].partition("/")[2] for a in self.asked if self._is_get(a, end)
+        ]
+
+    @staticmethod
+    def _is_get(asked: Asked, end: str) -> bool:
+        return asked.method == "GET" and "/resolve/" in asked.path and asked.path.endswith(end)
+
+    def answer(self, asked: Asked) -> Answer:
+        for method, pattern, route in ROUTES:
+            if asked.method in method and (match := re.fullmatch(pattern, asked.path)):
+                return route(self, match, asked)
+        return refusal(404, "NotFound")
+
+    def find(self, match: re.Match[str]) -> Repository | Answer:
+        """The repository a route is about, or what to answer instead."""
+        repository = self.repositories.get(match["id"])
+        if repository is None:
+            return refusal(401, "RepoNotFound")
+        if repository.broken:
+            return Answer(repository.broken)
+        revision = match.groupdict().get("revision")
+        if revision is not None and not repository.holds(revision):
+            return refusal(404, "RevisionNotFound")
+        return repository
+
+
+def model_info(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    siblings = [{"rfilename": name} for name in found.files]
+    info = {"_id": "0", "id": match["id"], "modelId": match["id"], "sha": found.commit, "siblings": siblings}
+    return reply(
+        {**info, "private": False, "gated": "auto" if found.gated else False, "tags": [], "downloads": 0}
+    )
+
+
+def tree(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    entries: list[dict[str, Any]] = []
+    for name, content in found.files.items():
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _git_id(content)}
+        if name.endswith(LFS_ENDS):
+            entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 130}
+        entries.append(entry)
+    return reply(entries)
+
+
+def resolve(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    if found.gated and asked.token != hub.token:
+        return refusal(403 if asked.token else 401, "GatedRepo")
+    content = found.files.get(match["path"])
+    if content is None:
+        return refusal(404, "EntryNotFound")
+    headers = {"ETag": f'"{_git_id(content)}"', "X-Repo-Commit": found.commit, "Accept-Ranges": "bytes"}
+    if match["path"].endswith(LFS_ENDS):
+        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{_sha256(content)}"'}
+    asked_range = re.fullmatch(r"bytes=(\d+)-(\d*)", asked.range or "")
+    if asked_range is None:
+        return Answer(200, content, headers)
+    start, end = int(asked_range[1]), int(asked_range[2] or len(content) - 1)
+    part = content[start : end + 1]
+    headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+    return Answer(206, part, headers)
+
+
+ID = r"(?P<id>[\w.-]+(?:/[\w.-]+)?)"
+ROUTES: list[tuple[tuple[str, ...], str, Route]] = [
+    (("GET",), rf"/api/models/{ID}/revision/(?P<revision>[^/]+)", model_info),
+    (("GET",), rf"/api/models/{ID}/tree/(?P<revision>[^/]+)", tree),
+    (("GET",), rf"/api/models/{ID}", model_info),
+    (("GET", "HEAD"), rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+]
+
+
+def _git_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve ``hub`` from a thread on a free port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _answer(self) -> None:
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+            path = unquote(urlsplit(self.path).path)
+            asked = Asked(self.command, path, self.headers.get("Range"), token)
+            hub.asked.append(asked)
+            answer = hub.answer(asked)
+            self.send_response(answer.status)
+            for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+        do_GET = do_HEAD = _answer  # noqa: N815
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            """Say nothing: ``hub.asked`` has it."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
