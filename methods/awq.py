@@ -1,0 +1,54 @@
+"""AWQ: 4- or 8-bit weights, channels that matter scaled up first (Lin et al., arXiv 2306.00978)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quantool.methods import _compressed
+from quantool.methods._making import make
+from quantool.methods._mappings import AWQ_REGISTRIES, Mappings
+from quantool.methods._schemes import W4A16, W4A16_ASYM, W8A16
+from quantool.plan import Request
+from quantool.progress import Progress
+from quantool.records import Artifact
+from quantool.registry import Job, Outline, method
+
+RECIPE = _compressed.Recipe("awq", "AWQ", "awq", {"W4A16": W4A16, "W4A16_ASYM": W4A16_ASYM, "W8A16": W8A16})
+
+
+class Options(_compressed.CompressedOptions):
+    """``quantization_config`` of the method awq."""
+
+    mappings: Mappings | None = Field(
+        None,
+        description="Layers to scale, each with smooth_layer and balance_layers. Default: llmcompressor's own.",
+    )
+    group_size: int = Field(128, ge=32, multiple_of=32, description="Values of a row that share a scale.")
+    duo_scaling: bool | Literal["both"] = Field(
+        "both", description="Scale by activations and weights (true), activations alone (false), or try both."
+    )
+    n_grid: int = Field(20, ge=2, description="Scales tried for each mapping.")
+    format: Literal["compressed-tensors", "autoawq"] = Field(
+        "compressed-tensors",
+        description="Layout of the files; autoawq is what TGI, LMDeploy and older engines read.",
+    )
+
+
+def outline(request: Request, options: Options) -> Outline:
+    """Plan the levels."""
+    return _compressed.outline(RECIPE, request, options, registries=AWQ_REGISTRIES)
+
+
+@method(
+    "awq",
+    options=Options,
+    levels=RECIPE.levels,
+    outline=outline,
+    needs=("llmcompressor",),
+    extra="compressed",
+)
+def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
+    """Make one level."""
+    return make(RECIPE, job, options, progress)

@@ -1,0 +1,50 @@
+"""FP8 (E4M3) for GPUs that multiply it in hardware: Ada and Hopper."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from quantool.methods import _compressed
+from quantool.methods._cuda import capabilities, fp8_warning
+from quantool.methods._making import make
+from quantool.methods._schemes import FP8
+from quantool.plan import Request
+from quantool.progress import Progress
+from quantool.records import Artifact
+from quantool.registry import Job, Outline, method
+
+RECIPE = _compressed.Recipe("fp8", "FP8", "rtn", FP8)
+
+
+class Options(_compressed.CompressedOptions):
+    """``quantization_config`` of the method fp8."""
+
+    kv_cache: Literal["fp8"] | None = Field(
+        None, description="fp8: calibrated scales for the attention cache too; needs calibration text."
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Shards streamed side by side by the levels without calibration; default up to 4.",
+    )
+
+
+def outline(request: Request, options: Options) -> Outline:
+    """Plan the levels; says which GPUs run them in hardware."""
+    note = fp8_warning(capabilities())
+    return _compressed.outline(RECIPE, request, options, warnings=(note,) if note else ())
+
+
+@method(
+    "fp8",
+    options=Options,
+    levels=RECIPE.levels,
+    outline=outline,
+    needs=("llmcompressor",),
+    extra="compressed",
+)
+def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
+    """Make one level: streamed from the files without calibration, else with the whole model."""
+    return make(RECIPE, job, options, progress)

@@ -1,0 +1,59 @@
+"""GPTQ: columns rounded one after another, the error pushed into those to come (Frantar et al., arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from quantool.methods import _compressed
+from quantool.methods._making import make
+from quantool.methods._mappings import SMOOTHQUANT_REGISTRIES, Mappings
+from quantool.methods._schemes import W4A16, W4A16_ASYM, W8A8, W8A16
+from quantool.plan import Request
+from quantool.progress import Progress
+from quantool.records import Artifact
+from quantool.registry import Job, Outline, method
+
+RECIPE = _compressed.Recipe(
+    "gptq", "GPTQ", "gptq", {"W4A16": W4A16, "W4A16_ASYM": W4A16_ASYM, "W8A16": W8A16, "W8A8": W8A8}
+)
+
+
+class Options(_compressed.CompressedOptions):
+    """``quantization_config`` of the method gptq."""
+
+    group_size: int = Field(
+        128, ge=32, multiple_of=32, description="Values of a row that share a scale (W4, W8A16)."
+    )
+    block_size: int = Field(128, ge=1, description="Columns handled together.")
+    dampening_frac: float = Field(
+        0.01, gt=0, description="Part of the mean diagonal that is added to the Hessian."
+    )
+    smoothing_strength: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Smooth activations first, as SmoothQuant does (0.8 is usual); for W8A8.",
+    )
+    mappings: Mappings | None = Field(
+        None,
+        description="Layers to smooth, each with smooth_layer and balance_layers; with smoothing_strength.",
+    )
+
+
+def outline(request: Request, options: Options) -> Outline:
+    """Plan the levels."""
+    registries = SMOOTHQUANT_REGISTRIES if options.smoothing_strength is not None else ()
+    return _compressed.outline(RECIPE, request, options, registries=registries)
+
+
+@method(
+    "gptq",
+    options=Options,
+    levels=RECIPE.levels,
+    outline=outline,
+    needs=("llmcompressor",),
+    extra="compressed",
+)
+def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
+    """Make one level."""
+    return make(RECIPE, job, options, progress)
