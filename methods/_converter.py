@@ -5,12 +5,16 @@ What is changed around it, and why:
 
 * the pre-tokenizer may be named by the user: upstream knows tokenizers by a hash over their vocabulary only;
 * the chat template is the one that transformers applies: upstream prefers tokenizer_config.json to chat_template.jinja;
+* tokens added to a SentencePiece vocabulary get their type from tokenizer.json too: upstream reads it from a list that
+  transformers 5 no longer writes, and ``<|im_start|>`` would be plain text to llama.cpp;
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -19,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import QuantizationError, SourceError
+from quantool.methods._pretokenizer import is_byte_level, suggest
 from quantool.worker import Report
 
 OUT_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
@@ -28,15 +33,14 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Convert a checkpoint to GGUF.
 
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
-    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null), ``extra``
-    (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null),
+    ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
     ``keys`` (scalar metadata), ``tokens``, ``tensors`` (name to shape, type, bytes and number of the shard).
     """
     conversion, gguf = _load(Path(request["toolchain"]))
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    if request["pre_tokenizer"]:
-        _name_pre_tokenizer(conversion, request["pre_tokenizer"])
+    _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
     model = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     if request["rehearse"]:
@@ -70,9 +74,58 @@ def _load(toolchain: Path) -> tuple[ModuleType, Any]:
     return loaded, gguf
 
 
-def _name_pre_tokenizer(conversion: ModuleType, name: str) -> None:
-    """Answer ``name`` where upstream would look the tokenizer's hash up."""
-    conversion.TextModel.get_vocab_base_pre = lambda _self, _tokenizer: name
+class _Heard:
+    """A tokenizer that remembers the hash of what it encoded last, as upstream computes it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.hash = ""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode like the tokenizer."""
+        ids: list[int] = self.tokenizer.encode(text)
+        self.hash = hashlib.sha256(str(ids).encode()).hexdigest()
+        return ids
+
+
+def _watch_pre_tokenizer(conversion: ModuleType, name: str | None) -> None:
+    """Answer ``name`` where upstream would look the tokenizer's hash up; without a name, explain an unknown hash."""
+    look_up = conversion.TextModel.get_vocab_base_pre
+
+    def answer(model: Any, tokenizer: Any) -> str:
+        path = Path(model.dir_model) / "tokenizer.json"
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if saved and not is_byte_level(saved):
+            raise SourceError(
+                f"the tokenizer is a SentencePiece model, and its tokenizer.model is missing in {model.dir_model}",
+                hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
+            )
+        if name is not None:
+            return name
+        heard = _Heard(tokenizer)
+        try:
+            found: str = look_up(model, heard)
+        except NotImplementedError as error:
+            raise _unknown(heard.hash, suggest(saved) if saved else None) from error
+        return found
+
+    conversion.TextModel.get_vocab_base_pre = answer
+
+
+def _unknown(digest: str, suggested: str | None) -> SourceError:
+    """The error for a tokenizer whose hash upstream does not list, with what to set."""
+    message = f"llama.cpp does not know the pre-tokenizer with the hash {digest}"
+    if suggested:
+        return SourceError(
+            message,
+            hint=f"the steps in tokenizer.json are those that llama.cpp calls {suggested}: "
+            f"set quantization_config.pre_tokenizer: {suggested}",
+        )
+    return SourceError(
+        message,
+        hint="set quantization_config.pre_tokenizer to llama.cpp's name for it: that of the model whose tokenizer.json "
+        "has the same pre_tokenizer (names: get_vocab_base_pre in conversion/base.py of llama.cpp)",
+    )
 
 
 def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> Any:
@@ -102,7 +155,12 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> Any:
         model.prepare_metadata(vocab_only=False)
     except (NotImplementedError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise _explain(error, folder) from error
+    _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_template(model.gguf_writer, gguf, request["chat_template"])
+    if request["add_space_prefix"] is not None:
+        for data in model.gguf_writer.kv_data:
+            data.pop(gguf.Keys.Tokenizer.ADD_PREFIX, None)
+        model.gguf_writer.add_add_space_prefix(request["add_space_prefix"])
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
     return model
@@ -114,11 +172,6 @@ def _explain(error: Exception, folder: Path) -> SourceError:
 
     traceback.print_exc()
     text = str(error)
-    if "pre-tokenizer" in text:
-        return SourceError(
-            f"llama.cpp does not know the pre-tokenizer of this tokenizer ({text})",
-            hint="set quantization_config.pre_tokenizer to llama.cpp's name for it",
-        )
     if isinstance(error, FileNotFoundError) or "tokenizer.model" in text:
         missing = "tokenizer.model" if "tokenizer.model" in text else text
         return SourceError(
@@ -126,6 +179,26 @@ def _explain(error: Exception, folder: Path) -> SourceError:
             hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
         )
     return SourceError(f"llama.cpp's converter refuses this checkpoint: {type(error).__name__}: {text}")
+
+
+def _type_added_tokens(writer: Any, gguf: Any, folder: Path) -> None:
+    """Give tokens that tokenizer.json adds to a SentencePiece vocabulary the type that upstream left out.
+
+    Special ones are control tokens, others user-defined, as ``_create_vocab_sentencepiece`` has them where
+    tokenizer_config.json still lists ``added_tokens_decoder``. What upstream typed itself stays.
+    """
+    data = writer.kv_data[0]
+    file = folder / "tokenizer.json"
+    if data["tokenizer.ggml.model"].value != "llama" or not file.is_file():
+        return
+    names, scores, types = (data[f"tokenizer.ggml.{key}"].value for key in ("tokens", "scores", "token_type"))
+    untyped = (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED)
+    for token in json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []):
+        number = token["id"]
+        if number < len(types) and types[number] in untyped:
+            types[number] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+            names[number] = token["content"].encode()
+            scores[number] = -1000.0
 
 
 def _set_template(writer: Any, gguf: Any, template: str | None) -> None:

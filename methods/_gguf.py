@@ -12,11 +12,13 @@ from typing import Any
 from pydantic import Field
 
 from quantool import __version__, process, toolchain
-from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
+from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError, nearest
 from quantool.headers import headers
+from quantool.methods._pretokenizer import known_names
 from quantool.progress import Progress
 from quantool.records import FileRecord, Source, fingerprint, sha256_of
 from quantool.registry import Job, Options
+from quantool.source import overlay
 from quantool.workspace import write_text, written
 
 ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
@@ -32,6 +34,11 @@ class GgufOptions(Options):
     pre_tokenizer: str | None = Field(
         None,
         description="llama.cpp's name of the BPE pre-tokenizer, for a tokenizer whose hash it does not know.",
+    )
+    add_space_prefix: bool | None = Field(
+        None,
+        description="SentencePiece only: whether llama.cpp puts a space before text after a special token; default: "
+        "as its converter has it. false makes the chats of a tokenizer with legacy: false equal.",
     )
     model_name: str | None = Field(
         None, description="general.name and the start of file names; default: the source's."
@@ -126,10 +133,7 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
     not fit the embeddings, a sliding window that llama.cpp would ignore. ``kind`` is f16, bf16 or f32.
     """
     tools = toolchain.locate(options.llama_cpp_path)
-    key = fingerprint(
-        _shape(source), metadata(source, options), toolchain.fingerprint_of(tools), kind,
-        options.pre_tokenizer, options.split_bytes(), source.facts.chat_template, __version__,
-    )  # fmt: skip
+    key = fingerprint(_shape(source), _recipe(source, options, tools, kind))
     folder = toolchain.cache_folder() / "rehearsals" / key[:32]
     if not (folder / "summary.json").is_file():
         _rehearse(source, options, kind, tools, folder)
@@ -170,24 +174,36 @@ def _rehearse(
         for number, file in enumerate(summary["files"]):
             data = sum(_pad(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
             os.truncate(file, _pad(summary["headers"][number]) + data)
-        process.call(
-            "quantool.methods._quantizer:probe",
-            {"path": summary["files"][0], "vocabulary_only": True},
-            log=part / "converter.log",
-            failure=SourceError,
-        )
+        _require_vocabulary(Path(summary["files"][0]), options, tools, part / "converter.log")
         shutil.rmtree(part / "model", ignore_errors=True)
         write_text(part / "summary.json", json.dumps(summary))
 
 
+def _require_vocabulary(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
+    """Let llama.cpp load the vocabulary of a rehearsed file; what it refuses is the tokenizer or its name."""
+    try:
+        process.call("quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": True}, log=log)
+    except QuantizationError as error:
+        name = options.pre_tokenizer
+        if name and "unknown pre-tokenizer" in error.message:
+            raise ConfigError(
+                f"quantization_config.pre_tokenizer: llama.cpp knows no pre-tokenizer {name!r}",
+                hint=nearest(name, known_names(tools.folder)),
+            ) from error
+        raise SourceError(
+            f"llama.cpp would convert this checkpoint and then not load it: {error.message}", hint=error.hint
+        ) from error
+
+
 def _with_weights(source: Source, folder: Path) -> Path:
-    """The source's folder, or one with the same small files and sparse weights where those are not downloaded."""
+    """The source's folder, or links to its small files (and another tokenizer's) beside weights without data."""
     from quantool.weights import write_skeleton
 
+    source = overlay(source, folder / "links")
     weights = [file.name for file in source.files if file.name.endswith(".safetensors")]
     if all((source.folder / name).is_file() for name in weights):
         return source.folder
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for file in source.files:
         if not file.name.endswith(".safetensors") and (source.folder / file.name).is_file():
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +265,7 @@ def _request(
         "metadata": str(override),
         "pre_tokenizer": options.pre_tokenizer,
         "chat_template": source.facts.chat_template,
+        "add_space_prefix": options.add_space_prefix,
         "extra": extra,
         "split_bytes": options.split_bytes(),
         "rehearse": False,
@@ -277,10 +294,19 @@ def base_key(source: Source, options: GgufOptions, kind: str) -> str:
     """Fingerprint of everything that a converted file depends on."""
     tools = toolchain.locate(options.llama_cpp_path)
     return fingerprint(
-        {file.name: file.sha256 for file in source.files}, metadata(source, options), source.commit,
-        toolchain.fingerprint_of(tools), options.pre_tokenizer, options.split_bytes(), kind,
-        source.facts.chat_template, __version__,
-    )  # fmt: skip
+        {file.name: file.sha256 for file in source.files}, _recipe(source, options, tools, kind)
+    )
+
+
+def _recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kind: str) -> list[Any]:
+    """Everything beside the checkpoint that decides the bytes of a converted file."""
+    chosen = options.model_dump(include={"pre_tokenizer", "add_space_prefix", "max_shard_size"})
+    code = [
+        toolchain.fingerprint_of(tools),
+        sha256_of(Path(__file__).with_name("_converter.py")),
+        __version__,
+    ]
+    return [metadata(source, options), source.commit, source.facts.chat_template, chosen, code, kind]
 
 
 def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple[Path, str]:

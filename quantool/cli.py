@@ -1,0 +1,267 @@
+"""The command line. Results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from quantool.errors import INTERRUPTED, ConfigError, GateError, QuantoolError
+
+if TYPE_CHECKING:
+    from quantool.config import Config
+    from quantool.pipeline import Outcome
+    from quantool.progress import Progress
+
+app = typer.Typer(
+    name="quantool",
+    help="Quantize a checkpoint, prove each file against its bf16 reference, package what passed.\n\n"
+    "`quantool CONFIG` is short for `quantool run CONFIG`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+chain = typer.Typer(help="The parts of llama.cpp that no Python package installs.", no_args_is_help=True)
+app.add_typer(chain, name="toolchain")
+
+P = ParamSpec("P")
+COMMANDS = ("run", "plan", "validate", "methods", "schema", "doctor", "toolchain")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key: a.b=value. Repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, only warnings, errors and the result.")
+]
+
+
+def main() -> None:
+    """Run the command line; a first argument that is no command is taken for a configuration to run."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = sys.argv[1:]
+    first = next((word for word in arguments if not word.startswith("-")), None)
+    if first is not None and first not in COMMANDS and not {"--help", "--version"} & set(arguments):
+        sys.argv[1:] = ["run", *arguments]
+    app()
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn quantool's errors into a message and their exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except QuantoolError as error:
+            _complain(f"error: {error.message}")
+            if error.hint:
+                _complain(f"hint: {error.hint}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _complain("interrupted; finished stages are kept, run the same command again to go on")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapped
+
+
+def _complain(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from quantool import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@reported
+def run(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Quantize, judge and package what CONFIG asks for; a rerun redoes only what changed."""
+    from quantool import pipeline
+
+    loaded, progress = _load(config, overrides, quiet=quiet)
+    outcome = pipeline.run(loaded, progress)
+    _show(outcome, as_json=as_json)
+    if outcome.failed:
+        raise GateError(
+            f"{len(outcome.failed)} of {len(outcome.reports)} artifacts did not pass",
+            hint=f"findings: {loaded.output_path / 'records'}; thresholds: validation.gates",
+        )
+
+
+@app.command()
+@reported
+def plan(
+    config: ConfigFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Say what a run would do: files with exact sizes, disk, memory, what is done already."""
+    from quantool import pipeline
+    from quantool.table import planned
+
+    loaded, progress = _load(config, overrides, quiet=quiet)
+    made = pipeline.plan(loaded, progress)
+    for note in made.warnings:
+        progress.warn(note)
+    typer.echo(made.model_dump_json(indent=1) if as_json else planned(made))
+
+
+@app.command()
+@reported
+def validate(
+    artifact: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that transformers loads.")],
+    reference: Annotated[str, typer.Option(help="The bf16 checkpoint: folder or Hub id.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file whose validation section applies.")] = None,
+    level: Annotated[
+        str | None, typer.Option(help="Level whose gates apply; default: from the name.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for reference scores, logs and report.")] = Path(
+        "validation-output"
+    ),
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge an artifact that exists, whoever made it."""
+    from quantool import gates, pipeline
+    from quantool.progress import Progress
+    from quantool.subject import artifact_of
+    from quantool.table import failures, table
+
+    settings = _validation_config(config, overrides, reference, output)
+    found, engine = artifact_of(artifact, level)
+    limits = gates.resolve(found.level, settings.validation.gates)
+    report = pipeline.validate(found, engine, settings, limits, Progress(quiet=quiet))
+    if as_json:
+        typer.echo(json.dumps(report.model_dump(mode="json") | {"verdict": report.verdict()}, indent=1))
+    else:
+        typer.echo(table([report]))
+    if report.verdict().fails:
+        _complain(failures([report]))
+        raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'records'}")
+
+
+def _validation_config(
+    config: Path | None, overrides: list[str] | None, reference: str, output: Path
+) -> Config:
+    from quantool.config import Config, load
+
+    if config is None:
+        if overrides:
+            raise ConfigError("--set changes a configuration, but none is given", hint="add --config FILE")
+        return Config(model_id=reference, output_path=output)
+    loaded = load(config, overrides or ()).config
+    return loaded.model_copy(update={"model_id": reference, "revision": None, "output_path": output})
+
+
+@app.command()
+@reported
+def methods(as_json: Json = False) -> None:
+    """List the methods, their levels and options."""
+    from quantool import registry
+
+    found: dict[str, Any] = {}
+    for name in registry.names("methods"):
+        try:
+            method = registry.find_method(name)
+            options = {key: field.description for key, field in method.options.model_fields.items()}
+            found[name] = {"levels": method.levels(), "options": options}
+        except QuantoolError as error:
+            found[name] = {"missing": error.message, "hint": error.hint}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for name, entry in found.items():
+        if "missing" in entry:
+            typer.echo(f"{name}: {entry['missing']}. {entry['hint']}\n")
+            continue
+        typer.echo(name)
+        width = max(len(level) for level in entry["levels"])
+        for level, text in entry["levels"].items():
+            typer.echo(f"  {level.ljust(width)}  {text}".rstrip())
+        typer.echo("  options: " + ", ".join(entry["options"]) + "\n")
+
+
+@app.command()
+@reported
+def schema() -> None:
+    """Print the JSON schema of a configuration, for editors."""
+    from quantool import config
+
+    typer.echo(json.dumps(config.schema(), indent=1, ensure_ascii=False))
+
+
+@app.command()
+@reported
+def doctor(as_json: Json = False) -> None:
+    """Show what is installed: libraries, llama.cpp, tools, accelerator, disk, Hub token."""
+    from quantool.doctor import examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    width = max(len(name) for name in found)
+    for name, value in found.items():
+        typer.echo(f"{name.ljust(width)}  {value}")
+
+
+@chain.command()
+@reported
+def install(
+    sdist: Annotated[
+        Path | None,
+        typer.Option(help="Source package of the installed llama-cpp-python; default: pip downloads it."),
+    ] = None,
+) -> None:
+    """Put llama.cpp's converter, of the installed llama-cpp-python's commit, into the user cache (2 MB)."""
+    from quantool import toolchain
+
+    located = toolchain.install(sdist)
+    typer.echo(f"{located.folder} ({located.origin}, llama.cpp {located.commit or 'unknown commit'})")
+
+
+def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Config, Progress]:
+    from quantool.config import load
+    from quantool.progress import Progress
+
+    progress = Progress(quiet=quiet)
+    loaded = load(path, overrides or ())
+    for warning in loaded.warnings:
+        progress.warn(warning)
+    return loaded.config, progress
+
+
+def _show(outcome: Outcome, *, as_json: bool) -> None:
+    from quantool.table import failures, table, write_step_summary
+
+    write_step_summary(outcome.reports)
+    if as_json:
+        reports = [
+            report.model_dump(mode="json") | {"verdict": report.verdict()} for report in outcome.reports
+        ]
+        typer.echo(json.dumps({"plan": outcome.plan.model_dump(mode="json"), "reports": reports}, indent=1))
+        return
+    typer.echo(table(outcome.reports))
+    if said := failures(outcome.reports):
+        _complain(said)
+    for repo in dict.fromkeys(output.repo for output in outcome.plan.outputs):
+        _complain(f"folder: {outcome.reports[0].artifact.folder.parent / repo}")

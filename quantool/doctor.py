@@ -1,0 +1,71 @@
+"""What this machine has of what quantool can use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from quantool import toolchain
+from quantool.errors import DependencyError
+from quantool.plan import versions
+from quantool.progress import amount
+
+TOOLS = ("llama-server", "llama-quantize", "llama-perplexity", "llama-imatrix", "cmake", "c++", "git")
+
+
+def examine() -> dict[str, str]:
+    """Facts by name, in the order to show them; nothing is installed, loaded or asked over the network."""
+    found = {"python": platform.python_version(), **versions()}
+    found["converter"] = _converter()
+    for name in TOOLS:
+        found[name] = str(toolchain.upstream_tool(name) or "not found")
+    found["chat template engine"] = _template_engine()
+    found["accelerator"] = _accelerator()
+    found["cores"] = str(os.cpu_count())
+    found["memory"] = _memory()
+    found["disk here"] = f"{amount(shutil.disk_usage(Path.cwd()).free, 'B')} free"
+    found["cache"] = str(toolchain.cache_folder())
+    found["hub token"] = _token()
+    return found
+
+
+def _converter() -> str:
+    try:
+        located = toolchain.locate()
+    except DependencyError as error:
+        return f"missing: {error.hint}"
+    return f"{located.origin}, llama.cpp {located.commit or 'unknown commit'}, {located.folder}"
+
+
+def _template_engine() -> str:
+    if binary := toolchain.upstream_tool("llama-server"):
+        return str(binary)
+    return "xllamacpp" if find_spec("xllamacpp") else "missing: pip install xllamacpp"
+
+
+def _accelerator() -> str:
+    """Ask the driver's own files: importing torch for this takes seconds."""
+    cards = Path("/proc/driver/nvidia/gpus")
+    if not cards.is_dir():
+        return "none"
+    names = []
+    for card in sorted(cards.iterdir()):
+        text = (card / "information").read_text(encoding="utf-8", errors="replace")
+        names += [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Model")]
+    return ", ".join(names) or "none"
+
+
+def _memory() -> str:
+    return amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "B")
+
+
+def _token() -> str:
+    """Whether there is one, and from where; never the token."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        return "none"
+    return "present (HF_TOKEN)" if os.environ.get("HF_TOKEN") else "present (login)"

@@ -1,0 +1,63 @@
+"""Folders ready to publish: card, ``quantool.json`` (plan and reports) and ``SHA256SUMS`` beside the artifacts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantool.card import write_card
+from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
+from quantool.workspace import Workspace, write_text
+
+RECORD = "quantool.json"
+SUMS = "SHA256SUMS"
+CARD = "README.md"
+
+
+def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[Path, ...]:
+    """Write the records of each folder to publish; return the folders.
+
+    A folder whose every artifact passed is complete with this. Files in it that no record names stay where they are
+    and out of SHA256SUMS.
+    """
+    folders = []
+    for repo in dict.fromkeys(output.repo for output in plan.outputs):
+        folder = workspace.root / repo
+        outputs = [output for output in plan.outputs if output.repo == repo]
+        own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
+        _pack_folder(plan, outputs, own, folder)
+        folders.append(folder)
+    return tuple(folders)
+
+
+def _pack_folder(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], folder: Path) -> None:
+    write_text(folder / CARD, write_card(plan, outputs, reports))
+    record = {
+        "plan": plan.model_dump(mode="json")
+        | {"outputs": [output.model_dump(mode="json") for output in outputs]},
+        "reports": [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports],
+    }
+    write_text(
+        folder / RECORD, json.dumps(_without_places(record, plan), indent=1, ensure_ascii=False) + "\n"
+    )
+    named = {
+        file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
+    }
+    for name in (CARD, RECORD):
+        named[name] = FileRecord(
+            name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name)
+        )
+    lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def _without_places(record: object, plan: Plan) -> object:
+    """The same record without folders of the machine it was made on."""
+    if isinstance(record, dict):
+        return {key: _without_places(value, plan) for key, value in record.items() if key != "folder"}
+    if isinstance(record, list):
+        return [_without_places(value, plan) for value in record]
+    if isinstance(record, str) and Path(record).is_absolute() and len(record) > 1:
+        return Path(record).name
+    return record

@@ -1,0 +1,156 @@
+"""Everything decided before weights are touched."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from quantool import __version__, gates, registry
+from quantool.config import Config, Quantization
+from quantool.errors import ConfigError, DependencyError
+from quantool.progress import amount
+from quantool.records import Gates, OutputPlan, Plan, Source, StagePlan
+from quantool.registry import Outline
+from quantool.workspace import Workspace
+
+JUDGED_FROM = 1_000_000_000
+"""Parameters from which the default gates hold."""
+
+DISTRIBUTIONS = (
+    "compressed-tensors", "datasets", "gguf", "huggingface-hub", "llama-cpp-python", "llmcompressor", "numpy",
+    "safetensors", "tokenizers", "torch", "transformers", "xllamacpp",
+)  # fmt: skip
+"""Libraries whose version is recorded."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method is asked to outline: one entry of ``quantizations`` on a source."""
+
+    config: Config
+    source: Source
+    levels: tuple[str, ...]
+    repo_id: str | None
+    workspace: Workspace
+    gates: Callable[[str], Gates]
+    """Gates of a level: the defaults under what the configuration says."""
+
+
+def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
+    """Ask every method for its outline and add up what the run needs.
+
+    ``downloads`` is the bytes of weights still to fetch. Raises ConfigError for outputs that would overwrite each
+    other, and what the methods raise. Nothing is written to the output folder.
+    """
+    outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
+    outputs = tuple(output for outline in outlines for output in outline.outputs)
+    _refuse_collisions(outputs)
+    stages = _stages(source, outlines, outputs, downloads)
+    free = shutil.disk_usage(_existing(workspace.root)).free
+    notes = [
+        *source.notes,
+        *(note for outline in outlines for note in outline.warnings),
+        *_advice(source, config),
+    ]
+    return Plan(
+        config=config.model_dump(mode="json", exclude_unset=True),
+        source=source,
+        outputs=outputs,
+        stages=stages,
+        peak_disk=sum(stage.writes for stage in stages if not stage.done),
+        free_disk=free,
+        seed=config.seed,
+        versions=versions(),
+        warnings=tuple(dict.fromkeys(notes)),
+    )
+
+
+def options_of(wanted: Quantization, method: registry.Method) -> registry.Options:
+    """The method's typed options; ``config.load`` has reported their mistakes already."""
+    fields = method.options.model_fields
+    given = {k: v for k, v in wanted.quantization_config.items() if v is not None or k not in fields}
+    return method.options.model_validate(given)
+
+
+def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
+    method = registry.find_method(wanted.method)
+    chosen = partial(gates.resolve, configured=config.validation.gates)
+    request = Request(config, source, tuple(wanted.levels()), wanted.repo_id, workspace, chosen)
+    return method.outline(request, options_of(wanted, method))
+
+
+def _refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
+    owners: dict[tuple[str, str], str] = {}
+    for output in outputs:
+        for file in output.files:
+            first = owners.setdefault((output.repo, file.name), output.id)
+            if first != output.id:
+                raise ConfigError(
+                    f"{first} and {output.id} would both write {output.repo}/{file.name}",
+                    hint="drop one of them, or give them different repo_id",
+                )
+
+
+def _stages(
+    source: Source, outlines: Sequence[Outline], outputs: Sequence[OutputPlan], downloads: int
+) -> tuple[StagePlan, ...]:
+    """The steps of the run in order; a stage that several methods share stands once."""
+    shared = {stage.name: stage for outline in outlines for stage in outline.stages}
+    scanned = all(file.sha256 for file in source.files)
+    stages = [StagePlan(name="download", writes=downloads, peak_ram=0, done=not downloads)]
+    stages.append(StagePlan(name="scan", writes=0, peak_ram=100 << 20, done=scanned))
+    stages += shared.values()
+    for output in outputs:
+        size = sum(file.bytes for file in output.files)
+        stages.append(StagePlan(name=output.id, writes=size, peak_ram=output.peak_ram, done=output.done))
+    weights = sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
+    stages.append(StagePlan(name="judge", writes=0, peak_ram=weights + (2 << 30), done=False))
+    return tuple(stages)
+
+
+def _advice(source: Source, config: Config) -> list[str]:
+    notes = []
+    if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
+        notes.append(
+            f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "
+            f"{amount(source.facts.parameters, '')}: set validation.gates if a sound level fails"
+        )
+    return notes
+
+
+def check_disk(plan: Plan, root: Path) -> None:
+    """DependencyError when the run would not fit."""
+    if plan.peak_disk > plan.free_disk:
+        raise DependencyError(
+            f"the run writes {amount(plan.peak_disk, 'B')}, {amount(plan.free_disk, 'B')} are free in {root}",
+            hint="free some, choose fewer levels, or set output_path to another disk",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of quantool, Python's libraries and llama.cpp's commit that take part in a run."""
+    from quantool import toolchain
+
+    found = {"quantool": __version__}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    try:
+        found["llama.cpp"] = toolchain.locate().commit or "unknown"
+    except DependencyError:
+        found["llama.cpp"] = "not installed"
+    return found
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
