@@ -1,0 +1,165 @@
+"""Structure models as GGUF files, and damaged copies of them.
+
+``gguf_of`` converts each structure once in a test session through llama.cpp's own converter; ``tampered`` copies a GGUF
+with keys changed or left out, tensors kept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import structures
+
+from quantool.config import Config
+from quantool.progress import Progress
+from quantool.records import Finding, Gates, Source, Verdict
+from quantool.registry import Case, find_check
+from quantool.source import resolve
+from quantool.toolchain import locate
+from quantool.workspace import Workspace
+
+WRITERS = {
+    "spm_llama": structures.write_spm_llama,
+    "qwen3": structures.write_qwen3,
+    "gemma3": structures.write_gemma3,
+    "moe": structures.write_moe,
+}
+
+CONVERT = """
+import sys
+root = sys.argv.pop(1)
+sys.path[:0] = [root, root + "/gguf-py"]
+import conversion.base
+import convert_hf_to_gguf
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+convert_hf_to_gguf.main()
+"""
+
+
+@cache
+def _room() -> Path:
+    room = tempfile.TemporaryDirectory(prefix="quantool-structures-")
+    atexit.register(room.cleanup)
+    return Path(room.name)
+
+
+@cache
+def folder_of(name: str) -> Path:
+    """The checkpoint of a structure, written once."""
+    return WRITERS[name](_room() / name)
+
+
+@cache
+def gguf_of(name: str, kind: str = "bf16") -> Path:
+    """The structure as a GGUF, converted once by llama.cpp's converter."""
+    return convert(folder_of(name), _room() / f"{name}-{kind}.gguf", kind)
+
+
+def convert(folder: Path, output: Path, kind: str = "bf16") -> Path:
+    """Convert a checkpoint in a child process; unknown pre-tokenizers are taken for Qwen2's."""
+    environment = {key: value for key, value in os.environ.items() if key != "NO_LOCAL_GGUF"}
+    arguments = [str(folder), "--outfile", str(output), "--outtype", kind, "--model-name", folder.name]
+    subprocess.run(
+        [sys.executable, "-c", CONVERT, str(locate().folder), *arguments],
+        check=True,
+        capture_output=True,
+        env=environment | {"OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    return output
+
+
+def tampered(
+    original: Path,
+    target: Path,
+    change: Mapping[str, Any] | None = None,
+    drop: Collection[str] = (),
+    without: Collection[str] = (),
+) -> Path:
+    """A copy of a GGUF with the values of ``change`` (new keys too), less the keys of ``drop``, the tensors ``without``."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(original)
+    changes = dict(change or {})
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    writer = GGUFWriter(target, arch=str(fields["general.architecture"].contents()))
+    for name, field in fields.items():
+        if name in drop or name == "general.architecture":
+            continue
+        value = changes.pop(name) if name in changes else field.contents()
+        sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, field.types[0], sub_type)
+    for name, value in changes.items():
+        kind = GGUFValueType.get_type(value)
+        writer.add_key_value(
+            name, value, kind, GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+        )
+    for tensor in reader.tensors:
+        if tensor.name not in without:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def case(name: str, artifact: Path | None = None, *, output: str = "gguf/BF16", **settings: Any) -> Case:
+    """A case for a check: ``artifact`` (default: the healthy GGUF) against the structure ``name``.
+
+    All cases of a structure share a workspace, so its reference is made once in a test session.
+    """
+    chosen = artifact or gguf_of(name)
+    config = Config.model_validate(
+        {"model_id": str(folder_of(name)), "method": "gguf", "validation": settings}
+    )
+    return Case(
+        artifact=chosen,
+        engine="transformers" if chosen.is_dir() else "llama.cpp",
+        name=output,
+        source=source_of(folder_of(name)),
+        config=config,
+        gates=Gates(),
+        workspace=Workspace(_room() / f"run-{name}"),
+    )
+
+
+def findings(check: str, chosen: Case) -> dict[str, Finding]:
+    """What a check finds, by metric (with the corpus behind a colon where there is one)."""
+    found = find_check(check).judge(chosen, Progress(quiet=True))
+    return {one.metric + (f":{one.corpus}" if one.corpus else ""): one for one in found}
+
+
+def regressions(found: Mapping[str, Finding]) -> set[str]:
+    """Metrics that are a REGRESSION."""
+    return {metric for metric, one in found.items() if one.verdict == Verdict.REGRESSION}
+
+
+def altered(chosen: Case, **facts: Any) -> Case:
+    """The case with other facts of its source."""
+    source = chosen.source.model_copy(update={"facts": chosen.source.facts.model_copy(update=facts)})
+    return replace(chosen, source=source)
+
+
+def tokenizer_folder(name: str, target: Path) -> Path:
+    """A copy of a structure's small files, as an artifact for transformers has them."""
+    target.mkdir(parents=True)
+    for path in folder_of(name).iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, target)
+    return target
+
+
+@cache
+def source_of(folder: Path) -> Source:
+    """The source record of a local checkpoint."""
+    return resolve(Config(model_id=str(folder), method="gguf"), weights=True, progress=Progress(quiet=True))

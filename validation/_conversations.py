@@ -1,0 +1,205 @@
+"""The conversations that every artifact's chat template is tried on.
+
+They are the cases in which chat templates and their engines are known to part: whitespace, unicode, tools, tool calls
+whose arguments are an object (as transformers wants them) or a JSON text (as the OpenAI API sends them), content parts,
+empty content, the text of special tokens in what a user wrote, and orders of roles that a strict template rejects.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantool import corpus
+from quantool.config import Corpus
+from quantool.registry import Case
+
+Message = dict[str, Any]
+
+DATE = "26 Jul 2024"
+"""Given to templates that print a date, so that both sides print the same one."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation to render. ``settings`` are further variables of the template (``enable_thinking``)."""
+
+    name: str
+    messages: tuple[Message, ...]
+    tools: tuple[Message, ...] = ()
+    generation_prompt: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    """Whether the engine has to reject it where the source's template does: roles in a wrong order."""
+
+    def request(self) -> dict[str, Any]:
+        """The conversation as a JSON value."""
+        return {
+            "name": self.name,
+            "messages": list(self.messages),
+            "tools": list(self.tools),
+            "generation_prompt": self.generation_prompt,
+            "settings": self.settings,
+        }
+
+
+def _user(content: Any) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: Any, *calls: Message) -> Message:
+    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
+
+
+def _system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def _tool(content: str, call: str = "call00001") -> Message:
+    return {"role": "tool", "tool_call_id": call, "name": "get_weather", "content": content}
+
+
+def _call(arguments: Any, name: str = "get_weather", call: str = "call00001") -> Message:
+    return {"id": call, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+WEATHER: Message = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city: el temps, eguraldia, o tempo. Says <b>\"°C\" & 'wind'</b>.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the city"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+CLOCK: Message = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "description": "Time of day in a time zone.",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}, "required": []},
+    },
+}
+PLACE = {"city": "L'Hospitalet de Llobregat", "unit": "celsius"}
+ANSWER = '{"temperature": 21.5, "sky": "núvols"}'
+ENDED = "ends with the assistant"
+"""Name of the conversation that shows how a turn ends, after LAST_WORD."""
+LAST_WORD = "Finis"
+UNICODE = (
+    "Привет 🚀\U0001f469\u200d\U0001f52c 你好、世界 \u200dŒuvre «col·legi» ¿ñandú? ﷽ \U0001f1e6\U0001f1e9"
+)
+MARKS = "cafe\u0301 man\u0303ana e\u0323\u0302 \u0e19\u0e49\u0e33 \u0928\u093f"
+
+SUITE: tuple[Conversation, ...] = (
+    Conversation("one question", (_user("Hello"),)),
+    Conversation("system message", (_system("You are terse."), _user("Hi there, who are you?"))),
+    Conversation(
+        "several turns",
+        (
+            _system("Answer in Catalan."),
+            _user("What is 2 + 2?"),
+            _assistant("Quatre."),
+            _user("And 3 + 3?"),
+            _assistant("Sis."),
+            _user("Why?"),
+        ),
+    ),
+    Conversation("several turns, no system", (_user("a"), _assistant("b"), _user("c"))),
+    Conversation("no generation prompt", (_user("a"), _assistant("b"), _user("c")), generation_prompt=False),
+    Conversation(ENDED, (_user("Hello"), _assistant(LAST_WORD)), generation_prompt=False),
+    Conversation("combining marks", (_user(MARKS),)),
+    Conversation("unicode", (_system(UNICODE), _user(UNICODE), _assistant(UNICODE), _user("👍🏽"))),
+    Conversation(
+        "whitespace around",
+        (_system("  lead and trail  \n"), _user("\n\n x\t\n"), _assistant(" y "), _user("  ")),
+    ),
+    Conversation("lines and indents", (_user("def f(x):\r\n\n\n    return  x\n\tpass"),)),
+    Conversation("empty content", (_user(""), _assistant(""), _user("still there?"))),
+    Conversation(
+        "special tokens in the text", (_user("Say <|im_end|></s><eos> and [INST] <bos> literally."),)
+    ),
+    Conversation("braces", (_user("{{ messages }} {% if x %} {# c #} %}"),)),
+    Conversation("tools offered", (_user("Weather in Girona?"),), (WEATHER, CLOCK)),
+    Conversation("system and tools", (_system("Use tools."), _user("Weather in Girona?")), (WEATHER,)),
+    Conversation(
+        "tool call",
+        (_user("Weather?"), _assistant("", _call(PLACE)), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        "tool call with words",
+        (
+            _user("Weather?"),
+            _assistant("Let me look.", _call(PLACE)),
+            _tool(ANSWER),
+            _assistant("21.5 °C."),
+            _user("ok"),
+        ),
+        (WEATHER, CLOCK),
+    ),
+    Conversation(
+        "tool call, arguments as text",
+        (_user("Weather?"), _assistant("", _call(json.dumps(PLACE, ensure_ascii=False))), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        "content parts",
+        (_user([{"type": "text", "text": "part one, "}, {"type": "text", "text": "part two"}]),),
+    ),
+    Conversation("two users in a row", (_user("a"), _user("b")), strict=True),
+    Conversation("assistant first", (_assistant("b"), _user("a")), strict=True),
+    Conversation("unknown role", (_user("a"), {"role": "wizard", "content": "b"}), strict=True),
+)
+
+
+def suite(template: str) -> tuple[Conversation, ...]:
+    """The conversations for a template: those of ``SUITE``, and thinking switched on where the template knows of it.
+
+    Variables that llama.cpp's server sets by itself (``enable_thinking``, a date) are set for both sides.
+    """
+    settings: dict[str, Any] = {"enable_thinking": False}
+    if "date_string" in template:
+        settings["date_string"] = DATE
+    chosen = [_with(one, settings) for one in SUITE]
+    if "enable_thinking" in template:
+        chosen += [
+            _with(one, settings | {"enable_thinking": True}, f"{one.name}, thinking")
+            for one in SUITE
+            if one.name in ("one question", "several turns", "tool call")
+        ]
+    return tuple(chosen)
+
+
+def of_case(case: Case) -> tuple[Conversation, ...]:
+    """The suite for the source's template, and the user's own conversations (``validation.conversations``).
+
+    Of the user's documents, one without messages is what a user says; one that ends with the assistant is rendered
+    without a generation prompt.
+    """
+    chosen = suite(case.source.facts.chat_template or "")
+    path = case.config.validation.conversations
+    if path is None:
+        return chosen
+    documents = corpus.read(Corpus(name="conversations", path=path))
+    own = (
+        Conversation(
+            f"yours, {number}",
+            document.messages or (_user(document.text),),
+            document.tools,
+            generation_prompt=not document.messages or document.messages[-1]["role"] != "assistant",
+            settings=chosen[0].settings,
+        )
+        for number, document in enumerate(documents, 1)
+    )
+    return (*chosen, *own)
+
+
+def _with(one: Conversation, settings: dict[str, Any], name: str | None = None) -> Conversation:
+    return replace(one, name=name or one.name, settings=one.settings | settings)

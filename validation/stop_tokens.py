@@ -1,0 +1,192 @@
+"""Whether generation ends where the source's ends: EOS, the tokens that end a turn, BOS and padding.
+
+A GGUF with a dropped or wrong EOS, or one in which the token that ends a chat turn does not end generation, answers
+without end. Ids are compared with the source's tokenizer and configurations; what ends generation is asked of llama.cpp
+itself (``llama_vocab_is_eog``). For an artifact that transformers loads, its configurations are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantool.progress import Progress
+from quantool.records import Finding, Verdict
+from quantool.registry import Case, check
+from quantool.validation._conversations import ENDED, LAST_WORD, of_case
+from quantool.validation._vocabulary import (
+    UnloadableError,
+    Vocabulary,
+    by_artifact,
+    by_source,
+    of_gguf,
+    unloadable,
+)
+
+NAME = "stop_tokens"
+
+
+@check(NAME)
+def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
+    """EOS, every token that ends generation or a chat turn, BOS and padding, as the source has them."""
+    del progress  # a second
+    conversations = of_case(case)
+    asked = {"conversations": [conversation.request() for conversation in conversations]}
+    reference = by_source(case, "chats", "_hf:render", asked)
+    facts = reference["facts"]
+    names = [conversation.name for conversation in conversations]
+    turn_end = _turn_end(reference["answers"][names.index(ENDED)], facts["special_ids"])
+    if case.engine != "llama.cpp":
+        return _judge_folder(case, facts)
+    try:
+        vocabulary, _ = of_gguf(case)
+    except UnloadableError as error:
+        return unloadable(NAME, error)
+    return [
+        _judge_eos(facts["eos"], vocabulary),
+        _judge_ends(case, facts, turn_end, vocabulary),
+        _judge_turn_end(case, turn_end, vocabulary),
+        *_judge_others(facts, vocabulary),
+    ]
+
+
+def _turn_end(answer: dict[str, Any], special: dict[str, int]) -> int | None:
+    """The special token that the template prints right after what the assistant said; None when there is none."""
+    if not answer["accepted"]:
+        return None
+    behind = answer["accepted"][0]["text"].rpartition(LAST_WORD)[2].lstrip()
+    found = [content for content in special if behind.startswith(content)]
+    return special[max(found, key=len)] if found else None
+
+
+def _judge_eos(eos: int | None, vocabulary: Vocabulary) -> Finding:
+    """``tokenizer.ggml.eos_token_id`` is there and the source tokenizer's."""
+    if eos is None:
+        detail = "the source's tokenizer has no EOS"
+        return Finding(check=NAME, metric="eos", verdict=Verdict.SKIPPED, detail=detail)
+    stored = vocabulary.keys.get("tokenizer.ggml.eos_token_id")
+    passed = stored == str(eos)
+    return Finding(
+        check=NAME,
+        metric="eos",
+        verdict=Verdict.PASS if passed else Verdict.REGRESSION,
+        measured=_shown(int(stored), vocabulary) if stored is not None else "absent",
+        reference=_shown(eos, vocabulary),
+        detail="" if passed else "tokenizer.ggml.eos_token_id is not the EOS of the source's tokenizer",
+    )
+
+
+def _judge_ends(case: Case, facts: dict[str, Any], turn_end: int | None, vocabulary: Vocabulary) -> Finding:
+    """Every EOS id of config.json and generation_config.json ends generation in llama.cpp, and no ordinary token."""
+    wanted = case.source.facts.eos_token_ids
+    if not wanted:
+        detail = "neither config.json nor generation_config.json of the source names an EOS"
+        return Finding(check=NAME, metric="ends", verdict=Verdict.SKIPPED, detail=detail)
+    known = {*wanted, *facts["special_ids"].values(), facts["eos"]}
+    missing = [token for token in wanted if token not in vocabulary.ends]
+    excess = [token for token in vocabulary.ends if token not in known]
+    detail = ""
+    if missing:
+        detail = f"llama.cpp does not stop at {_list(missing, vocabulary)}"
+    elif excess:
+        detail = f"llama.cpp stops at {_list(excess, vocabulary)}, which is no special token of the source"
+    elif turn_end is not None and turn_end not in wanted:
+        detail = (
+            f"defect of the source: its configurations do not name {_shown(turn_end, vocabulary)}, "
+            "which its template prints at the end of a turn"
+        )
+    return Finding(
+        check=NAME,
+        metric="ends",
+        verdict=Verdict.REGRESSION if missing or excess else Verdict.PASS,
+        measured=_list(vocabulary.ends, vocabulary),
+        reference=_list(wanted, vocabulary),
+        detail=detail,
+    )
+
+
+def _judge_turn_end(case: Case, turn_end: int | None, vocabulary: Vocabulary) -> Finding:
+    """The token that the template prints after an assistant's message ends generation in llama.cpp."""
+    if turn_end is None:
+        none = case.source.facts.chat_template is None
+        detail = (
+            "the source has no chat template" if none else "the template ends a turn without a special token"
+        )
+        return Finding(check=NAME, metric="turn_end", verdict=Verdict.SKIPPED, detail=detail)
+    stops = turn_end in vocabulary.ends
+    return Finding(
+        check=NAME,
+        metric="turn_end",
+        verdict=Verdict.PASS if stops else Verdict.REGRESSION,
+        measured=_list(vocabulary.ends, vocabulary),
+        reference=_shown(turn_end, vocabulary),
+        detail=""
+        if stops
+        else "llama.cpp does not stop where the template ends a turn: answers would not end",
+    )
+
+
+def _judge_others(facts: dict[str, Any], vocabulary: Vocabulary) -> list[Finding]:
+    """BOS, padding, and whether BOS and EOS are added. An id that the source does not have is not judged."""
+    found: list[tuple[str, Any, Any]] = [
+        ("bos", facts["bos"], _stored(vocabulary, "bos")),
+        ("pad", facts["pad"], _stored(vocabulary, "padding")),
+        ("adds_bos", facts["adds_bos"], vocabulary.adds_bos),
+        ("adds_eos", facts["adds_eos"], vocabulary.adds_eos),
+    ]
+    return [
+        Finding(
+            check=NAME,
+            metric=metric,
+            verdict=Verdict.PASS if measured == expected else Verdict.REGRESSION,
+            measured=str(measured),
+            reference=str(expected),
+        )
+        for metric, expected, measured in found
+        if expected is not None and not (metric == "pad" and measured is None)
+    ]
+
+
+def _stored(vocabulary: Vocabulary, name: str) -> int | None:
+    value = vocabulary.keys.get(f"tokenizer.ggml.{name}_token_id")
+    return int(value) if value is not None else None
+
+
+def _list(tokens: Sequence[int], vocabulary: Vocabulary) -> str:
+    return ", ".join(_shown(token, vocabulary) for token in tokens)
+
+
+def _shown(token: int, vocabulary: Vocabulary) -> str:
+    piece = vocabulary.pieces[token] if 0 <= token < vocabulary.size else "outside the vocabulary"
+    return f"{token} {piece}"
+
+
+def _judge_folder(case: Case, facts: dict[str, Any]) -> list[Finding]:
+    """The artifact's tokenizer and its EOS ids (config.json, generation_config.json) are the source's."""
+    own = by_artifact(case, "_hf:render", {"conversations": []})["facts"]
+    pairs: list[tuple[str, Any, Any]] = [
+        (metric, facts[metric], own[metric]) for metric in ("eos", "bos", "pad", "adds_bos", "adds_eos")
+    ]
+    for name in ("config.json", "generation_config.json"):
+        expected, measured = (_eos_of(folder / name) for folder in (case.source.folder, case.artifact))
+        pairs.append((f"eos of {name}", expected, measured))
+    return [
+        Finding(
+            check=NAME,
+            metric=metric,
+            verdict=Verdict.PASS if measured == expected else Verdict.REGRESSION,
+            measured=str(measured),
+            reference=str(expected),
+        )
+        for metric, expected, measured in pairs
+    ]
+
+
+def _eos_of(path: Path) -> list[int] | None:
+    """EOS ids that a configuration names; None when it is not there or names none."""
+    if not path.is_file():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return value if isinstance(value, list) or value is None else [value]

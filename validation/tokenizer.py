@@ -1,0 +1,257 @@
+"""Whether text becomes the same token ids, id for id, with the source's tokenizer and with the artifact's.
+
+A GGUF with another pre-tokenizer, vocabulary or BOS setting agrees with every other GGUF made the same way, and its
+quantized levels look healthy beside its own base; only the source's tokenizer (transformers) can show it. Two
+limits of llama.cpp are reported as skipped, and only where nothing else differs: it has no NFC normalizer, and it puts the
+space of SentencePiece either before the text and after every special token or nowhere.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantool import corpus
+from quantool.config import Corpus
+from quantool.progress import Progress
+from quantool.records import Finding, Verdict
+from quantool.registry import Case, check
+from quantool.validation._vocabulary import (
+    Text,
+    UnloadableError,
+    Vocabulary,
+    by_artifact,
+    by_source,
+    differing,
+    explain,
+    of_gguf,
+    unloadable,
+)
+
+NAME = "tokenizer"
+HEAD = 20_000  # characters of each corpus
+PLAIN = Text("plain text", "Hello world", add_special=True)
+
+PROBES = tuple(
+    Text(name, text)
+    for name, text in (
+        ("word", "Hello"),
+        ("leading space", " Hello"),
+        ("two leading spaces", "  Hello"),
+        ("many spaces", "a  b   c    d        e"),
+        ("trailing spaces", "Hello  "),
+        ("only spaces", "   "),
+        ("newlines", "a\nb\n\nc\n\n\nd\r\ne\n"),
+        ("tabs", "\ta\t\tb \t c"),
+        ("digits", "0 12 345 6789 01234567890 3.14159 1,000,000 2024-02-29"),
+        ("contractions", "I'm you're he'll WE'VE it'd don't y'all 'tis"),
+        ("punctuation", "!?... (a) [b] {c} <d> \"e\" 'f' #g @h $i %j ^k &l *m ~n `o` |p| \\q/ -- — …"),
+        ("capitals", "camelCase PascalCase SCREAMING_SNAKE kebab-case iPhone XMLHttpRequest"),
+        (
+            "emoji",
+            "\U0001f44d \U0001f44d\U0001f3fd \U0001f469\u200d\U0001f52c \U0001f1e6\U0001f1e9 \u263a\ufe0f 🚀🚀",
+        ),
+        ("combining marks", "e\u0301 n\u0303 o\u0302\u0323 a\u0308bc \u0e19\u0e49\u0e33 q\u0307\u0323"),
+        ("CJK", "你好，世界。今日は良い天気ですね。안녕하세요 세계 ﾊﾝｶｸ"),  # noqa: RUF001
+        ("Arabic and Hebrew", "مرحبا بالعالم ١٢٣ שלום עולם"),
+        ("Indic", "नमस्ते दुनिया १२३ তোমাকে தமிழ்"),
+        ("Cyrillic and Greek", "Привет, мир! Ёлка. Γειά σου Κόσμε"),  # noqa: RUF001
+        ("Basque", "Gaur eguraldi ona egingo du Donostian, baina euria bihar; ñabardurak, çedilla."),
+        ("Catalan", "L'Anna i en Pol col·laboren: què n'hi ha, d'això? Açò és pingüí, raïm i «cançó»."),
+        ("Galician", "Ti es da Coruña? Mañá haberá néboa no xardín; lingüística, espiñaña."),
+        ("Spanish", "¿Quién corrió más rápido, el niño o la cigüeña? ¡Olé!"),
+        ("code", 'def f(x: int) -> str:\n    return f"{x!r:>10}"  # ok\n\nfor i in range(10):\n\tprint(i)\n'),
+        ("markup", '<a href="https://example.org/?q=1&r=2#top">x</a> | a | b |\n|---|---|\n'),
+        ("json", '{"a": [1, 2.5e-3, null, true], "b": {"c": "\\u00e9\\n"}}'),
+        ("control characters", "a\x01b\x07c\x1bd\x7fe\u0085f\u00a0g\u200bh\u2028i\ufeffj"),
+        ("private use and astral", "\ue000 \U000f0000 \U0001d54f \U00020000"),
+        ("replacement", "a\ufffdb"),
+        ("long word", "abcdefghij" * 12),
+        ("long run", "=" * 70 + "a" * 40 + " " * 33 + "."),
+        ("empty", ""),
+    )
+)
+AROUND = (
+    Text("text after {}", "{}text"),
+    Text("space after {}", "{} text"),
+    Text("newline after {}", "{}\n\ntext"),
+    Text("{} inside text", "some{} text {}"),
+    Text("{} as plain text", "A user wrote {} here", parse_special=False),
+)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Each text with its ids on both sides.
+
+    ``nfc`` are the artifact's ids of the text in Unicode's NFC, ``respaced`` the source's with spaces put as the
+    artifact puts them; either is None where that does not apply.
+    """
+
+    text: Text
+    expected: list[int]
+    found: list[int]
+    nfc: list[int] | None
+    respaced: list[int] | None
+
+    def limit(self) -> str:
+        """Which of llama.cpp's known limits alone explains the difference, or an empty string."""
+        if self.found == self.expected:
+            return ""
+        if self.nfc == self.expected:
+            return "nfc"
+        return "space_prefix" if self.found == self.respaced else ""
+
+
+@check(NAME)
+def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
+    """Token ids of probe texts, of text around special tokens and of each corpus; BOS of the plain path."""
+    del progress  # a few seconds
+    heads = {one.name: _head(one, case) for one in corpus.corpora(case.config)}
+    texts = [PLAIN, *PROBES, *(text for head in heads.values() for text in head)]
+    asked = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
+    reference = by_source(case, NAME, "_hf:encode", asked)
+    try:
+        sides, vocabulary = _compare(case, asked, reference)
+    except UnloadableError as error:
+        return unloadable(NAME, error)
+    pieces = vocabulary.pieces if vocabulary is not None else ()
+    plain, probes, rest = sides[0], sides[1 : 1 + len(PROBES)], sides[1 + len(PROBES) :]
+    findings = [
+        _judge_bos(plain, reference["facts"]["bos"] if vocabulary is None else vocabulary.bos),
+        _judge("probe_ids", [plain, *probes], pieces),
+    ]
+    for name, head in heads.items():
+        findings.append(_judge("corpus_ids", rest[: len(head)], pieces, name))
+        rest = rest[len(head) :]
+    findings.append(_judge("special_ids", rest, pieces, cause=_cause(vocabulary, reference["facts"])))
+    return [*findings, *_limits(sides)]
+
+
+def _head(one: Corpus, case: Case) -> list[Text]:
+    """The beginning of a corpus: texts, of conversations what was said in them."""
+    texts: list[Text] = []
+    left = HEAD
+    for document in corpus.read(one, characters=HEAD, cache_dir=case.config.dataset_cache_dir):
+        said = [message.get("content") for message in document.messages]
+        text = document.text or "\n".join(content for content in said if isinstance(content, str))
+        texts.append(Text(f"document {len(texts) + 1}", text[:left]))
+        left -= len(text)
+        if left <= 0:
+            break
+    return texts
+
+
+def _compare(
+    case: Case, asked: dict[str, Any], reference: dict[str, Any]
+) -> tuple[list[Sides], Vocabulary | None]:
+    """The ids of both sides; texts that the source's tokenizer cannot do are left out."""
+    texts = [Text(**text) for text in reference["texts"]]
+    if case.engine != "llama.cpp":
+        answered = by_artifact(case, "_hf:encode", asked)
+        if answered["texts"] != reference["texts"]:  # other special tokens, so other texts
+            answered = by_artifact(case, "_hf:encode", {"texts": reference["texts"], "around": []})
+        rows = zip(texts, reference["ids"], answered["ids"], strict=True)
+        return [Sides(text, one, other, None, None) for text, one, other in rows if one is not None], None
+    normalized = [
+        Text(text.name, unicodedata.normalize("NFC", text.text), text.add_special, text.parse_special)
+        for text in texts
+    ]
+    vocabulary, ids = of_gguf(case, [*texts, *normalized])
+    nfc: list[list[int] | None] = [*ids[len(texts) :]] if reference["facts"]["nfc"] else [None] * len(texts)
+    respaced = _respaced(case, reference, vocabulary) or [None] * len(texts)
+    sides = zip(texts, reference["ids"], ids[: len(texts)], nfc, respaced, strict=True)
+    return [Sides(*side) for side in sides if side[1] is not None], vocabulary
+
+
+def _respaced(case: Case, reference: dict[str, Any], vocabulary: Vocabulary) -> list[Any] | None:
+    """The source's ids with spaces put as this file puts them, if that cannot be mended.
+
+    llama.cpp cannot put a space before the first word only. In a chat every word follows a special token, so a file
+    with a chat template has to put none; without a template either way is as good.
+    """
+    if not vocabulary.space_prefix:
+        return list(reference["bare"] or []) or None
+    return list(reference["spaced"] or []) or None if case.source.facts.chat_template is None else None
+
+
+def _cause(vocabulary: Vocabulary | None, facts: dict[str, Any]) -> str:
+    if vocabulary is None or not vocabulary.space_prefix or facts["prepend_scheme"] != "first":
+        return ""
+    return (
+        "; llama.cpp puts a space before the text after every special token, the source's tokenizer (legacy: false) "
+        "only before the whole text: make the file with quantization_config.add_space_prefix: false"
+    )
+
+
+def _judge(
+    metric: str, sides: Sequence[Sides], pieces: Sequence[str], name: str | None = None, cause: str = ""
+) -> Finding:
+    """Ids of ``sides`` are equal, but for those that a known limit explains."""
+    counted = [side for side in sides if side.limit() != "nfc"]
+    wrong = [
+        side for side in counted if differing(side.expected, side.found) is not None and not side.limit()
+    ]
+    notes = []
+    if len(counted) < len(sides):
+        notes.append(f"{len(sides) - len(counted)} more skipped (nfc)")
+    if spaced := sum(side.limit() == "space_prefix" for side in counted):
+        notes.append(f"{spaced} of them equal but for spaces put by llama.cpp (space_prefix)")
+    if not counted:
+        detail = "; ".join(notes) or "no text"
+        return Finding(check=NAME, metric=metric, verdict=Verdict.SKIPPED, corpus=name, detail=detail)
+    if wrong:
+        first = f"{wrong[0].text.name} {explain(wrong[0].expected, wrong[0].found, pieces)}"
+        others = ", ".join(repr(side.text.name) for side in wrong[1:6])
+        notes[:0] = [first + cause, *([f"also {others}"] if others else [])]
+    else:
+        tokens = sum(len(side.expected) for side in counted)
+        notes.insert(0, f"{tokens} tokens")
+    return Finding(
+        check=NAME,
+        metric=metric,
+        verdict=Verdict.REGRESSION if wrong else Verdict.PASS,
+        corpus=name,
+        measured=f"{len(counted) - len(wrong)} of {len(counted)}",
+        reference=f"{len(counted)} of {len(counted)}",
+        detail="; ".join(notes),
+    )
+
+
+def _judge_bos(plain: Sides, bos: int | None) -> Finding:
+    """BOS tokens before a plain text: as many as the source's tokenizer adds."""
+    if bos is None:
+        return Finding(
+            check=NAME, metric="bos_count", verdict=Verdict.SKIPPED, detail="there is no BOS token"
+        )
+    measured, reference = plain.found.count(bos), plain.expected.count(bos)
+    return Finding(
+        check=NAME,
+        metric="bos_count",
+        verdict=Verdict.PASS if measured == reference <= 1 else Verdict.REGRESSION,
+        measured=measured,
+        reference=reference,
+        detail="BOS tokens before a plain text",
+    )
+
+
+def _limits(sides: Sequence[Sides]) -> list[Finding]:
+    """One skipped finding for each known limit of llama.cpp that showed."""
+    reasons = {
+        "nfc": "the source's tokenizer normalizes text to NFC, llama.cpp cannot; equal once the text is normalized",
+        "space_prefix": "the source's tokenizer puts a space before the first word of a text only; llama.cpp puts one "
+        "there and after every special token, or nowhere (tokenizer.ggml.add_space_prefix); equal but for that space",
+    }
+    return [
+        Finding(
+            check=NAME,
+            metric=limit,
+            verdict=Verdict.SKIPPED,
+            measured=len(names),
+            detail=f"{reason}: {', '.join(map(repr, names[:8]))}{' …' if len(names) > 8 else ''}",
+        )
+        for limit, reason in reasons.items()
+        if (names := [side.text.name for side in sides if side.limit() == limit])
+    ]
