@@ -13,6 +13,15 @@ from quantool.workspace import Workspace, write_text
 RECORD = "quantool.json"
 SUMS = "SHA256SUMS"
 CARD = "README.md"
+OF_THE_MACHINE = frozenset({"folder", "done", "free_disk", "peak_disk", "output_path", "push_to_hub"})
+"""Keys of a plan that say where a run was and how far, not what was made."""
+
+
+PLACES = {
+    "model_id", "tokenizer_name", "cache_dir", "llama_cpp_path", "imatrix", "dataset_path", "dataset_cache_dir",
+    "output_path", "eval_dataset", "path", "conversations", "reference",
+}  # fmt: skip
+"""Keys of records whose value may be a path of this machine: its name is enough."""
 
 
 def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[Path, ...]:
@@ -53,11 +62,18 @@ def _pack_folder(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Re
 
 
 def _without_places(record: object, plan: Plan) -> object:
-    """The same record without folders of the machine it was made on."""
+    """The same record without folders and state of the machine it was made on: a rerun writes the same bytes."""
     if isinstance(record, dict):
-        return {key: _without_places(value, plan) for key, value in record.items() if key != "folder"}
+        return {
+            key: _name(value) if key in PLACES else _without_places(value, plan)
+            for key, value in record.items()
+            if key not in OF_THE_MACHINE
+        }
     if isinstance(record, list):
         return [_without_places(value, plan) for value in record]
-    if isinstance(record, str) and Path(record).is_absolute() and len(record) > 1:
-        return Path(record).name
     return record
+
+
+def _name(value: object) -> object:
+    """The last part of an absolute path; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

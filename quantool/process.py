@@ -49,8 +49,9 @@ def call(
     """Run the worker function ``target`` (``"module:function"``) on ``request`` and return its result.
 
     ``log`` receives all that the child prints (appended). ``bar`` is moved by the worker's reports. Raises the
-    ``QuantoolError`` that the worker raised, or ``failure`` with the log's last lines when the child died. On any
-    interruption the child is killed at once.
+    ``QuantoolError`` that the worker raised (``failure`` if of no kind in ``errors``), or ``failure`` with the log's
+    last lines when the child died. On any interruption the child is killed at once, and no process that it started
+    outlives it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     read_end, write_end = os.pipe()
@@ -70,11 +71,12 @@ def call(
         stack.callback(_kill, child)
         events = stack.enter_context(os.fdopen(read_end, encoding="utf-8"))
         _send(child.stdin, request)
-        result = _listen(events, bar)
-        code = child.wait()
+        result = _listen(events, bar, failure)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # unreaped: its group keeps its number
     if result is None:
         raise failure(
-            f"{target} ended {_describe(code)} without a result", hint=f"last lines of {log}:\n{tail(log)}"
+            f"{target} ended {_describe(child.returncode)} without a result",
+            hint=f"last lines of {log}:\n{tail(log)}",
         )
     return result
 
@@ -87,16 +89,19 @@ def _send(stdin: IO[bytes] | None, request: Mapping[str, Any]) -> None:
         stdin.close()
 
 
-def _listen(events: Iterator[str], bar: Bar | None) -> dict[str, Any] | None:
+def _listen(events: Iterator[str], bar: Bar | None, failure: type[QuantoolError]) -> dict[str, Any] | None:
     """Follow the worker's events until its pipe closes; return its result, raise its error."""
     for line in events:
+        if not line.endswith("\n"):  # it died in the middle of a word
+            return None
         event = json.loads(line)
         if "progress" in event:
             if bar is not None:
                 bar.move(*event["progress"])
         elif "error" in event:
             failed = event["error"]
-            raise BY_NAME[failed["kind"]](failed["message"], hint=failed["hint"])
+            kind = next((BY_NAME[name] for name in failed["kinds"] if name in BY_NAME), failure)
+            raise kind(failed["message"], hint=failed["hint"])
         else:
             result: dict[str, Any] = event["result"]
             return result
@@ -112,11 +117,10 @@ def _describe(code: int) -> str:
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    """Kill the child's whole process group if it still runs, and reap it."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    """Kill the child, which nobody has reaped yet, with all that it started; reap it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def tail(log: Path, lines: int = LOG_LINES_SHOWN) -> str:

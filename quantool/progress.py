@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -47,8 +48,8 @@ class Progress:
         started = time.monotonic()
         if self.terminal:
             with _rich(unit) as shown:
-                task = shown.add_task(label, total=None)
-                yield _RichBar(shown, task)
+                task = shown.add_task(label, total=None, count="")
+                yield _RichBar(shown, task, unit)
         else:
             self.say(f"{label} …")
             yield _PlainBar(self, label, unit, started)
@@ -56,12 +57,14 @@ class Progress:
 
 
 class _RichBar:
-    def __init__(self, shown: RichProgress, task: object) -> None:
+    def __init__(self, shown: RichProgress, task: TaskID, unit: str) -> None:
         self._shown = shown
         self._task = task
+        self._unit = unit
 
     def move(self, done: float, total: float) -> None:
-        self._shown.update(self._task, completed=done, total=total)  # type: ignore[arg-type]
+        count = f"{done:.0f}/{total:.0f} {self._unit}".rstrip()
+        self._shown.update(self._task, completed=done, total=total, count=count)
 
 
 class _PlainBar:
@@ -94,9 +97,7 @@ def _rich(unit: str) -> RichProgress:
     )
 
     counted = (
-        (DownloadColumn(), TransferSpeedColumn())
-        if unit == "B"
-        else (TextColumn("{task.completed:.0f}/{task.total} " + unit),)
+        (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.fields[count]}"),)
     )
     return Progress(
         TextColumn("{task.description}"),
@@ -111,7 +112,8 @@ def _rich(unit: str) -> RichProgress:
 def amount(value: float, unit: str) -> str:
     """``value`` with a decimal prefix: ``amount(12_300_000, "B")`` is ``"12.3 MB"``."""
     for prefix in ("", "k", "M", "G"):
-        if abs(value) < 1000 or prefix == "G":
+        digits = 1 if prefix else 0
+        if abs(round(value, digits)) < 1000 or prefix == "G":
             break
         value /= 1000
-    return f"{value:.{0 if not prefix else 1}f} {prefix}{unit}".rstrip()
+    return f"{value:.{digits}f} {prefix}{unit}".rstrip()

@@ -13,7 +13,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -158,7 +158,7 @@ def find_method(name: str) -> Method:
     """The method called ``name``.
 
     Raises ConfigError naming the nearest when there is none, DependencyError with the extra to install when it lacks
-    a library.
+    a library, and when somebody else's cannot be imported.
     """
     found = _find("methods", "method", name)
     if not isinstance(found, Method):
@@ -182,10 +182,18 @@ def _package(folder: str) -> str:
     return "quantool.validation" if folder == "checks" else f"quantool.{folder}"
 
 
+def _load(point: EntryPoint, kind: str) -> object:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        owner = point.dist.name if point.dist else point.value
+        raise DependencyError(f"{kind} {point.name!r} of {owner} cannot be loaded: {error}") from error
+
+
 def _find(folder: str, kind: str, name: str) -> object:
     for point in entry_points(group=f"quantool.{folder}"):
         if point.name == name:
-            return point.load()
+            return _load(point, kind)
     known = names(folder)
     if name not in known:
         raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}", hint=nearest(name, known))

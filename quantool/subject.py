@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantool.errors import ConfigError
 from quantool.records import Artifact, FileRecord, sha256_of
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 # docs/gguf.md of ggml: ...-<Encoding>[-00001-of-00009].gguf
 ENCODING = re.compile(r"(?:^|[-._])(?P<level>[A-Za-z]{0,5}\d?[A-Za-z]*\d+(?:_[A-Za-z0-9]+)*)$")
@@ -18,7 +21,7 @@ def artifact_of(path: Path, level: str | None = None) -> tuple[Artifact, str]:
     """The artifact at ``path`` and its engine: a GGUF file, the first shard of one, or a folder for transformers.
 
     The level is read from the file name (GGUF) or the folder's name unless given. Raises ConfigError for anything
-    else, and for a GGUF file whose shards are not all there.
+    else, and for a GGUF file that is damaged or whose shards are not all there.
     """
     if path.suffix == ".gguf" and path.is_file():
         names = _shards(path)
@@ -29,7 +32,7 @@ def artifact_of(path: Path, level: str | None = None) -> tuple[Artifact, str]:
         return _artifact(path, names, level or _level(path.name)), "transformers"
     if path.is_dir() and (found := sorted(path.glob("*.gguf"))):
         listed = ", ".join(file.name for file in found)
-        raise ConfigError(f"{path} holds several artifacts: {listed}", hint="name one of the files")
+        raise ConfigError(f"{path} is no artifact but holds {listed}", hint="name one of the files")
     raise ConfigError(
         f"{path} is no artifact" if path.exists() else f"{path} does not exist",
         hint="give a .gguf file, or a folder with config.json and safetensors",
@@ -78,12 +81,30 @@ def _artifact(folder: Path, names: list[str], level: str) -> Artifact:
 def _bits_per_weight(folder: Path, names: list[str]) -> float:
     """Bits of tensor data per weight, from headers."""
     if names[0].endswith(".gguf"):
-        from gguf import GGUFReader
-
-        tensors = [tensor for name in names for tensor in GGUFReader(folder / name).tensors]
+        tensors = [tensor for name in names for tensor in _tensors(folder / name)]
+        if not tensors:
+            raise ConfigError(f"{folder / names[0]} holds no tensors")
         return 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
     from quantool.weights import check_index
 
     found = check_index(folder).values()
-    parameters = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_parameters")
-    return 8 * sum(t.bytes for t in found) / (parameters or sum(t.elements for t in found))
+    return 8 * sum(t.bytes for t in found) / sum(t.elements for t in found)
+
+
+def judged_by(artifact: Artifact, engine: str, parameters: int) -> Artifact:
+    """The artifact with its bits per weight counted by the reference's ``parameters``: packed weights hide their own."""
+    if engine == "llama.cpp":
+        return artifact
+    from quantool.weights import check_index
+
+    data = sum(tensor.bytes for tensor in check_index(artifact.folder).values())
+    return artifact.model_copy(update={"bits_per_weight": 8 * data / parameters})
+
+
+def _tensors(path: Path) -> list[ReaderTensor]:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path).tensors
+    except (ValueError, IndexError, KeyError, OverflowError) as error:  # all that the reader knows of damage
+        raise ConfigError(f"{path} is not a GGUF file, or a damaged one: {error}") from error

@@ -22,7 +22,7 @@ def columns(report: Report) -> list[str]:
     worst = _worst(report)
     corpus = worst.corpus if worst else None
     ppl, top = report.find("perplexity", corpus), report.find("same_top_p", corpus)
-    first = artifact.files[0]
+    first, largest = artifact.files[0], max(artifact.files, key=lambda file: file.bytes)
     return [
         first.name if first.name.endswith(".gguf") else artifact.folder.name,
         amount(artifact.bytes(), "B"),
@@ -34,7 +34,7 @@ def columns(report: Report) -> list[str]:
         f"{100 * top.measured:.2f} %" if top and isinstance(top.measured, float) else "-",
         _template(report),
         str(report.verdict()),
-        first.sha256[:SHOWN],
+        largest.sha256[:SHOWN],
     ]
 
 
@@ -45,9 +45,8 @@ def _worst(report: Report) -> Finding | None:
 
 
 def _template(report: Report) -> str:
-    found = [finding.verdict for finding in report.findings if finding.check == "chat_template"]
-    failing = [verdict for verdict in found if verdict.fails]
-    return str(failing[0] if failing else next(iter(found), "-"))
+    found = tuple(finding for finding in report.findings if finding.check == "chat_template")
+    return str(report.model_copy(update={"findings": found}).verdict()) if found else "-"
 
 
 def table(reports: Sequence[Report]) -> str:

@@ -7,6 +7,7 @@ and engine are one commit. A llama.cpp checkout named by ``llama_cpp_path`` or `
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +26,7 @@ from quantool.workspace import write_text, written
 DISTRIBUTION = "llama-cpp-python"
 MANIFEST = "toolchain.json"
 CONVERTER = "convert_hf_to_gguf.py"
+CONSTANTS = "gguf-py/gguf/constants.py"
 QUANTIZE_SOURCE = "tools/quantize/quantize.cpp"
 WANTED = (CONVERTER, "LICENSE", QUANTIZE_SOURCE)
 WANTED_FOLDERS = ("conversion", "gguf-py/gguf")
@@ -87,7 +88,7 @@ def locate(llama_cpp_path: Path | None = None) -> Toolchain:
                 hint="name the root of a llama.cpp checkout, or drop llama_cpp_path and LLAMA_CPP_PATH",
             )
         return Toolchain(named.resolve(), _checkout_commit(named), "llama_cpp_path")
-    folder = cache_folder() / "toolchain" / f"{DISTRIBUTION}-{installed_version()}"
+    folder = _installed()
     if not (folder / MANIFEST).is_file():
         raise DependencyError(
             f"llama.cpp's converter for {DISTRIBUTION} {installed_version()} is not installed",
@@ -95,6 +96,10 @@ def locate(llama_cpp_path: Path | None = None) -> Toolchain:
         )
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return Toolchain(folder, manifest["commit"], f"{DISTRIBUTION} {installed_version()}")
+
+
+def _installed() -> Path:
+    return cache_folder() / "toolchain" / f"{DISTRIBUTION}-{installed_version()}"
 
 
 def fingerprint_of(toolchain: Toolchain) -> str:
@@ -114,15 +119,43 @@ def _fingerprint_of(folder: Path) -> str:
 
 @cache
 def levels() -> dict[str, Level]:
-    """Every level that llama-quantize of the installed llama.cpp knows, by name, in its order."""
-    source = locate().folder / QUANTIZE_SOURCE
-    found = {
-        name: Level(name, ftype, text.strip())
-        for name, ftype, text in OPTION.findall(source.read_text(encoding="utf-8"))
-    }
+    """Every level that llama-quantize of the installed llama.cpp knows, by name, in its order.
+
+    LLAMA_CPP_PATH is asked only where the installed version's own list is not there. DependencyError without any.
+    """
+    folder = _installed() if (_installed() / MANIFEST).is_file() else locate().folder
+    source = folder / QUANTIZE_SOURCE
+    listed = source.read_text(encoding="utf-8") if source.is_file() else ""
+    found = {name: Level(name, ftype, text.strip()) for name, ftype, text in OPTION.findall(listed)}
     if "Q4_K_M" not in found:
-        raise DependencyError(f"no list of levels found in {source}")
+        raise DependencyError(f"no list of levels found in {source}", hint="run `quantool toolchain install`")
     return found
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """How ggml stores a tensor: ``number`` in ``enum ggml_type``, ``size`` bytes for each ``block`` of weights."""
+
+    number: int
+    block: int
+    size: int
+
+
+@cache
+def ggml_types() -> dict[str, GgmlType]:
+    """Every ggml type of the installed llama.cpp by its name in lower case.
+
+    From the ``gguf`` package of the same commit: that of the package index is older and lacks some.
+    """
+    path = locate().folder / CONSTANTS
+    spec = importlib.util.spec_from_file_location("quantool_ggml_constants", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise DependencyError(f"{path} is missing", hint="run `quantool toolchain install`")
+    constants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(constants)
+    return {
+        kind.name.lower(): GgmlType(int(kind), *size) for kind, size in constants.GGML_QUANT_SIZES.items()
+    }
 
 
 def install(sdist: Path | None = None) -> Toolchain:
@@ -158,12 +191,13 @@ def _extract(sdist: Path) -> Toolchain:
     name = f"{DISTRIBUTION}-{installed_version()}"
     if sdist.name not in (f"{name}.tar.gz", f"{name.replace('-', '_', 2)}.tar.gz"):
         raise DependencyError(f"{sdist.name} is not the source package of the installed {name}")
-    folder = cache_folder() / "toolchain" / name
+    folder = _installed()
     with written(folder) as part:
         commit = _unpack(sdist, part)
         manifest = {"distribution": name, "commit": commit, "sdist_sha256": _sha256(sdist)}
         write_text(part / MANIFEST, json.dumps(manifest, indent=1))
     levels.cache_clear()
+    ggml_types.cache_clear()
     _fingerprint_of.cache_clear()
     return Toolchain(folder, commit, f"{DISTRIBUTION} {installed_version()}")
 
@@ -193,7 +227,7 @@ def _unpack(sdist: Path, target: Path) -> str | None:
 
 
 def _is_wanted(inner: PurePosixPath) -> bool:
-    if not inner.is_relative_to("vendor/llama.cpp"):
+    if not inner.is_relative_to("vendor/llama.cpp") or ".." in inner.parts:
         return False
     path = inner.relative_to("vendor/llama.cpp")
     return str(path) in WANTED or (
@@ -217,13 +251,9 @@ def upstream_tool(name: str, llama_cpp_path: Path | None = None) -> Path | None:
     """A binary of llama.cpp (``llama-server`` …): from a checkout's build, the cache (`make tools`), or PATH."""
     from shutil import which
 
-    named = llama_cpp_path or Path(os.environ.get("LLAMA_CPP_PATH") or ".")
-    folders: Iterable[Path] = (
-        named / "build" / "bin",
-        named / "bin",
-        cache_folder() / "tools" / installed_version(),
-    )
-    for folder in folders:
+    named = llama_cpp_path or (Path(path) if (path := os.environ.get("LLAMA_CPP_PATH")) else None)
+    built = [named / "build" / "bin", named / "bin"] if named else []
+    for folder in (*built, cache_folder() / "tools" / installed_version()):
         if os.access(folder / name, os.X_OK):
             return folder / name
     found = which(name)

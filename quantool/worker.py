@@ -46,13 +46,17 @@ def main() -> None:
         except QuantoolError as error:
             _send_error(send, error)
         except OSError as error:
-            _send_error(send, DependencyError(f"{error.strerror or error}: {error.filename or target}"))
+            place = (
+                error.filename or request.get("output") or request.get("target") or target
+            )  # a full disk names none
+            _send_error(send, DependencyError(f"{error.strerror or error}: {place}"))
         except ModuleNotFoundError as error:
             _send_error(send, DependencyError(f"{target} needs {error.name}, which is not installed"))
 
 
 def _send_error(send: Callable[[dict[str, Any]], None], error: QuantoolError) -> None:
-    send({"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint}})
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    send({"error": {"kinds": kinds, "message": error.message, "hint": error.hint}})
 
 
 if __name__ == "__main__":

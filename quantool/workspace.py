@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +64,25 @@ class Workspace:
             os.close(handle)
 
     def _sweep(self) -> None:
-        """Remove what a killed run was still writing."""
-        for path in self.root.rglob(f"*{PART}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Remove what a killed run was still writing; others' files that end alike lack the leading dot."""
+        for path in list(self.root.rglob(f".*{PART}")):
+            _remove(path)
 
     def recall(self, name: str, key: str) -> dict[str, Any] | None:
         """The result of stage ``name`` if it was finished with this ``key`` and its files are as it left them."""
         try:
             saved = json.loads(self._record(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return None
-        if saved["key"] != key:
-            return None
-        for path, stamp in saved["files"].items():
-            if _stamp(self.root / path) != stamp:
-                return None
-        result: dict[str, Any] = saved["result"]
-        return result
+        match saved:
+            case {"key": found, "files": dict(files), "result": dict(result)} if found == key:
+                intact = all(_stamp(self.root / path) == stamp for path, stamp in files.items())
+                return result if intact else None
+        return None
 
     def keep(self, name: str, key: str, files: Iterable[Path], result: dict[str, Any]) -> None:
-        """Record stage ``name`` as finished; ``files`` must lie in the output folder under their final names."""
-        stamps = {str(path.relative_to(self.root)): _stamp(path) for path in files}
+        """Record stage ``name`` as finished; ``files`` must have their final names."""
+        stamps = {str(self._relative(path)): _stamp(path) for path in files}
         record = {"name": name, "key": key, "files": stamps, "result": result}
         write_text(self._record(name), json.dumps(record, indent=1))
 
@@ -98,6 +96,10 @@ class Workspace:
             self.keep(name, key, files, result)
         return result
 
+    def _relative(self, path: Path) -> Path:
+        """Relative to the output folder, which may be moved; absolute where it lies elsewhere."""
+        return path.relative_to(self.root) if path.is_relative_to(self.root) else path.absolute()
+
     def _record(self, name: str) -> Path:
         return self.stages / f"{name.replace('/', '-')}-{fingerprint(name)[:8]}.json"
 
@@ -106,7 +108,7 @@ def _stamp(path: Path) -> list[int] | None:
     """Size and modification time in ns: what changes when somebody touches a file; None when it is not there."""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return [status.st_size, status.st_mtime_ns]
 
@@ -130,7 +132,8 @@ def written(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise DependencyError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        _remove(part)
+        with suppress(OSError):  # the first error is the one to tell; leftovers are swept by the next run
+            _remove(part)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,7 +143,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""Fixtures of the tests that need no model: the fake plug-in, a checkpoint, a configuration, the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoint import write_checkpoint
+
+ENTRY_POINTS = """\
+[quantool.methods]
+fake = quantool_fake:quantize
+wrong = quantool_fake:levels
+
+[quantool.checks]
+fakecheck = quantool_fake:judge
+wrong = quantool_fake:levels
+"""
+
+
+@pytest.fixture(scope="session")
+def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for sys.path with the fake plug-in as an installed distribution."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copyfile(Path(__file__).with_name("plugin.py"), folder / "quantool_fake.py")
+    metadata = folder / "quantool_fake-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: quantool-fake\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+@pytest.fixture
+def plugin(plugin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The plug-in is installed in this process, in its workers and in commands that it starts."""
+    monkeypatch.syspath_prepend(str(plugin_folder))
+    monkeypatch.setenv("PYTHONPATH", str(plugin_folder))
+    return plugin_folder
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, plugin: Path) -> Callable[..., Path]:
+    """Write a configuration for the fake method on a tiny checkpoint; keywords are its options."""
+    model = write_checkpoint(tmp_path / "model")
+    text = tmp_path / "held-out.txt"
+    text.write_text("Some text to measure on.\n")
+
+    def write(levels: tuple[str, ...] = ("Q8_0", "Q4_K_M"), **options: Any) -> Path:
+        path = tmp_path / "job.yaml"
+        wanted = {
+            "model_id": str(model),
+            "method": "fake",
+            "quant_level": list(levels),
+            "quantization_config": options,
+            "output_path": str(tmp_path / "out"),
+            "validation": {
+                "checks": ["fakecheck"],
+                "corpora": [{"name": "text", "path": str(text)}],
+            },
+        }
+        path.write_text(json.dumps(wanted))  # JSON is YAML
+        return path
+
+    return write
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def quantool(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """Run the command line in this process."""
+    from quantool.cli import main
+
+    def command(*words: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["quantool", *map(str, words)])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = capfd.readouterr()
+        return Ended(code, out, err)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield command
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the command line as a process, killed at the end of the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: object) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "quantool", *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def wait_for(path: Path, seconds: float = 20.0) -> str:
+    """The content of a file that another process writes."""
+    until = time.monotonic() + seconds
+    while not path.is_file():
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def dies(pid: int, seconds: float = 1.0) -> bool:
+    """Whether the process is gone (or only waits to be reaped) within ``seconds``."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.01)
+    return False

@@ -1,0 +1,170 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantool import pipeline
+from quantool.card import front_matter, write_card
+from quantool.config import Config
+from quantool.progress import Progress
+from quantool.records import FileRecord, Finding, ModelCard, Plan, Report, Verdict
+from tests.checkpoint import write_checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Card = Callable[..., str]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, plugin: Path) -> Plan:
+    """A plan as a checkpoint of the Hub would have it, with figures in place."""
+    config = {
+        "model_id": str(write_checkpoint(tmp_path / "tiny")),
+        "method": "fake",
+        "quant_level": ["Q8_0"],
+        "repo_id": "us/tiny-GGUF",
+        "output_path": tmp_path / "out",
+    }
+    made = pipeline.plan(Config.model_validate(config), Progress(quiet=True))
+    card = ModelCard(
+        license="apache-2.0",
+        languages=("ca", "eu"),
+        pipeline_tag="text-generation",
+        tags=("safetensors", "iberian"),
+    )
+    source = made.source.model_copy(update={"model_id": "org/tiny", "commit": COMMIT, "card": card})
+    return made.model_copy(update={"source": source})
+
+
+def report(plan: Plan, *findings: Finding, **details: Any) -> Report:
+    output = plan.outputs[0]
+    return Report.model_validate(
+        {
+            "artifact": {
+                "output": output.id, "method": "fake", "level": output.level, "folder": "out/tiny",
+                "files": [FileRecord(name="tiny-Q8_0.gguf", bytes=2_500_000, sha256="ab" * 32)],
+                "bits_per_weight": 8.5, "seconds": 1.0, "details": details,
+            },
+            "reference": "org/tiny", "findings": findings, "seconds": 1.0,
+        }
+    )  # fmt: skip
+
+
+def figures(corpus: str) -> list[Finding]:
+    return [
+        Finding(check="perplexity", metric=metric, corpus=corpus, verdict=Verdict.PASS, measured=measured,
+                reference=reference, error=error)
+        for metric, measured, reference, error in (
+            ("perplexity", 10.05, 10.0, None),
+            ("ln_ppl_ratio", 0.004988, None, 0.0012),
+            ("mean_kld", 0.0125, None, 0.0003),
+            ("same_top_p", 0.9321, None, 0.002),
+        )
+    ]  # fmt: skip
+
+
+def parts(text: str) -> tuple[dict[str, Any], str]:
+    before, front, body = text.split("---\n", 2)
+    assert before == ""
+    return yaml.safe_load(front), body
+
+
+def test_front_matter_is_what_the_source_says(plan: Plan) -> None:
+    front, _ = parts(write_card(plan, plan.outputs, [report(plan)]))
+    assert front == {
+        "base_model": "org/tiny",
+        "base_model_relation": "quantized",
+        "license": "apache-2.0",
+        "language": ["ca", "eu"],
+        "pipeline_tag": "text-generation",
+        "library_name": "gguf",
+        "tags": ["iberian", "gguf", "quantized"],
+        "quantized_by": "quantool",
+    }
+
+
+def test_front_matter_says_nothing_that_nobody_knows(plan: Plan) -> None:
+    source = plan.source.model_copy(update={"commit": None, "card": ModelCard()})
+    output = plan.outputs[0].model_copy(update={"engine": "transformers"})
+    assert front_matter(source, [output]) == {
+        "library_name": "transformers", "tags": ["quantized"], "quantized_by": "quantool",
+    }  # fmt: skip
+
+
+def test_other_licences_keep_name_and_link(plan: Plan) -> None:
+    card = ModelCard(license="other", license_name="llama3", license_link="LICENSE")
+    front = front_matter(plan.source.model_copy(update={"card": card}), plan.outputs)
+    assert (front["license"], front["license_name"], front["license_link"]) == ("other", "llama3", "LICENSE")
+
+
+def test_languages_that_yaml_takes_for_something_else(plan: Plan) -> None:
+    """Norwegian is the classic: unquoted, ``no`` is false."""
+    source = plan.source.model_copy(update={"card": ModelCard(languages=("no", "on", "es"))})
+    front, _ = parts(write_card(plan.model_copy(update={"source": source}), plan.outputs, [report(plan)]))
+    assert front["language"] == ["no", "on", "es"]
+
+
+def test_figures_with_errors_for_every_corpus(plan: Plan) -> None:
+    _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), *figures("ca"))]))
+    row = "| Q8_0 | {} | 10.0500 | 10.0000 | 0.004988 ± 0.001200 | 0.012500 ± 0.000300 | 93.21 % |"
+    assert [line for line in body.splitlines() if "0.004988" in line] == [row.format("en"), row.format("ca")]
+    assert "| tiny-Q8_0.gguf | 2.5 MB | 8.50 | en |" in body
+
+
+def test_source_and_versions_are_named(plan: Plan) -> None:
+    _, body = parts(write_card(plan, plan.outputs, [report(plan, base="f16", note="bf16 would overflow")]))
+    assert f"[org/tiny](https://huggingface.co/org/tiny) at commit `{COMMIT}`" in body
+    assert f"transformers {plan.versions['transformers']}" in body
+    assert "- Q8_0: made from F16\n" in body
+    assert "- bf16 would overflow\n" in body
+
+
+def test_a_local_source_is_named_without_its_folder(plan: Plan, tmp_path: Path) -> None:
+    source = plan.source.model_copy(update={"commit": None, "model_id": str(tmp_path / "tiny")})
+    text = write_card(plan.model_copy(update={"source": source}), plan.outputs, [report(plan)])
+    assert "**tiny**" in text
+    assert str(tmp_path) not in text
+
+
+def test_sampling_that_the_source_recommends(plan: Plan) -> None:
+    assert "temperature 0.6 (generation_config.json" in write_card(plan, plan.outputs, [report(plan)])
+    source = plan.source.model_copy(update={"generation": {"eos_token_id": 2}})
+    assert "sampling" not in write_card(
+        plan.model_copy(update={"source": source}), plan.outputs, [report(plan)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "repo_id", "command"),
+    [
+        (
+            "llama.cpp",
+            "us/tiny-GGUF",
+            "llama-server -hf us/tiny-GGUF:Q8_0\nllama-server -m model-Q8_0.gguf\n",
+        ),
+        ("llama.cpp", None, "```sh\nllama-server -m model-Q8_0.gguf\n"),
+        ("transformers", "us/tiny", "vllm serve us/tiny\n"),
+        ("transformers", None, "vllm serve tiny-GGUF\n"),
+    ],
+)
+def test_how_to_use_it(plan: Plan, engine: str, repo_id: str | None, command: str) -> None:
+    output = plan.outputs[0].model_copy(update={"engine": engine, "repo_id": repo_id})
+    assert command in write_card(plan, [output], [report(plan)])
+
+
+def test_other_checks_with_the_reason_of_what_was_left_out(plan: Plan) -> None:
+    found = [
+        Finding(check="tokenizer", metric="ids", verdict=Verdict.SKIPPED, detail="no NFC normalizer"),
+        Finding(check="tokenizer", metric="specials", verdict=Verdict.PASS, detail="not worth a word"),
+        Finding(check="chat_template", metric="text", verdict=Verdict.REGRESSION, detail="a | b"),
+    ]
+    _, body = parts(write_card(plan, plan.outputs, [report(plan, *found)]))
+    assert "| Q8_0 | tokenizer | ids SKIPPED, specials PASS |" in body
+    assert "- Q8_0, ids: SKIPPED: no NFC normalizer\n" in body
+    assert "- Q8_0, text: REGRESSION: a | b\n" in body
+    assert "not worth a word" not in body
+
+
+def test_no_heading_for_checks_without_findings(plan: Plan) -> None:
+    assert "Other checks" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
