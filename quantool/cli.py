@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from quantool.errors import INTERRUPTED, ConfigError, GateError, QuantoolError
+from quantool.errors import INTERRUPTED, ConfigError, GateError, QuantoolError, nearest
 
 if TYPE_CHECKING:
     from quantool.config import Config
     from quantool.pipeline import Outcome
     from quantool.progress import Progress
+    from quantool.records import Publication
 
 app = typer.Typer(
     name="quantool",
@@ -31,7 +32,7 @@ chain = typer.Typer(help="The parts of llama.cpp that no Python package installs
 app.add_typer(chain, name="toolchain")
 
 P = ParamSpec("P")
-COMMANDS = ("run", "plan", "validate", "methods", "schema", "doctor", "toolchain")
+COMMANDS = ("run", "plan", "validate", "publish", "methods", "schema", "doctor", "toolchain")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -50,8 +51,16 @@ def main() -> None:
     arguments = sys.argv[1:]
     first = next((word for word in arguments if not word.startswith("-")), None)
     if first is not None and first not in COMMANDS and not {"--help", "--version"} & set(arguments):
+        _refuse_misspelled(first)
         sys.argv[1:] = ["run", *arguments]
     app()
+
+
+def _refuse_misspelled(word: str) -> None:
+    """Exit with the nearest command when ``word`` looks like one and is no file."""
+    if word.isidentifier() and not Path(word).exists() and (hint := nearest(word, list(COMMANDS))):
+        _tell(ConfigError(f"{word} is neither a command nor a file", hint=hint))
+        sys.exit(ConfigError.exit_code)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
@@ -66,15 +75,19 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except QuantoolError as error:
-            _complain(f"error: {error.message}")
-            if error.hint:
-                _complain(f"hint: {error.hint}")
+            _tell(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _complain("interrupted; finished stages are kept, run the same command again to go on")
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def _tell(error: QuantoolError) -> None:
+    _complain(f"error: {error.message}")
+    if error.hint:
+        _complain(f"hint: {error.hint}")
 
 
 def _complain(text: str) -> None:
@@ -100,12 +113,48 @@ def run(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, 
 
     loaded, progress = _load(config, overrides, quiet=quiet)
     outcome = pipeline.run(loaded, progress)
-    _show(outcome, as_json=as_json)
+    _show(outcome, progress, as_json=as_json)
+    errors: list[QuantoolError] = list(outcome.refused)
     if outcome.failed:
-        raise GateError(
+        failed = GateError(
             f"{len(outcome.failed)} of {len(outcome.reports)} artifacts did not pass",
             hint=f"findings: {loaded.output_path / 'records'}; thresholds: validation.gates",
         )
+        errors.insert(0, failed)
+    for error in errors[1:]:
+        _tell(error)
+    if errors:
+        raise errors[0]
+
+
+@app.command()
+@reported
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A folder that `quantool run` packed.", show_default=False)],
+    repo_id: Annotated[
+        str | None, typer.Option(help="NAMESPACE/NAME; default: what the run's configuration named.")
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Of a new repository; default: as the configuration said, else private.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push FOLDER to the Hub in one commit, after comparing its files with what was judged; verify it there."""
+    from quantool import pipeline
+    from quantool.progress import Progress
+
+    made = pipeline.publish(folder, repo_id, private, Progress(quiet=quiet))
+    typer.echo(made.model_dump_json(indent=1) if as_json else _published(made))
+
+
+def _published(made: Publication) -> str:
+    sent = f"{len(made.sent)} of {len(made.files)} files sent" if made.sent else "nothing was new"
+    return f"{made.url}: {sent}, all compared"
 
 
 @app.command()
@@ -250,7 +299,7 @@ def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Conf
     return loaded.config, progress
 
 
-def _show(outcome: Outcome, *, as_json: bool) -> None:
+def _show(outcome: Outcome, progress: Progress, *, as_json: bool) -> None:
     from quantool.table import failures, table, write_step_summary
 
     write_step_summary(outcome.reports)
@@ -258,10 +307,14 @@ def _show(outcome: Outcome, *, as_json: bool) -> None:
         reports = [
             report.model_dump(mode="json") | {"verdict": report.verdict()} for report in outcome.reports
         ]
-        typer.echo(json.dumps({"plan": outcome.plan.model_dump(mode="json"), "reports": reports}, indent=1))
+        told = {"plan": outcome.plan.model_dump(mode="json"), "reports": reports}
+        told["publications"] = [made.model_dump(mode="json") for made in outcome.publications]
+        typer.echo(json.dumps(told, indent=1))
         return
     typer.echo(table(outcome.reports))
     if said := failures(outcome.reports):
         _complain(said)
     for repo in dict.fromkeys(output.repo for output in outcome.plan.outputs):
-        _complain(f"folder: {outcome.reports[0].artifact.folder.parent / repo}")
+        progress.say(f"folder: {outcome.reports[0].artifact.folder.parent / repo}")
+    for made in outcome.publications:
+        typer.echo(f"published: {_published(made)}")

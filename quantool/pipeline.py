@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantool import process, registry
+from quantool import hub, process, registry
 from quantool.config import Config
-from quantool.errors import SourceError
+from quantool.errors import PublicationError, SourceError
 from quantool.package import pack
 from quantool.plan import check_disk, make_plan, versions
+from quantool.preflight import preflight
 from quantool.progress import Progress
-from quantool.records import Artifact, Finding, Gates, OutputPlan, Plan, Report, Source, Verdict, fingerprint
+from quantool.publication import destination, read_parcel
+from quantool.records import (
+    Artifact,
+    Finding,
+    Gates,
+    OutputPlan,
+    Plan,
+    Publication,
+    Report,
+    Source,
+    Verdict,
+    fingerprint,
+)
 from quantool.registry import Case, Job
 from quantool.source import identity, overlay, resolve
+from quantool.subject import judged_by
 from quantool.workspace import Workspace, write_text
 
 
@@ -25,6 +41,9 @@ class Outcome:
 
     plan: Plan
     reports: tuple[Report, ...]
+    publications: tuple[Publication, ...] = ()
+    refused: tuple[PublicationError, ...] = ()
+    """Why folders whose artifacts all passed could not be published."""
 
     @property
     def failed(self) -> tuple[Report, ...]:
@@ -42,16 +61,61 @@ def plan(config: Config, progress: Progress) -> Plan:
 
 
 def run(config: Config, progress: Progress) -> Outcome:
-    """Do everything that ``config`` asks for up to the folders to publish; a rerun redoes only what changed."""
+    """Do everything that ``config`` asks for; a rerun redoes only what changed.
+
+    With ``push_to_hub`` each folder whose artifacts all passed is published, whatever became of the others.
+    """
     workspace = Workspace(config.output_path)
+    if config.push_to_hub:
+        preflight({wanted.repo_id or "": _private(config) for wanted in config.requested()})
     with workspace.lock():
         made, artifacts = _make_all(config, workspace, progress)
         reports = tuple(
             judge(_case(config, made.source, output, artifact, workspace), artifact, progress)
             for output, artifact in zip(made.outputs, artifacts, strict=True)
         )
-        pack(made, reports, workspace)
-        return Outcome(made, reports)
+        folders = pack(made, reports, workspace)
+        outcome = Outcome(made, reports)
+        return _publish_passed(config, outcome, folders, progress) if config.push_to_hub else outcome
+
+
+def _private(config: Config) -> bool | None:
+    """What the user said; None (create as private, take an existing repository as it is) when nothing."""
+    return config.private if "private" in config.model_fields_set else None
+
+
+def _publish_passed(config: Config, outcome: Outcome, folders: Sequence[Path], progress: Progress) -> Outcome:
+    """Publish the folders without a failed artifact; one that the Hub refuses does not keep the next one back."""
+    failed = {report.artifact.folder for report in outcome.failed}
+    done, refused = [], []
+    for folder in folders:
+        if folder in failed:
+            progress.warn(f"{folder.name} is not published: an artifact in it did not pass")
+            continue
+        try:
+            done.append(_publish(folder, None, _private(config), progress))
+        except PublicationError as error:
+            refused.append(error)
+    return replace(outcome, publications=tuple(done), refused=tuple(refused))
+
+
+def _publish(folder: Path, repo_id: str | None, private: bool | None, progress: Progress) -> Publication:
+    repo_id = destination(read_parcel(folder), repo_id)
+    made = hub.publish(folder, repo_id, private=private, progress=progress)
+    record = folder.parent / "records" / f"{folder.name}.publication.json"
+    write_text(record, made.model_dump_json(indent=1))
+    return made
+
+
+def publish(folder: Path, repo_id: str | None, private: bool | None, progress: Progress) -> Publication:
+    """Publish a folder that a run packed; None stands for what that run's configuration said."""
+    folder = folder.absolute()
+    parcel = read_parcel(folder)
+    private = parcel.private if private is None else private
+    preflight({destination(parcel, repo_id): private})
+    workspace = Workspace(folder.parent)
+    with workspace.lock() if workspace.state.is_dir() else nullcontext():  # elsewhere no run can be writing
+        return _publish(folder, repo_id, private, progress)
 
 
 def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
@@ -120,7 +184,9 @@ def _make(
     """Let the method make one output."""
     method = registry.find_method(output.method)
     options = method.options.model_validate(output.options)
-    artifact = method.quantize(Job(config, made, output, workspace), options, progress)
+    job = Job(config, made, output, workspace)
+    artifact = method.quantize(job, options, progress)
+    artifact = artifact.model_copy(update={"folder": job.folder})  # a recalled one says where it was
     write_text(_record(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
 
@@ -141,7 +207,7 @@ def judge(case: Case, artifact: Artifact, progress: Progress) -> Report:
     key = fingerprint(
         [file.model_dump() for file in artifact.files],
         {file.name: file.sha256 for file in case.source.files},
-        case.settings,
+        case.settings.model_copy(update={"gates": {}}),  # those of other levels do not matter
         case.gates,
         texts,
         names,
@@ -150,23 +216,27 @@ def judge(case: Case, artifact: Artifact, progress: Progress) -> Report:
     stage = f"report/{case.name}"
     known = all(identity is not None for _, identity in texts)  # a data set on the Hub may have changed
     if known and (kept := case.workspace.recall(stage, key)) is not None:
-        return Report.model_validate(kept)
+        report = Report.model_validate(kept).model_copy(update={"artifact": artifact})
+    else:
+        report = _judged(case, names, artifact, progress)
+        files = [artifact.folder / file.name for file in artifact.files]
+        case.workspace.keep(stage, key, files, report.model_dump(mode="json"))
+    write_text(_record(case.workspace, "report", case.name), report.model_dump_json(indent=1))
+    return report
+
+
+def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Progress) -> Report:
     started = time.monotonic()
     findings: list[Finding] = []
     for name in names:
         progress.say(f"{case.name}: {name}")
         findings += registry.find_check(name).judge(case, progress)
-    report = Report(
+    return Report(
         artifact=artifact,
         reference=case.source.label(),
         findings=tuple(findings),
         seconds=time.monotonic() - started,
     )
-    case.workspace.keep(
-        stage, key, [artifact.folder / file.name for file in artifact.files], report.model_dump(mode="json")
-    )
-    write_text(_record(case.workspace, "report", case.name), report.model_dump_json(indent=1))
-    return report
 
 
 def _texts(config: Config) -> list[tuple[str, str | None]]:
@@ -189,4 +259,4 @@ def validate(artifact: Artifact, engine: str, config: Config, gates: Gates, prog
         source = scan(source, workspace, progress)
         path = artifact.folder / artifact.files[0].name if engine == "llama.cpp" else artifact.folder
         case = Case(path, engine, f"given/{path.name}", source, config, gates, workspace)
-        return judge(case, artifact, progress)
+        return judge(case, judged_by(artifact, engine, source.facts.parameters), progress)

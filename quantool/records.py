@@ -260,6 +260,24 @@ class Report(Record):
         return None
 
 
+class Publication(Record):
+    """A folder as it stands on the Hub, compared file by file after the push."""
+
+    repo_id: str
+    commit: str
+    """The commit of ``main`` that holds these files."""
+    parent: str
+    """What ``main`` was before; the same as ``commit`` when nothing was new."""
+    url: str
+    private: bool
+    files: tuple[FileRecord, ...]
+    """Every file of the folder; size and hash on the Hub are these."""
+    sent: tuple[str, ...]
+    """Names of those that the commit added or changed."""
+    read_back: tuple[str, ...]
+    """Names of the large ones whose beginning and end were downloaded and are the same bytes."""
+
+
 def fingerprint(*parts: Any) -> str:
     """SHA-256 of the canonical JSON of ``parts`` (records, paths and JSON values)."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()
@@ -270,6 +288,8 @@ def _plain(value: object) -> Any:
         return value.model_dump(mode="json")
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)  # their order differs from process to process
     if isinstance(value, Iterable):
         return list(value)
     raise TypeError(f"no JSON form: {value!r}")

@@ -1,7 +1,7 @@
 """A small Hub on loopback for tests: what huggingface_hub asks when it reads a model repository.
 
-``Hub`` holds repositories in memory and notes every request. The routes are a table, so that a write side can be
-added beside the read side. Answers follow huggingface_hub 1.33 (``_snapshot_download.py``, ``file_download.py``).
+``Hub`` holds repositories in memory, notes every request and has faults on order. The routes are a table; the write
+side is ``pushing.py``. Answers follow huggingface_hub 1.33 (``_snapshot_download.py``, ``file_download.py``).
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 LFS_ENDS = (".safetensors", ".bin", ".gguf", ".model")
@@ -22,7 +23,7 @@ LFS_ENDS = (".safetensors", ".bin", ".gguf", ".model")
 
 @dataclass
 class Repository:
-    """One model repository with one commit."""
+    """One model repository: the files of its newest commit, and of the commits before."""
 
     files: dict[str, bytes]
     commit: str = "1" * 40
@@ -31,9 +32,25 @@ class Repository:
     """Its listing is public, its files need the token."""
     broken: int = 0
     """Status that every request for it gets, when not 0."""
+    private: bool = False
+    history: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def holds(self, revision: str) -> bool:
-        return revision == self.commit or revision in self.branches
+        return revision == self.commit or revision in self.branches or revision in self.history
+
+    def at(self, revision: str) -> dict[str, bytes]:
+        """The files of a revision that it holds."""
+        return self.history.get(revision, self.files)
+
+    def commit_of(self, revision: str) -> str:
+        return revision if revision in self.history else self.commit
+
+    def advance(self, files: dict[str, bytes]) -> str:
+        """Make ``files`` the newest commit."""
+        self.history[self.commit] = self.files
+        listing = "".join(f"{name} {_git_id(content)}\n" for name, content in sorted(files.items()))
+        self.files, self.commit = files, hashlib.sha1((self.commit + listing).encode()).hexdigest()  # noqa: S324
+        return self.commit
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,24 @@ class Asked:
     path: str
     range: str | None
     token: str | None
+    body: bytes = b""
+
+
+@dataclass
+class Fault:
+    """What goes wrong the next ``times`` that a request ``METHOD /path`` matches ``on``.
+
+    ``refuse`` answers with ``status``; ``drop`` closes the connection in the middle of the request's body, ``lose``
+    after the request was carried out; ``flip`` carries it out with another last byte, ``garble`` answers with one.
+    """
+
+    on: str
+    kind: Literal["refuse", "drop", "lose", "flip", "garble", "none"] = "refuse"
+    status: int = 500
+    text: str = ""
+    times: int = 1
+    before: Callable[[], None] = lambda: None
+    """Called first, when the request arrived."""
 
 
 @dataclass
@@ -72,6 +107,22 @@ class Hub:
         self.asked: list[Asked] = []
         self.token = token
         self.url = ""
+        self.routes = list(ROUTES)
+        self.faults: list[Fault] = []
+        self.lock = threading.RLock()
+
+    def due(self, request: str) -> Fault | None:
+        """The first fault on order for a request; counted down."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.search(fault.on, request):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def sent(self, method: str, pattern: str = "") -> list[Asked]:
+        """Requests that arrived whole."""
+        return [asked for asked in self.asked if asked.method == method and re.search(pattern, asked.path)]
 
     def downloads(self, end: str = "") -> list[str]:
         """File names that were fetched whole or in part, ending in ``end``."""
@@ -83,8 +134,14 @@ class Hub:
     def _is_get(asked: Asked, end: str) -> bool:
         return asked.method == "GET" and "/resolve/" in asked.path and asked.path.endswith(end)
 
-    def answer(self, asked: Asked) -> Answer:
-        for method, pattern, route in ROUTES:
+    def answer(self, asked: Asked, fault: Fault) -> Answer:
+        if fault.kind == "refuse":
+            return Answer(fault.status, b"", {"X-Error-Message": fault.text})
+        answer = self.carry_out(replace(asked, body=_other(asked.body)) if fault.kind == "flip" else asked)
+        return replace(answer, body=_other(answer.body)) if fault.kind == "garble" else answer
+
+    def carry_out(self, asked: Asked) -> Answer:
+        for method, pattern, route in self.routes:
             if asked.method in method and (match := re.fullmatch(pattern, asked.path)):
                 return route(self, match, asked)
         return refusal(404, "NotFound")
@@ -106,24 +163,26 @@ def model_info(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
     found = hub.find(match)
     if isinstance(found, Answer):
         return found
-    siblings = [{"rfilename": name} for name in found.files]
-    info = {"_id": "0", "id": match["id"], "modelId": match["id"], "sha": found.commit, "siblings": siblings}
-    return reply(
-        {**info, "private": False, "gated": "auto" if found.gated else False, "tags": [], "downloads": 0}
-    )
+    revision = match.groupdict().get("revision") or found.commit
+    siblings = [{"rfilename": name} for name in found.at(revision)]
+    info = {"_id": "0", "id": match["id"], "modelId": match["id"], "siblings": siblings}
+    info |= {"sha": found.commit_of(revision), "private": found.private}
+    return reply({**info, "gated": "auto" if found.gated else False, "tags": [], "downloads": 0})
 
 
 def tree(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
     found = hub.find(match)
     if isinstance(found, Answer):
         return found
-    entries: list[dict[str, Any]] = []
-    for name, content in found.files.items():
-        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _git_id(content)}
-        if name.endswith(LFS_ENDS):
-            entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 130}
-        entries.append(entry)
-    return reply(entries)
+    return reply([entry(name, content) for name, content in found.at(match["revision"]).items()])
+
+
+def entry(name: str, content: bytes) -> dict[str, Any]:
+    """A file as listings have it."""
+    listed: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": _git_id(content)}
+    if name.endswith(LFS_ENDS):
+        listed["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+    return listed
 
 
 def resolve(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
@@ -132,12 +191,13 @@ def resolve(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
         return found
     if found.gated and asked.token != hub.token:
         return refusal(403 if asked.token else 401, "GatedRepo")
-    content = found.files.get(match["path"])
+    content = found.at(match["revision"]).get(match["path"])
     if content is None:
         return refusal(404, "EntryNotFound")
-    headers = {"ETag": f'"{_git_id(content)}"', "X-Repo-Commit": found.commit, "Accept-Ranges": "bytes"}
+    headers = {"ETag": f'"{_git_id(content)}"', "Accept-Ranges": "bytes"}
+    headers["X-Repo-Commit"] = found.commit_of(match["revision"])
     if match["path"].endswith(LFS_ENDS):
-        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{_sha256(content)}"'}
+        headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{sha256(content)}"'}
     asked_range = re.fullmatch(r"bytes=(\d+)-(\d*)", asked.range or "")
     if asked_range is None:
         return Answer(200, content, headers)
@@ -156,11 +216,15 @@ ROUTES: list[tuple[tuple[str, ...], str, Route]] = [
 ]
 
 
+def _other(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
 def _git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
@@ -170,13 +234,24 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms between its header and its body
 
         def _answer(self) -> None:
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
             path = unquote(urlsplit(self.path).path)
-            asked = Asked(self.command, path, self.headers.get("Range"), token)
+            length = int(self.headers.get("Content-Length") or 0)
+            fault = hub.due(f"{self.command} {path}") or Fault("", "none")
+            body = self.rfile.read(length // 2 if fault.kind == "drop" else length)
+            fault.before()
+            if fault.kind == "drop":
+                self._hang_up()
+                return
+            asked = Asked(self.command, path, self.headers.get("Range"), token, body)
             hub.asked.append(asked)
-            answer = hub.answer(asked)
+            answer = hub.answer(asked, fault)
+            if fault.kind == "lose":
+                self._hang_up()
+                return
             self.send_response(answer.status)
             for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
                 self.send_header(name, value)
@@ -184,7 +259,11 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if self.command != "HEAD":
                 self.wfile.write(answer.body)
 
-        do_GET = do_HEAD = _answer  # noqa: N815
+        def _hang_up(self) -> None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+        do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             """Say nothing: ``hub.asked`` has it."""
