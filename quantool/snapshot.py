@@ -124,7 +124,6 @@ def _bar_class(bar: Bar | None) -> type[Any]:
 @contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises inside into SourceError or DependencyError with advice."""
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -133,7 +132,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise _translated(error, repo, revision) from error
     except errors.HFValidationError as error:
         raise SourceError(f"{repo!r} is neither a folder here nor a Hub id") from error
-    except httpx.HTTPError as error:
+    except errors.HTTPError as error:  # type: ignore[attr-defined]  # of httpx in 1.x, of httpx2 in 2.x
         raise _unreachable(repo, type(error).__name__) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
