@@ -36,12 +36,12 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null),
     ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
-    ``keys`` (scalar metadata), ``tokens``, ``tensors`` (name to shape, type, bytes and number of the shard).
+    ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
     """
     conversion, gguf = _load(Path(request["toolchain"]))
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
-    model = _prepare(conversion, gguf, request)
+    model, dropped = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     if request["rehearse"]:
         writer.write_header_to_file(path=model.fname_out)
@@ -57,7 +57,12 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     files = writer.format_shard_names(writer.path)
     summary = _summarize(writer)
     writer.close()
-    return {"files": [str(file) for file in files], "headers": headers, **summary}
+    return {
+        "files": [str(file) for file in files],
+        "headers": headers,
+        "space_prefix_dropped": dropped,
+        **summary,
+    }
 
 
 def _load(toolchain: Path) -> tuple[ModuleType, Any]:
@@ -128,7 +133,7 @@ def _unknown(digest: str, suggested: str | None) -> SourceError:
     )
 
 
-def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> Any:
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool]:
     """Make the upstream model object with header and (lazy) tensors complete."""
     import torch
 
@@ -157,13 +162,43 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> Any:
         raise _explain(error, folder) from error
     _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_template(model.gguf_writer, gguf, request["chat_template"])
-    if request["add_space_prefix"] is not None:
-        for data in model.gguf_writer.kv_data:
-            data.pop(gguf.Keys.Tokenizer.ADD_PREFIX, None)
-        model.gguf_writer.add_add_space_prefix(request["add_space_prefix"])
+    dropped = _set_space_prefix(model.gguf_writer, gguf, request)
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
-    return model
+    return model, dropped
+
+
+def _set_space_prefix(writer: Any, gguf: Any, request: dict[str, Any]) -> bool:
+    """Write ``add_space_prefix`` as asked; where nothing was, false if it makes the chats of the source equal.
+
+    A SentencePiece tokenizer with ``legacy: false`` puts a space before the first word of a text only; llama.cpp puts one
+    after every special token too, or none anywhere. With a chat template, text always follows a special token.
+    Returns whether it decided so itself.
+    """
+    wanted = request["add_space_prefix"]
+    chosen = wanted is None and request["chat_template"] is not None and _is_spm(writer)
+    chosen = chosen and _prefixes_first_word_only(request["model"])
+    if chosen:
+        wanted = False
+    if wanted is not None:
+        for data in writer.kv_data:
+            data.pop(gguf.Keys.Tokenizer.ADD_PREFIX, None)
+        writer.add_add_space_prefix(wanted)
+    return chosen
+
+
+def _is_spm(writer: Any) -> bool:
+    return bool(writer.kv_data[0]["tokenizer.ggml.model"].value == "llama")
+
+
+def _prefixes_first_word_only(folder: str) -> bool:
+    from transformers import AutoTokenizer
+
+    backend = getattr(AutoTokenizer.from_pretrained(folder), "backend_tokenizer", None)
+    if backend is None:
+        return False
+    step = json.loads(backend.to_str())["pre_tokenizer"] or {"type": None}
+    return bool(step["type"] == "Metaspace" and step["prepend_scheme"] == "first")
 
 
 def _explain(error: Exception, folder: Path) -> SourceError:
@@ -189,7 +224,7 @@ def _type_added_tokens(writer: Any, gguf: Any, folder: Path) -> None:
     """
     data = writer.kv_data[0]
     file = folder / "tokenizer.json"
-    if data["tokenizer.ggml.model"].value != "llama" or not file.is_file():
+    if not _is_spm(writer) or not file.is_file():
         return
     names, scores, types = (data[f"tokenizer.ggml.{key}"].value for key in ("tokens", "scores", "token_type"))
     untyped = (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED)

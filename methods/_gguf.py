@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from quantool.workspace import write_text, written
 
 ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 F16_MAX = 65504.0
+SPACE_KEY = "tokenizer.ggml.add_space_prefix"
 GIB = 1 << 30
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -37,8 +41,8 @@ class GgufOptions(Options):
     )
     add_space_prefix: bool | None = Field(
         None,
-        description="SentencePiece only: whether llama.cpp puts a space before text after a special token; default: "
-        "as its converter has it. false makes the chats of a tokenizer with legacy: false equal.",
+        description="SentencePiece only: whether llama.cpp puts a space before text after a special token. Default: as "
+        "its converter has it, but false for a chat model whose tokenizer puts one before the first word only.",
     )
     model_name: str | None = Field(
         None, description="general.name and the start of file names; default: the source's."
@@ -78,6 +82,7 @@ class Rehearsal:
     """Bytes of each shard's header, without the padding that follows."""
     keys: dict[str, Any]
     tensors: dict[str, Tensor]
+    space_prefix_dropped: bool = False
 
     @property
     def header(self) -> Path:
@@ -87,6 +92,16 @@ class Rehearsal:
     def elements(self) -> int:
         """Number of weights."""
         return sum(_product(tensor.shape) for tensor in self.tensors.values())
+
+
+def space_note(rehearsal: Rehearsal) -> str:
+    """A sentence where the converter was told to put no space after special tokens though nobody asked."""
+    if not rehearsal.space_prefix_dropped:
+        return ""
+    return (
+        f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
+        "after every special token; a text without a template starts without that space in llama.cpp"
+    )
 
 
 def model_name(source: Source, options: GgufOptions) -> str:
@@ -135,16 +150,31 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
     tools = toolchain.locate(options.llama_cpp_path)
     key = fingerprint(_shape(source), _recipe(source, options, tools, kind))
     folder = toolchain.cache_folder() / "rehearsals" / key[:32]
-    if not (folder / "summary.json").is_file():
-        _rehearse(source, options, kind, tools, folder)
+    with alone(folder):
+        if not (folder / "summary.json").is_file():
+            _rehearse(source, options, kind, tools, folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     tensors = {
         name: Tensor(tuple(entry["shape"]), entry["type"], entry["bytes"], entry["shard"])
         for name, entry in summary["tensors"].items()
     }
     return Rehearsal(
-        folder, summary["keys"]["general.architecture"], tuple(summary["headers"]), summary["keys"], tensors
+        folder,
+        summary["keys"]["general.architecture"],
+        tuple(summary["headers"]),
+        summary["keys"],
+        tensors,
+        summary["space_prefix_dropped"],
     )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock beside ``folder``: runs with other output folders share the user cache."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _shape(source: Source) -> list[Any]:
@@ -182,7 +212,9 @@ def _rehearse(
 def _require_vocabulary(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
     """Let llama.cpp load the vocabulary of a rehearsed file; what it refuses is the tokenizer or its name."""
     try:
-        process.call("quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": True}, log=log)
+        process.call(
+            "quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": True}, log=log
+        )
     except QuantizationError as error:
         name = options.pre_tokenizer
         if name and "unknown pre-tokenizer" in error.message:
@@ -347,10 +379,8 @@ def file_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int) -> list[
 
 def tensor_bytes(tensor: Tensor, type_name: str) -> int:
     """Bytes of a tensor stored as ``type_name``."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
-    return _product(tensor.shape) // block * size
+    kind = toolchain.ggml_types()[type_name.lower()]
+    return _product(tensor.shape) // kind.block * kind.size
 
 
 def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:

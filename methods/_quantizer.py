@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from quantool.errors import ConfigError, QuantizationError
+from quantool.errors import ConfigError, DependencyError, QuantizationError, nearest
+from quantool.methods._matrix import read_matrix
+from quantool.toolchain import ggml_types
 from quantool.worker import Report
 
 # [  12/ 291] blk.0.attn_k.weight - [ 2048, 256, 1, 1], type = f16, size = 1.00 MiB -> 0.28 MiB (q4_K)
@@ -21,6 +24,8 @@ TENSOR_LINE = re.compile(r"^\[ *(\d+)/ *(\d+)\] (\S+) +- \[([^\]]*)\], type = +(
 DRY_TARGET = re.compile(r"\((\w+)\)$")
 ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR (llama-cpp-python's own table is off by one)
 WARN = 3
+LOAD_MODE_NONE = 0  # llama.h: LLAMA_LOAD_MODE_NONE, the only one that goes with no_alloc
+FULL = 1 << 20  # bytes: llama.cpp says only that a write failed, and a disk with less is why
 
 
 def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def rehearse(request: dict[str, Any], _report: Report) -> dict[str, Any]:
 
 
 def probe(request: dict[str, Any], _report: Report) -> dict[str, Any]:
-    """Load a GGUF file (``path``; mapped, nothing is computed): a converter's exit code 0 is no proof that it loads.
+    """Load a GGUF file (``path``) without its weights: a converter's exit code 0 is no proof that it loads.
 
     Result: ``tokens`` in its vocabulary. Raises QuantizationError with llama.cpp's reason.
     """
@@ -67,6 +72,8 @@ def probe(request: dict[str, Any], _report: Report) -> dict[str, Any]:
     settings.n_gpu_layers = 0
     settings.use_extra_bufts = False  # no repacked copy of the weights
     settings.vocab_only = request["vocabulary_only"]
+    settings.no_alloc = not request["vocabulary_only"]  # every tensor is checked, none is read
+    settings.load_mode = LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(os.fsencode(request["path"]), settings)
     if not model:
         raise QuantizationError(f"llama.cpp cannot load {Path(request['path']).name}: {log.reason()}")
@@ -130,6 +137,8 @@ def _run(request: dict[str, Any], output: Path, log: _Log, *, dry: bool) -> None
     base = request["base"]
     code = llama_cpp.llama_model_quantize(os.fsencode(base), os.fsencode(output), ctypes.byref(parameters))
     del alive
+    if code != 0 and "iostream error" in log.reason() and shutil.disk_usage(output.parent).free < FULL:
+        raise DependencyError(f"cannot write {output}: the disk is full")
     if code != 0:
         raise QuantizationError(f"llama_model_quantize failed on {Path(base).name}: {log.reason()}")
 
@@ -168,14 +177,10 @@ def _parameters(request: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 def ggml_type(name: str) -> int:
     """Number of a ggml type by its name (``q6_K``, any case); ConfigError naming the nearest otherwise."""
-    from gguf import GGMLQuantizationType
-
-    from quantool.errors import nearest
-
-    known = {kind.name.lower(): kind for kind in GGMLQuantizationType}
+    known = ggml_types()
     if name.lower() not in known:
         raise ConfigError(f"unknown ggml type {name!r}", hint=nearest(name, list(known)))
-    return int(known[name.lower()])
+    return known[name.lower()].number
 
 
 def _tensor_types(types: dict[str, str], alive: list[Any]) -> Any:
@@ -190,24 +195,16 @@ def _tensor_types(types: dict[str, str], alive: list[Any]) -> Any:
 
 
 def _importance(path: Path, alive: list[Any]) -> tuple[Any, int, int]:
-    """Load an importance matrix (GGUF format of tools/imatrix): mean of squared activations per column.
+    """Load an importance matrix: mean of squared activations per column.
 
     A row of a matrix (an expert) that saw no token counts as 1.0 throughout, as llama-quantize has it.
     """
     import llama_cpp
     import numpy as np
-    from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
-    chunks = reader.get_field("imatrix.chunk_count")
-    if not names or chunks is None:
-        raise ConfigError(f"{path} is not an importance matrix", hint="llama-imatrix writes them as GGUF")
-    array = (llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
-    for entry, name in zip(array, names, strict=False):
-        counts = np.asarray(tensors[f"{name}.counts"], np.float32).reshape(-1, 1)
-        sums = np.asarray(tensors[f"{name}.in_sum2"], np.float32).reshape(len(counts), -1)
+    matrix = read_matrix(path)
+    array = (llama_cpp.llama_model_imatrix_data * (len(matrix.entries) + 1))()
+    for entry, (name, (sums, counts)) in zip(array, matrix.entries.items(), strict=False):
         means = np.ones_like(sums)
         np.divide(sums, counts, out=means, where=counts > 0)
         values = np.ascontiguousarray(means.reshape(-1))
@@ -217,7 +214,7 @@ def _importance(path: Path, alive: list[Any]) -> tuple[Any, int, int]:
         alive.append(values)
     alive.append(array)
     pointer = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
-    return pointer, len(names), int(chunks.contents())
+    return pointer, len(matrix.entries), matrix.chunks
 
 
 def _placeholder(alive: list[Any]) -> Any:

@@ -41,16 +41,14 @@ def levels() -> dict[str, str]:
 def outline(request: Request, options: Options) -> Outline:
     """Plan one export a level; sizes are exact in both formats."""
     options.split_bytes()
-    draft = _outline_gguf if options.format == "gguf" else _outline_safetensors
-    outputs, stages = [], []
-    for level in request.levels:
-        output, needed = draft(request, options, level)
-        outputs.append(output)
-        stages += needed
-    return Outline(tuple(outputs), tuple(stages))
+    if options.format == "safetensors":
+        return Outline(tuple(_outline_safetensors(request, options, level) for level in request.levels))
+    drafts = [_outline_gguf(request, options, level) for level in request.levels]
+    outputs, stages, notes = zip(*drafts, strict=True)
+    return Outline(outputs, stages, tuple(dict.fromkeys(filter(None, notes))))
 
 
-def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, list[StagePlan]]:
+def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, StagePlan, str]:
     source = request.source
     kind, _ = _gguf.choose_type(source, level.lower())
     rehearsal = _gguf.rehearse(source, options, kind)
@@ -78,7 +76,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         done=done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, [stage]
+    return output, stage, _gguf.space_note(rehearsal)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:
@@ -107,9 +105,7 @@ def _companions(source: Source) -> list[str]:
     ]
 
 
-def _outline_safetensors(
-    request: Request, options: Options, level: str
-) -> tuple[OutputPlan, list[StagePlan]]:
+def _outline_safetensors(request: Request, options: Options, level: str) -> OutputPlan:
     source = request.source
     _gguf.choose_type(source, level.lower())
     files, data_bytes = [], 0
@@ -117,7 +113,7 @@ def _outline_safetensors(
         header, data = plan_header(tensors, level)
         files.append(PlannedFile(name=name, bytes=len(header) + data))
         data_bytes += data
-    output = OutputPlan(
+    return OutputPlan(
         id=f"fp16/{level}-safetensors",
         method="fp16",
         level=level,
@@ -131,7 +127,6 @@ def _outline_safetensors(
         gates=request.gates(level),
         done=request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
     )
-    return output, []
 
 
 def _tensors_key(source: Source, level: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +13,9 @@ from pydantic import Field
 
 from quantool import process, toolchain
 from quantool.config import Config
-from quantool.errors import ConfigError, QuantizationError
+from quantool.errors import ConfigError, QuantizationError, nearest
 from quantool.methods import _gguf
+from quantool.methods._matrix import check_matrix, read_matrix
 from quantool.plan import Request
 from quantool.progress import Progress
 from quantool.records import (
@@ -74,6 +77,7 @@ def outline(request: Request, options: Options) -> Outline:
     _validate(options)
     kind, note = _gguf.choose_type(source, options.base_type)
     rehearsal = _gguf.rehearse(source, options, kind)
+    _validate_names(rehearsal, options)
     runs = _dry_runs(rehearsal, request.levels, options)
     _require_matrix(request.levels, runs, options)
     stem = _gguf.file_stem(source, options)
@@ -111,7 +115,9 @@ def outline(request: Request, options: Options) -> Outline:
         if name in request.levels and level.description.startswith("alias")
     ]
     return Outline(
-        tuple(outputs), _stages(request, rehearsal, options, kind), tuple(filter(None, (note, *aliases)))
+        tuple(outputs),
+        _stages(request, rehearsal, options, kind),
+        tuple(filter(None, (note, _gguf.space_note(rehearsal), *aliases))),
     )
 
 
@@ -171,9 +177,28 @@ def _validate(options: Options) -> None:
             ggml_type(name)
     if options.keep_split and options.max_shard_size is None:
         raise ConfigError("keep_split keeps the shards of the base, but max_shard_size is not set")
+    for pattern in options.tensor_types:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"tensor_types: {pattern!r} is no regular expression: {error}") from error
     if isinstance(options.imatrix, Path) and not options.imatrix.is_file():
         raise ConfigError(f"imatrix: {options.imatrix} does not exist")
     options.split_bytes()
+
+
+def _validate_names(rehearsal: _gguf.Rehearsal, options: Options) -> None:
+    """Refuse what llama.cpp would pass over without a word: a pattern that no tensor has, another model's matrix."""
+    for pattern in options.tensor_types:
+        if not any(re.search(pattern.lower(), name) for name in rehearsal.tensors):
+            layers = sorted({re.sub(r"blk\.\d+\.", "", name) for name in rehearsal.tensors})
+            raise ConfigError(
+                f"tensor_types: {pattern!r} matches no tensor of this model",
+                hint=nearest(pattern, layers) or f"its tensors: {', '.join(layers)}",
+            )
+    if isinstance(options.imatrix, Path):
+        shapes = {name: tensor.shape for name, tensor in rehearsal.tensors.items()}
+        check_matrix(options.imatrix, shapes)
 
 
 def _dry_runs(rehearsal: _gguf.Rehearsal, names: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
@@ -189,14 +214,15 @@ def _dry_runs(rehearsal: _gguf.Rehearsal, names: tuple[str, ...], options: Optio
         }
         for name in names
     ]
-    kept = rehearsal.folder / f"runs-{fingerprint(runs)[:16]}.json"
-    if not kept.is_file():
-        result = process.call(
-            "quantool.methods._quantizer:rehearse",
-            {"base": str(rehearsal.header), "runs": runs},
-            log=rehearsal.folder / "quantizer.log",
-        )
-        write_text(kept, json.dumps(result["runs"]))
+    kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
+    with _gguf.alone(rehearsal.folder):
+        if not kept.is_file():
+            result = process.call(
+                "quantool.methods._quantizer:rehearse",
+                {"base": str(rehearsal.header), "runs": runs},
+                log=rehearsal.folder / "quantizer.log",
+            )
+            write_text(kept, json.dumps(result["runs"]))
     found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
     return found
 
@@ -342,7 +368,8 @@ def _matrix(
     if isinstance(options.imatrix, Path):
         digest = sha256_of(options.imatrix)
         if not target.is_file() or sha256_of(target) != digest:
-            _gguf.place(options.imatrix, target)
+            with written(target) as part:  # no link: the user's file may change, the published one must not
+                shutil.copyfile(options.imatrix, part)
         label = _matrix_label(options.imatrix)
         return (FileRecord(name=name, bytes=target.stat().st_size, sha256=digest), label), digest
     result, key = _computed(job, options, kind, target, progress)
@@ -350,12 +377,7 @@ def _matrix(
 
 
 def _matrix_label(path: Path) -> str:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("imatrix.datasets")
-    if field is None:
-        raise ConfigError(f"{path} is not an importance matrix", hint="llama-imatrix writes them as GGUF")
-    return str(field.contents()[0])
+    return read_matrix(path).label
 
 
 def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
