@@ -106,7 +106,7 @@ def test_gguf_holds_the_source_values(number: int, tmp_path: Path) -> None:
 
     artifact = exported("gguf")[1][number]
     path = artifact.folder / artifact.files[0].name
-    assert path.name == f"sharded-0.9M-{artifact.level}.gguf"
+    assert path.name == f"sharded-898K-{artifact.level}.gguf"
     tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     assert tensors["output.weight"].tensor_type.name == artifact.level
     dtype = DTYPES[artifact.level]
