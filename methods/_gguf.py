@@ -1,32 +1,22 @@
-"""What the GGUF methods share: the rehearsal on headers, the base file, names and exact sizes."""
+"""What the GGUF methods share: names, metadata and the base file."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from quantool import __version__, process, toolchain
-from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError, nearest
-from quantool.headers import headers
-from quantool.methods._pretokenizer import known_names
+from quantool.errors import ConfigError, DependencyError, QuantizationError
 from quantool.progress import Progress
 from quantool.records import FileRecord, Source, fingerprint, sha256_of
 from quantool.registry import Job, Options
-from quantool.source import overlay
 from quantool.workspace import write_text, written
 
-ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 F16_MAX = 65504.0
-SPACE_KEY = "tokenizer.ggml.add_space_prefix"
 GIB = 1 << 30
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -61,49 +51,6 @@ class GgufOptions(Options):
         return int(number) * UNITS[unit]
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a converted file: ``shape`` as numpy has it (rows first), ``shard`` counts from 0."""
-
-    shape: tuple[int, ...]
-    type: str
-    bytes: int
-    shard: int
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What the converter will write, found by running it on headers alone."""
-
-    folder: Path
-    """Holds the header file and the dry runs made on it."""
-    architecture: str
-    headers: tuple[int, ...]
-    """Bytes of each shard's header, without the padding that follows."""
-    keys: dict[str, Any]
-    tensors: dict[str, Tensor]
-    space_prefix_dropped: bool = False
-
-    @property
-    def header(self) -> Path:
-        """The GGUF whose tensor data is a hole: enough for llama.cpp's dry runs."""
-        return _first(self.folder / "header.gguf", len(self.headers))
-
-    def elements(self) -> int:
-        """Number of weights."""
-        return sum(_product(tensor.shape) for tensor in self.tensors.values())
-
-
-def space_note(rehearsal: Rehearsal) -> str:
-    """A sentence where the converter was told to put no space after special tokens though nobody asked."""
-    if not rehearsal.space_prefix_dropped:
-        return ""
-    return (
-        f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
-        "after every special token; a text without a template starts without that space in llama.cpp"
-    )
-
-
 def model_name(source: Source, options: GgufOptions) -> str:
     """``general.name``; refused where llama.cpp would change its behaviour by it (src/llama-vocab.cpp: phi-3)."""
     name = options.model_name or source.name
@@ -117,16 +64,18 @@ def model_name(source: Source, options: GgufOptions) -> str:
     return name
 
 
-def file_stem(source: Source, options: GgufOptions) -> str:
-    """``BaseName-SizeLabel-FineTune-Version`` (docs/gguf.md of ggml, "GGUF naming convention")."""
+def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
+    """``BaseName-SizeLabel-FineTune-Version`` (docs/gguf.md of ggml, "GGUF naming convention").
+
+    ``size_label`` is the converter's (``8x1.1M`` for experts), used where the name says none.
+    """
     import gguf
 
     name = model_name(source, options)
     full, _, base, finetune, version, size = gguf.Metadata.get_model_id_components(
         name, source.facts.parameters
     )
-    label = size or gguf.size_label(source.facts.parameters, 0, 0, 0)
-    return str(gguf.naming_convention(full, base, finetune, version, label, None))
+    return str(gguf.naming_convention(full, base, finetune, version, size or size_label, None))
 
 
 def shard_names(name: str, count: int) -> list[str]:
@@ -135,134 +84,6 @@ def shard_names(name: str, count: int) -> list[str]:
         return [name]
     stem = name.removesuffix(".gguf")
     return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-
-
-def _first(path: Path, count: int) -> Path:
-    return path.with_name(shard_names(path.name, count)[0])
-
-
-def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
-    """Run the real converter on the checkpoint's headers; the result is kept in the user cache.
-
-    Finds what would fail after hours: an architecture or tokenizer that llama.cpp does not know, a vocabulary that does
-    not fit the embeddings, a sliding window that llama.cpp would ignore. ``kind`` is f16, bf16 or f32.
-    """
-    tools = toolchain.locate(options.llama_cpp_path)
-    key = fingerprint(_shape(source), _recipe(source, options, tools, kind))
-    folder = toolchain.cache_folder() / "rehearsals" / key[:32]
-    with alone(folder):
-        if not (folder / "summary.json").is_file():
-            _rehearse(source, options, kind, tools, folder)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    tensors = {
-        name: Tensor(tuple(entry["shape"]), entry["type"], entry["bytes"], entry["shard"])
-        for name, entry in summary["tensors"].items()
-    }
-    return Rehearsal(
-        folder,
-        summary["keys"]["general.architecture"],
-        tuple(summary["headers"]),
-        summary["keys"],
-        tensors,
-        summary["space_prefix_dropped"],
-    )
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a lock beside ``folder``: runs with other output folders share the user cache."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _shape(source: Source) -> list[Any]:
-    """Everything that the converter reads of a checkpoint but the values of its weights."""
-    small = [(file.name, file.sha256) for file in source.files if not file.name.endswith(".safetensors")]
-    if source.commit:
-        return [source.commit, small]
-    return [small, [(tensor.name, tensor.dtype, tensor.shape) for tensor in headers(source).values()]]
-
-
-def _rehearse(
-    source: Source,
-    options: GgufOptions,
-    kind: str,
-    tools: toolchain.Toolchain,
-    folder: Path,
-) -> None:
-    with written(folder) as part:
-        part.mkdir(parents=True)
-        model = _with_weights(source, part / "model")
-        request = _request(source, options, kind, tools, part / "metadata.json")
-        request |= {"model": str(model), "output": str(part / "header.gguf"), "rehearse": True}
-        summary = process.call(
-            "quantool.methods._converter:convert", request, log=part / "converter.log", failure=SourceError
-        )
-        _check_rehearsal(source, summary)
-        for number, file in enumerate(summary["files"]):
-            data = sum(_pad(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
-            os.truncate(file, _pad(summary["headers"][number]) + data)
-        _require_vocabulary(Path(summary["files"][0]), options, tools, part / "converter.log")
-        shutil.rmtree(part / "model", ignore_errors=True)
-        write_text(part / "summary.json", json.dumps(summary))
-
-
-def _require_vocabulary(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
-    """Let llama.cpp load the vocabulary of a rehearsed file; what it refuses is the tokenizer or its name."""
-    try:
-        process.call(
-            "quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": True}, log=log
-        )
-    except QuantizationError as error:
-        name = options.pre_tokenizer
-        if name and "unknown pre-tokenizer" in error.message:
-            raise ConfigError(
-                f"quantization_config.pre_tokenizer: llama.cpp knows no pre-tokenizer {name!r}",
-                hint=nearest(name, known_names(tools.folder)),
-            ) from error
-        raise SourceError(
-            f"llama.cpp would convert this checkpoint and then not load it: {error.message}", hint=error.hint
-        ) from error
-
-
-def _with_weights(source: Source, folder: Path) -> Path:
-    """The source's folder, or links to its small files (and another tokenizer's) beside weights without data."""
-    from quantool.weights import write_skeleton
-
-    source = overlay(source, folder / "links")
-    weights = [file.name for file in source.files if file.name.endswith(".safetensors")]
-    if all((source.folder / name).is_file() for name in weights):
-        return source.folder
-    folder.mkdir(exist_ok=True)
-    for file in source.files:
-        if not file.name.endswith(".safetensors") and (source.folder / file.name).is_file():
-            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file.name).symlink_to((source.folder / file.name).resolve())
-    write_skeleton(headers(source), folder)
-    return folder
-
-
-def _check_rehearsal(source: Source, summary: dict[str, Any]) -> None:
-    """Refuse what llama.cpp would convert, and then run wrongly or not at all."""
-    keys, architecture = summary["keys"], summary["keys"]["general.architecture"]
-    rows = summary["tensors"].get("token_embd.weight", {"shape": [summary["tokens"]]})["shape"][0]
-    if summary["tokens"] != rows:
-        raise SourceError(
-            f"the tokenizer gives {summary['tokens']} tokens for {rows} embedding rows; llama.cpp would not load the file",
-            hint=""
-            if source.facts.has_sentencepiece
-            else "tokenizer.model is missing: copy it from the original checkpoint",
-        )
-    window = source.facts.sliding_window
-    if window and window < source.facts.context and f"{architecture}.attention.sliding_window" not in keys:
-        raise SourceError(
-            f"the model attends to a sliding window of {window} tokens, which llama.cpp's {architecture} ignores: "
-            f"beyond {window} tokens it would compute something else",
-            hint=f"set sliding_window to null in config.json if the model was not trained with it, or "
-            f"max_position_embeddings to {window}",
-        )
 
 
 def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
@@ -281,7 +102,7 @@ def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
     return found
 
 
-def _request(
+def conversion(
     source: Source, options: GgufOptions, kind: str, tools: toolchain.Toolchain, override: Path
 ) -> dict[str, Any]:
     """What the converter's child needs besides the places to read and write."""
@@ -326,11 +147,11 @@ def base_key(source: Source, options: GgufOptions, kind: str) -> str:
     """Fingerprint of everything that a converted file depends on."""
     tools = toolchain.locate(options.llama_cpp_path)
     return fingerprint(
-        {file.name: file.sha256 for file in source.files}, _recipe(source, options, tools, kind)
+        {file.name: file.sha256 for file in source.files}, recipe(source, options, tools, kind)
     )
 
 
-def _recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kind: str) -> list[Any]:
+def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kind: str) -> list[Any]:
     """Everything beside the checkpoint that decides the bytes of a converted file."""
     chosen = options.model_dump(include={"pre_tokenizer", "add_space_prefix", "max_shard_size"})
     code = [
@@ -351,7 +172,7 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
         tools = toolchain.locate(options.llama_cpp_path)
         with written(folder) as part, progress.bar(f"convert to {kind.upper()}", "B") as bar:
             part.mkdir()
-            request = _request(source, options, kind, tools, workspace.work / "metadata.json")
+            request = conversion(source, options, kind, tools, workspace.work / "metadata.json")
             request |= {"model": str(source.folder), "output": str(part / "base.gguf")}
             result = process.call(
                 "quantool.methods._converter:convert", request, log=workspace.logs / "converter.log", bar=bar
@@ -367,26 +188,6 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
 def load(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call("quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": False}, log=log)
-
-
-def file_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int) -> list[int]:
-    """Exact size of each shard when tensors get ``types`` (ggml type names) and ``extra`` bytes of metadata join."""
-    sizes = [_pad(header + (extra if number == 0 else 0)) for number, header in enumerate(rehearsal.headers)]
-    for name, tensor in rehearsal.tensors.items():
-        sizes[tensor.shard] += _pad(tensor_bytes(tensor, types[name]))
-    return sizes
-
-
-def tensor_bytes(tensor: Tensor, type_name: str) -> int:
-    """Bytes of a tensor stored as ``type_name``."""
-    kind = toolchain.ggml_types()[type_name.lower()]
-    return _product(tensor.shape) // kind.block * kind.size
-
-
-def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:
-    """Bits of tensor data per weight."""
-    total = sum(tensor_bytes(tensor, types[name]) for name, tensor in rehearsal.tensors.items())
-    return 8 * total / rehearsal.elements()
 
 
 def records(folder: Path, names: list[str]) -> tuple[FileRecord, ...]:
@@ -417,14 +218,3 @@ def export_ram(source: Source) -> int:
     """Peak memory of the conversion: two copies of the largest tensor in float32, and the libraries."""
     widening = {"F32": 1, "F64": 1}.get(source.facts.dtype, 2)
     return 2 * widening * source.facts.largest_tensor + GIB
-
-
-def _pad(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

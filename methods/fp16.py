@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quantool import process, toolchain
 from quantool.headers import headers
-from quantool.methods import _gguf
+from quantool.methods import _gguf, _rehearsal
 from quantool.methods._cast import plan_header
 from quantool.plan import Request
 from quantool.progress import Progress
@@ -51,10 +51,13 @@ def outline(request: Request, options: Options) -> Outline:
 def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, StagePlan, str]:
     source = request.source
     kind, _ = _gguf.choose_type(source, level.lower())
-    rehearsal = _gguf.rehearse(source, options, kind)
+    rehearsal = _rehearsal.rehearse(source, options, kind)
     types = {name: tensor.type for name, tensor in rehearsal.tensors.items()}
-    sizes = _gguf.file_bytes(rehearsal, types, 0)
-    names = _gguf.shard_names(f"{_gguf.file_stem(source, options)}-{level}.gguf", len(sizes))
+    sizes = _rehearsal.file_bytes(rehearsal, types, 0)
+    names = _gguf.shard_names(
+        f"{_gguf.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
+        len(sizes),
+    )
     hashed = all(file.sha256 for file in source.files)
     done = (
         hashed and request.workspace.recall(f"base-{kind}", _gguf.base_key(source, options, kind)) is not None
@@ -69,14 +72,14 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         repo=request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF",
         repo_id=request.repo_id,
         files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
-        bits_per_weight=_gguf.bits_per_weight(rehearsal, types),
+        bits_per_weight=_rehearsal.bits_per_weight(rehearsal, types),
         peak_ram=_gguf.export_ram(source),
         gates=request.gates(level),
         needs=("base",),
         done=done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, _gguf.space_note(rehearsal)
+    return output, stage, _rehearsal.space_note(rehearsal)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -12,28 +11,23 @@ from typing import Any, Literal
 from pydantic import Field
 
 from quantool import process, toolchain
-from quantool.config import Config
-from quantool.errors import ConfigError, QuantizationError, nearest
-from quantool.methods import _gguf
+from quantool.errors import ConfigError, nearest
+from quantool.methods import _gguf, _importance, _rehearsal
 from quantool.methods._matrix import check_matrix, read_matrix
 from quantool.plan import Request
 from quantool.progress import Progress
 from quantool.records import (
     Artifact,
-    FileRecord,
     OutputPlan,
     PlannedFile,
     Source,
     StagePlan,
     fingerprint,
-    sha256_of,
 )
 from quantool.registry import Job, Outline, method
 from quantool.workspace import write_text, written
 
 MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
-IMATRIX_CONTEXT = 512  # llama-imatrix's default
-IMATRIX_TOKENS = 1 << 18
 LOGITS_WINDOWS = 4
 
 
@@ -76,21 +70,19 @@ def outline(request: Request, options: Options) -> Outline:
     source = request.source
     _validate(options)
     kind, note = _gguf.choose_type(source, options.base_type)
-    rehearsal = _gguf.rehearse(source, options, kind)
+    rehearsal = _rehearsal.rehearse(source, options, kind)
     _validate_names(rehearsal, options)
     runs = _dry_runs(rehearsal, request.levels, options)
     _require_matrix(request.levels, runs, options)
-    stem = _gguf.file_stem(source, options)
+    stem = _gguf.file_stem(source, options, str(rehearsal.keys["general.size_label"]))
     repo = request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF"
-    label = _label(request.config) if options.imatrix is True else ""
-    if isinstance(options.imatrix, Path):
-        label = _matrix_label(options.imatrix)
+    extra = _matrix_bytes(request, options, stem)
     outputs = []
     for level, run in zip(request.levels, runs, strict=True):
         split = len(rehearsal.headers) if options.keep_split else 1
-        sizes = _gguf.file_bytes(rehearsal, run["types"], _matrix_keys(options, stem, label))
+        sizes = _rehearsal.file_bytes(rehearsal, run["types"], extra)
         if split == 1 and len(sizes) > 1:
-            sizes = [_merged(rehearsal, run["types"], _matrix_keys(options, stem, label))]
+            sizes = [_rehearsal.merged_bytes(rehearsal, run["types"], extra)]
         names = _gguf.shard_names(f"{stem}-{level}.gguf", split)
         outputs.append(
             OutputPlan(
@@ -102,7 +94,7 @@ def outline(request: Request, options: Options) -> Outline:
                 repo=repo,
                 repo_id=request.repo_id,
                 files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
-                bits_per_weight=_gguf.bits_per_weight(rehearsal, run["types"]),
+                bits_per_weight=_rehearsal.bits_per_weight(rehearsal, run["types"]),
                 peak_ram=_quantize_ram(rehearsal, run["types"]),
                 gates=request.gates(level),
                 done=_is_done(request, options, kind, level, names),
@@ -117,7 +109,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         _stages(request, rehearsal, options, kind),
-        tuple(filter(None, (note, _gguf.space_note(rehearsal), *aliases))),
+        tuple(filter(None, (note, _rehearsal.space_note(rehearsal), *aliases))),
     )
 
 
@@ -131,42 +123,26 @@ def _level_key(source: Source, options: Options, kind: str, level: str, matrix: 
 
 def _is_done(request: Request, options: Options, kind: str, level: str, names: list[str]) -> bool:
     source, workspace = request.source, request.workspace
-    if not all(file.sha256 for file in source.files):
+    matrix = _known_matrix(request, options, kind)
+    if matrix is None:
         return False
-    matrix = ""
+    key = _level_key(source, options, kind, level, matrix, names)
+    return workspace.recall(f"gguf/{level}", key) is not None
+
+
+def _known_matrix(request: Request, options: Options, kind: str) -> str | None:
+    """Key of the importance matrix as far as earlier work tells; None while the weights have not been hashed."""
+    source = request.source
+    if not all(file.sha256 for file in source.files):
+        return None
+    base_key = _gguf.base_key(source, options, kind)
+    return _importance.known_key(options.imatrix, request.config, source, base_key, request.workspace)
+
+
+def _matrix_bytes(request: Request, options: Options, stem: str) -> int:
     if isinstance(options.imatrix, Path):
-        matrix = sha256_of(options.imatrix)
-    elif options.imatrix:
-        text = workspace.recall("imatrix-ids", _text_key(request.config, source))
-        if text is None:
-            return False
-        matrix = _matrix_key(request.config, source, options, kind, str(text["sha256"]))
-    return (
-        workspace.recall(f"gguf/{level}", _level_key(source, options, kind, level, matrix, names)) is not None
-    )
-
-
-def _text_key(config: Config, source: Source) -> str:
-    """Fingerprint of the calibration ids: text, choice of documents, tokenizer."""
-    text = (
-        sha256_of(config.dataset_path) if config.dataset_path else [config.dataset_id, config.dataset_config]
-    )
-    tokenizer = {file.name: file.sha256 for file in source.files if not file.name.endswith(".safetensors")}
-    chosen = [
-        config.split,
-        config.sample_size,
-        config.shuffle,
-        config.dataset_seed,
-        config.calibration_config,
-    ]
-    return fingerprint(text, chosen, tokenizer, IMATRIX_CONTEXT)
-
-
-def _matrix_key(config: Config, source: Source, options: Options, kind: str, ids: str) -> str:
-    """Fingerprint of a computed importance matrix; ``ids`` is the hash of its token ids."""
-    return fingerprint(
-        _gguf.base_key(source, options, kind), ids, _label(config), toolchain.installed_version()
-    )
+        return _importance.key_bytes(stem, read_matrix(options.imatrix).label)
+    return _importance.key_bytes(stem, _importance.label(request.config)) if options.imatrix else 0
 
 
 def _validate(options: Options) -> None:
@@ -187,7 +163,7 @@ def _validate(options: Options) -> None:
     options.split_bytes()
 
 
-def _validate_names(rehearsal: _gguf.Rehearsal, options: Options) -> None:
+def _validate_names(rehearsal: _rehearsal.Rehearsal, options: Options) -> None:
     """Refuse what llama.cpp would pass over without a word: a pattern that no tensor has, another model's matrix."""
     for pattern in options.tensor_types:
         if not any(re.search(pattern.lower(), name) for name in rehearsal.tensors):
@@ -201,7 +177,9 @@ def _validate_names(rehearsal: _gguf.Rehearsal, options: Options) -> None:
         check_matrix(options.imatrix, shapes)
 
 
-def _dry_runs(rehearsal: _gguf.Rehearsal, names: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
+def _dry_runs(
+    rehearsal: _rehearsal.Rehearsal, names: tuple[str, ...], options: Options
+) -> list[dict[str, Any]]:
     """llama.cpp's decision for each level; kept beside the rehearsal."""
     matrix = {"path": None, "label": ""} if options.imatrix else None
     known = toolchain.levels()
@@ -215,7 +193,7 @@ def _dry_runs(rehearsal: _gguf.Rehearsal, names: tuple[str, ...], options: Optio
         for name in names
     ]
     kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
-    with _gguf.alone(rehearsal.folder):
+    with _rehearsal.alone(rehearsal.folder):
         if not kept.is_file():
             result = process.call(
                 "quantool.methods._quantizer:rehearse",
@@ -236,61 +214,29 @@ def _require_matrix(names: tuple[str, ...], runs: list[dict[str, Any]], options:
         )
 
 
-def _label(config: Config) -> str:
-    """Name of the calibration text, as the files' metadata has it."""
-    if config.dataset_path is not None:
-        return config.dataset_path.name
-    if config.dataset_id is not None:
-        return config.dataset_id
-    raise ConfigError(
-        "imatrix: true needs calibration text, and the configuration names none",
-        hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
-    )
-
-
-def _matrix_keys(options: Options, stem: str, label: str) -> int:
-    """Bytes of the ``quantize.imatrix.*`` keys that a level carries: key, type and value."""
-    if not options.imatrix:
-        return 0
-    strings = {"quantize.imatrix.file": f"{stem}-imatrix.gguf", "quantize.imatrix.dataset": label}
-    text = sum(8 + len(key) + 4 + 8 + len(value.encode()[:127]) for key, value in strings.items())
-    return text + sum(8 + len(f"quantize.imatrix.{key}") + 4 + 4 for key in ("entries_count", "chunks_count"))
-
-
-def _merged(rehearsal: _gguf.Rehearsal, types: dict[str, str], extra: int) -> int:
-    """Size of one file made from a split base: llama.cpp drops the three split keys and joins the tensor lists."""
-    split_keys = sum(
-        8 + len(key) + 4 + size
-        for key, size in (("split.no", 2), ("split.count", 2), ("split.tensors.count", 4))
-    )
-    own = 4 + 4 + 8 + 8 + split_keys  # magic, version, two counts and the keys of every further shard
-    header = sum(rehearsal.headers) - split_keys - own * (len(rehearsal.headers) - 1) + extra
-    whole = _gguf.Rehearsal(rehearsal.folder, rehearsal.architecture, (header,), rehearsal.keys, {
-        name: _gguf.Tensor(t.shape, t.type, t.bytes, 0) for name, t in rehearsal.tensors.items()
-    })  # fmt: skip
-    return _gguf.file_bytes(whole, types, 0)[0]
-
-
-def _quantize_ram(rehearsal: _gguf.Rehearsal, types: dict[str, str]) -> int:
+def _quantize_ram(rehearsal: _rehearsal.Rehearsal, types: dict[str, str]) -> int:
     """One slab of the largest tensor as stored, as float32 and as quantized, and the library."""
     largest = max(
-        2 * t.bytes + t.bytes + _gguf.tensor_bytes(t, types[name]) for name, t in rehearsal.tensors.items()
+        2 * t.bytes + t.bytes + _rehearsal.tensor_bytes(t, types[name])
+        for name, t in rehearsal.tensors.items()
     )
     return min(largest, MAX_BUFFER) + (200 << 20)
 
 
 def _stages(
-    request: Request, rehearsal: _gguf.Rehearsal, options: Options, kind: str
+    request: Request, rehearsal: _rehearsal.Rehearsal, options: Options, kind: str
 ) -> tuple[StagePlan, ...]:
     source, workspace = request.source, request.workspace
-    base_bytes = sum(_gguf.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
+    base_bytes = sum(_rehearsal.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
     hashed = all(file.sha256 for file in source.files)
     done = hashed and workspace.recall(f"base-{kind}", _gguf.base_key(source, options, kind)) is not None
     stages = [StagePlan(name=f"base-{kind}", writes=base_bytes, peak_ram=_gguf.export_ram(source), done=done)]
     if options.imatrix is True:
-        logits = 4 * source.facts.vocabulary * IMATRIX_CONTEXT * LOGITS_WINDOWS
+        logits = 4 * source.facts.vocabulary * _importance.IMATRIX_CONTEXT * LOGITS_WINDOWS
         columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())
-        stages.append(StagePlan(name="imatrix", writes=columns, peak_ram=base_bytes + logits, done=False))
+        matrix = _known_matrix(request, options, kind)
+        done = matrix is not None and workspace.recall("imatrix", matrix) is not None
+        stages.append(StagePlan(name="imatrix", writes=columns, peak_ram=base_bytes + logits, done=done))
     return tuple(stages)
 
 
@@ -300,7 +246,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     source, output, workspace = job.plan.source, job.output, job.workspace
     kind, note = _gguf.choose_type(source, options.base_type)
     level = toolchain.levels()[output.level]
-    matrix, matrix_key = _matrix(job, options, kind, progress)
+    matrix, matrix_key = _importance.matrix(job, options, options.imatrix, kind, progress)
     names = [file.name for file in output.files]
     key = _level_key(source, options, kind, output.level, matrix_key, names)
     if (kept := workspace.recall(output.id, key)) is not None:
@@ -355,74 +301,3 @@ def _write(
             _gguf.place(job.workspace.work / "shards" / name, job.folder / name)
             (job.workspace.work / "shards" / name).unlink()
         return said
-
-
-def _matrix(
-    job: Job, options: Options, kind: str, progress: Progress
-) -> tuple[tuple[FileRecord, str] | None, str]:
-    """The importance matrix in the folder to publish, its text's label, and the key of both; None where not wanted."""
-    if options.imatrix is False:
-        return None, ""
-    name = f"{_gguf.file_stem(job.plan.source, options)}-imatrix.gguf"
-    target = job.folder / name
-    if isinstance(options.imatrix, Path):
-        digest = sha256_of(options.imatrix)
-        if not target.is_file() or sha256_of(target) != digest:
-            with written(target) as part:  # no link: the user's file may change, the published one must not
-                shutil.copyfile(options.imatrix, part)
-        label = _matrix_label(options.imatrix)
-        return (FileRecord(name=name, bytes=target.stat().st_size, sha256=digest), label), digest
-    result, key = _computed(job, options, kind, target, progress)
-    return (FileRecord.model_validate(result["file"]), result["label"]), key
-
-
-def _matrix_label(path: Path) -> str:
-    return read_matrix(path).label
-
-
-def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
-    """Token ids of the calibration text as an array in ``ids``; made again only when text or tokenizer changed."""
-    source, workspace, config = job.plan.source, job.workspace, job.config
-    limit = int(str((config.calibration_config or {}).get("max_tokens") or IMATRIX_TOKENS))
-    key = _text_key(config, source)
-
-    def produce() -> tuple[list[Path], dict[str, Any]]:
-        request = {
-            "config": config.model_dump(mode="json"),
-            "model": str(source.folder),
-            "context": IMATRIX_CONTEXT,
-            "max_tokens": limit,
-        }
-        log = workspace.logs / "imatrix.log"
-        with written(ids) as part, progress.bar("tokenize calibration text", "tok") as bar:
-            request["output"] = str(part)
-            result = process.call("quantool.methods._imatrix:tokenize", request, log=log, bar=bar)
-        return [ids], result
-
-    return workspace.stage("imatrix-ids", key, produce)
-
-
-def _computed(
-    job: Job, options: Options, kind: str, target: Path, progress: Progress
-) -> tuple[dict[str, Any], str]:
-    """Collect activations of the calibration text on the base; skipped when both are unchanged."""
-    workspace, config = job.workspace, job.config
-    ids = workspace.work / "imatrix-ids.npy"
-    text = _calibration_ids(job, ids, progress)
-    label = _label(config)
-    key = _matrix_key(config, job.plan.source, options, kind, text["sha256"])
-
-    def produce() -> tuple[list[Path], dict[str, Any]]:
-        base, _ = _gguf.base(job, options, kind, progress)
-        request = {"base": str(base), "ids": str(ids), "label": label, "gpu": config.device == "cuda"}
-        with written(target) as part, progress.bar("importance matrix", "tok") as bar:
-            request["output"] = str(part)
-            log = workspace.logs / "imatrix.log"
-            result = process.call("quantool.methods._imatrix:collect", request, log=log, bar=bar)
-        file = FileRecord(name=target.name, bytes=target.stat().st_size, sha256=sha256_of(target))
-        return [target], {"file": file.model_dump(), "label": label, **text, **result}
-
-    result = workspace.stage("imatrix", key, produce)
-    if not result["entries"]:
-        raise QuantizationError("the importance matrix is empty")
-    return result, key

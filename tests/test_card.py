@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,12 @@ def test_other_checks_with_the_reason_of_what_was_left_out(plan: Plan) -> None:
     assert "- Q8_0, ids: SKIPPED: no NFC normalizer\n" in body
     assert "- Q8_0, text: REGRESSION: a | b\n" in body
     assert "not worth a word" not in body
+
+
+def test_plots_stand_under_the_figures(plan: Plan) -> None:
+    text = write_card(plan, plan.outputs, [report(plan, *figures("en"))], ["plots/corpora.png"])
+    assert re.search(r"one standard error\.\n\n!\[Mean KL divergence[^]]*\]\(plots/corpora\.png\)\n", text)
+    assert "![" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
 
 
 def test_no_heading_for_checks_without_findings(plan: Plan) -> None:

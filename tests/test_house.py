@@ -22,6 +22,7 @@ HEAVY = {
     "llmcompressor",
     "datasets",
     "gguf",
+    "matplotlib",
     "xllamacpp",
     "compressed_tensors",
 }

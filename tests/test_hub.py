@@ -111,7 +111,8 @@ def publish(quantool: Callable[..., Any], folder: Path, hub: WritableHub) -> Cal
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def child(hub: WritableHub, tmp_path: Path, *words: object, **variables: str) -> subprocess.Popen[str]:
@@ -457,7 +458,7 @@ def test_sums_that_quantool_did_not_write_are_refused(folder: Path, line: str, s
         read_parcel(folder)
 
 
-@pytest.mark.parametrize("name", ["README.md", "quantool.json", "SHA256SUMS", GGUFS[0]])
+@pytest.mark.parametrize("name", ["README.md", "quantool.json", "SHA256SUMS", "plots/corpora.png", GGUFS[0]])
 def test_an_incomplete_folder_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(PublicationError, match=re.escape(name)):
@@ -470,6 +471,40 @@ def test_an_incomplete_folder_is_refused(folder: Path, name: str) -> None:
 def test_a_damaged_record_is_refused(folder: Path, text: str) -> None:
     (folder / "quantool.json").write_text(text)
     with pytest.raises(PublicationError, match=r"quantool\.json"):
+        read_parcel(folder)
+
+
+def test_plots_are_published_with_what_they_show(
+    publish: Callable[..., Any], folder: Path, hub: WritableHub
+) -> None:
+    assert publish().code == 0
+    for name in ("plots/corpora.png", "plots/size-kld.png"):
+        assert hub.repositories[REPO].files[name] == (folder / name).read_bytes()
+
+
+def test_a_picture_that_packing_did_not_draw_is_refused(folder: Path) -> None:
+    path = folder / "plots" / "corpora.png"
+    before = sha256_of(path)
+    path.write_bytes(b"another picture")
+    with pytest.raises(PublicationError, match=r"differs from SHA256SUMS: plots/corpora\.png"):
+        hash_files(read_parcel(folder), QUIET)
+    sums = folder / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(before, sha256_of(path)))
+    with pytest.raises(PublicationError, match=r"disagree: plots/corpora\.png"):
+        read_parcel(folder)
+
+
+@pytest.mark.parametrize(
+    ("plots", "said"),
+    [
+        ([{"name": "extra.gguf", "bytes": 1, "sha256": "0" * 64}], "no plots of quantool: extra.gguf"),
+        ([{"name": "plots/corpora.png"}], "plots cannot be read"),
+        (3, "plots cannot be read"),
+    ],
+)
+def test_plots_are_no_way_in_for_other_files(folder: Path, plots: Any, said: str) -> None:
+    edit(folder, lambda record: record.update(plots=plots))
+    with pytest.raises(PublicationError, match=said):
         read_parcel(folder)
 
 

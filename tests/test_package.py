@@ -27,6 +27,10 @@ def folder(tmp_path: Path, outcome: Outcome) -> Path:
     return tmp_path / "out" / "model-FAKE"
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_sums_hold_for_all_that_is_published(folder: Path) -> None:
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"],
@@ -36,7 +40,10 @@ def test_sums_hold_for_all_that_is_published(folder: Path) -> None:
         check=True,
     )
     checked = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    assert checked == ["README.md", "model-Q4_K_M.gguf", "model-Q8_0.gguf", "quantool.json"]
+    assert checked == [
+        "README.md", "model-Q4_K_M.gguf", "model-Q8_0.gguf", "plots/corpora.png", "plots/size-kld.png",
+        "quantool.json",
+    ]  # fmt: skip
 
 
 def test_the_record_holds_plan_and_reports(folder: Path, outcome: Outcome) -> None:
@@ -51,8 +58,8 @@ def test_the_record_holds_plan_and_reports(folder: Path, outcome: Outcome) -> No
 
 
 def test_no_folder_of_this_machine_is_published(tmp_path: Path, folder: Path) -> None:
-    for path in folder.iterdir():
-        assert str(tmp_path) not in path.read_text(), path.name
+    for name, content in contents(folder).items():
+        assert str(tmp_path).encode() not in content, name
     assert str(Path.home()) not in (folder / "quantool.json").read_text()
 
 
@@ -90,6 +97,15 @@ def test_files_that_nobody_made_are_left_alone(tmp_path: Path, outcome: Outcome,
 
 
 def test_packing_again_changes_nothing(tmp_path: Path, outcome: Outcome, folder: Path) -> None:
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     pack(outcome.plan, outcome.reports, Workspace(tmp_path / "out"))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert contents(folder) == before
+
+
+def test_a_level_alone_takes_the_plots_of_two_with_it(tmp_path: Path, outcome: Outcome, folder: Path) -> None:
+    assert "](plots/size-kld.png)" in (folder / "README.md").read_text()
+    plan = outcome.plan.model_copy(update={"outputs": outcome.plan.outputs[:1]})
+    pack(plan, outcome.reports[:1], Workspace(tmp_path / "out"))
+    for name in ("README.md", "SHA256SUMS"):
+        assert "plots/" not in (folder / name).read_text()
+    assert list((folder / "plots").iterdir()) == []

@@ -23,7 +23,10 @@ pytestmark = pytest.mark.e2e
 
 Q8, Q4 = "tiny-5.2M-chat-Q8_0.gguf", "tiny-5.2M-chat-Q4_K_M.gguf"
 MATRIX = "tiny-5.2M-chat-imatrix.gguf"
-ALWAYS = ("plan.json", "README.md", "quantool.json", "SHA256SUMS", ".artifact.json", ".report.json", "lock")
+ALWAYS = (
+    "plan.json", "README.md", "quantool.json", "SHA256SUMS", ".artifact.json", "report.json", "lock",
+    "report.md", "junit.xml", "size-kld.png", "corpora.png",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -43,12 +43,15 @@ def test_folder_to_publish_is_whole(runs: Callable[[str], tuple[Run, Ended]]) ->
         sums[name] = digest
     assert set(sums) == {
         "README.md",
+        "plots/corpora.png",
+        "plots/size-kld.png",
         "quantool.json",
         "tiny-5.2M-chat-Q4_K_M.gguf",
         "tiny-5.2M-chat-Q8_0.gguf",
         "tiny-5.2M-chat-imatrix.gguf",
     }
-    assert {path.name for path in run.folder.iterdir()} == {*sums, "SHA256SUMS"}
+    files = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
+    assert files == {*sums, "SHA256SUMS"}
     for name, digest in sums.items():
         assert hashlib.sha256((run.folder / name).read_bytes()).hexdigest() == digest
     assert str(run.output) not in json.dumps(making.read_json(run.folder / "quantool.json"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from quantool import pipeline
 from quantool.errors import ConfigError, QuantizationError, QuantoolError, SourceError
-from quantool.methods import _gguf
+from quantool.methods import _gguf, _rehearsal
 from quantool.methods._pretokenizer import KNOWN, is_byte_level, suggest
 from quantool.records import Plan
 from quantool.source import resolve
@@ -212,7 +212,7 @@ def stored_template(model: Path) -> Any:
     wanted = making.config(model, making.room() / "never-written", "F16")
     source = resolve(wanted, weights=False, progress=making.QUIET)
     options = _gguf.GgufOptions(pre_tokenizer="qwen2")
-    return _gguf.rehearse(source, options, "f16").keys["tokenizer.chat_template"]
+    return _rehearsal.rehearse(source, options, "f16").keys["tokenizer.chat_template"]
 
 
 def test_template_file_wins_over_tokenizer_config() -> None:
