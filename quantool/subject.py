@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantool.errors import ConfigError
 from quantool.records import Artifact, FileRecord, sha256_of
+from quantool.toolchain import prefer_own_gguf
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -102,6 +103,7 @@ def judged_by(artifact: Artifact, engine: str, parameters: int) -> Artifact:
 
 
 def _tensors(path: Path) -> list[ReaderTensor]:
+    prefer_own_gguf()
     from gguf import GGUFReader
 
     try:

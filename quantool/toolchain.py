@@ -158,6 +158,20 @@ def ggml_types() -> dict[str, GgmlType]:
     }
 
 
+def prefer_own_gguf() -> None:
+    """Let ``import gguf`` find the package of the installed llama.cpp's commit, where the toolchain has it.
+
+    The one of the package index is older and refuses files with types that it lacks (Q2_0). Does nothing once a
+    ``gguf`` was imported: two of them must not meet in one process.
+    """
+    if "gguf" in sys.modules:
+        return
+    try:
+        sys.path.insert(0, str((locate().folder / CONSTANTS).parent.parent))
+    except DependencyError:
+        return
+
+
 def install(sdist: Path | None = None) -> Toolchain:
     """Extract converter, ``gguf`` package and list of levels (1.9 MB) into the user cache.
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantool import toolchain
 from quantool.errors import QuantizationError
 from quantool.process import call
 from quantool.progress import Progress
@@ -157,6 +158,7 @@ def read_headers(request: dict[str, Any], report: Report) -> dict[str, Any]:
     number), ``level`` (by ``general.file_type``), ``levels`` (all there are), and ``tensors`` (each ``name``, ``type``, ``elements``, ``bytes``,
     ``dimensions``). Raises QuantizationError for a file that is not a whole GGUF.
     """
+    toolchain.prefer_own_gguf()
     from gguf import GGUFReader
 
     keys: dict[str, Any] = {}

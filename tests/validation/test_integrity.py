@@ -12,6 +12,8 @@ import pytest
 import tampering
 from tampering import case, findings, gguf_of, regressions, tampered
 
+from quantool import process
+from quantool.methods.gguf import Options
 from quantool.records import Source, Verdict, sha256_of
 from quantool.validation import integrity
 
@@ -170,3 +172,17 @@ def test_level_in_a_name(output: str, file: str, levels: list[str]) -> None:
 )
 def test_bounds(level: str, lowest: float, highest: float) -> None:
     assert integrity._bounds(level) == (lowest, highest)
+
+
+@pytest.mark.e2e
+def test_type_that_only_the_own_gguf_package_knows(tmp_path: Path) -> None:
+    path = tmp_path / "model-Q2_0.gguf"
+    settings = Options().settings()
+    request = {"base": str(gguf_of("qwen3")), "output": str(path), "ftype": "MOSTLY_Q2_0", "copy": False}
+    process.call(
+        "quantool.methods._quantizer:quantize",
+        request | {"settings": settings, "imatrix": None},
+        log=tmp_path / "log",
+    )
+    found = findings("integrity", case("qwen3", path, output="given/model-Q2_0.gguf"))
+    assert not regressions(found) & {"loads", "tensors", "file_type"}
