@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from quantool.plots import CAPTIONS
 from quantool.progress import amount
 from quantool.records import Finding, OutputPlan, Plan, Report, Source, Verdict
 from quantool.table import HEADINGS, columns, markdown
@@ -14,8 +16,13 @@ from quantool.table import HEADINGS, columns, markdown
 CORPUS_METRICS = ("perplexity", "ln_ppl_ratio", "mean_kld", "same_top_p")
 
 
-def write_card(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
-    """README.md: front matter for the Hub, files with their measured figures, how they were made."""
+def write_card(
+    plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], plots: Sequence[str] = ()
+) -> str:
+    """README.md: front matter for the Hub, files with their measured figures, how they were made.
+
+    ``plots`` are the names of pictures in the folder (``plots.draw``).
+    """
     source = plan.source
     repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
     parts = [
@@ -27,8 +34,9 @@ def write_card(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Repo
         "## Files\n",
         _files(reports),
         "## Figures by corpus\n",
-        _corpora(reports),
-        *_checks(reports),
+        corpora(reports),
+        *pictures(plots),
+        *checks(reports),
         *_sampling(source),
         "## Use\n",
         _usage(outputs, repo_id),
@@ -71,7 +79,8 @@ def _files(reports: Sequence[Report]) -> str:
     return markdown(HEADINGS[:-1], rows) + "\nSHA-256 of every file: `SHA256SUMS`.\n"
 
 
-def _corpora(reports: Sequence[Report]) -> str:
+def corpora(reports: Sequence[Report]) -> str:
+    """The table of figures by level and corpus, with what they mean."""
     heads = ["level", "corpus", "perplexity", "reference", "ln(PPL/ref)", "mean KLD", "same top-p"]
     rows = []
     for report in reports:
@@ -107,7 +116,12 @@ def _percent(finding: Finding | None) -> str:
     return f"{100 * finding.measured:.2f} %" if finding and isinstance(finding.measured, float) else "-"
 
 
-def _checks(reports: Sequence[Report]) -> list[str]:
+def pictures(names: Sequence[str], folder: str = "") -> list[str]:
+    """The pictures of ``plots.draw`` as Markdown; ``folder`` leads to them and ends with a slash."""
+    return [f"![{CAPTIONS[name]}]({quote(folder + name)})\n" for name in names]
+
+
+def checks(reports: Sequence[Report]) -> list[str]:
     """Verdicts of everything that is no figure of a corpus; failures and omissions with their reason."""
     rows, remarks = [], []
     for report in reports:

@@ -193,12 +193,13 @@ def validate(
     from quantool import gates, pipeline
     from quantool.progress import Progress
     from quantool.subject import artifact_of
-    from quantool.table import failures, table
+    from quantool.table import failures, table, write_step_summary
 
     settings = _validation_config(config, overrides, reference, output)
     found, engine = artifact_of(artifact, level)
     limits = gates.resolve(found.level, settings.validation.gates)
     report = pipeline.validate(found, engine, settings, limits, Progress(quiet=quiet))
+    write_step_summary([report])
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json") | {"verdict": report.verdict()}, indent=1))
     else:

@@ -14,6 +14,7 @@ from quantool.config import Config
 from quantool.errors import PublicationError, SourceError
 from quantool.package import pack
 from quantool.plan import check_disk, make_plan, versions
+from quantool.plots import draw
 from quantool.preflight import preflight
 from quantool.progress import Progress
 from quantool.publication import destination, read_parcel
@@ -30,6 +31,7 @@ from quantool.records import (
     fingerprint,
 )
 from quantool.registry import Case, Job
+from quantool.report import write_report
 from quantool.source import identity, overlay, resolve
 from quantool.subject import judged_by
 from quantool.workspace import Workspace, write_text
@@ -75,6 +77,7 @@ def run(config: Config, progress: Progress) -> Outcome:
             for output, artifact in zip(made.outputs, artifacts, strict=True)
         )
         folders = pack(made, reports, workspace)
+        write_report(reports, workspace.root, folders)
         outcome = Outcome(made, reports)
         return _publish_passed(config, outcome, folders, progress) if config.push_to_hub else outcome
 
@@ -259,4 +262,7 @@ def validate(artifact: Artifact, engine: str, config: Config, gates: Gates, prog
         source = scan(source, workspace, progress)
         path = artifact.folder / artifact.files[0].name if engine == "llama.cpp" else artifact.folder
         case = Case(path, engine, f"given/{path.name}", source, config, gates, workspace)
-        return judge(case, judged_by(artifact, engine, source.facts.parameters), progress)
+        report = judge(case, judged_by(artifact, engine, source.facts.parameters), progress)
+        draw([report], workspace.root, path.name, workspace)
+        write_report([report], workspace.root, [workspace.root])
+        return report

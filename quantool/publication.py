@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from quantool.errors import GateError, PublicationError
 from quantool.package import CARD, RECORD, SUMS
+from quantool.plots import CAPTIONS
 from quantool.progress import Bar, Progress
 from quantool.records import FileRecord, Report, Verdict, sha256_of
 
@@ -44,7 +45,7 @@ def read_parcel(folder: Path) -> Parcel:
     record, sums = _record(folder), _sums(folder)
     plan, reports = record["plan"], _reports(folder, record)
     _require_passed(folder, plan, reports)
-    _require_judged(folder, sums, reports)
+    _require_judged(folder, sums, reports, _plots(folder, record))
     if missing := [name for name in sums if not (folder / name).is_file()]:
         raise PublicationError(f"{folder}: missing: {', '.join(missing)}", hint=AGAIN)
     return Parcel(
@@ -132,6 +133,17 @@ def _reports(folder: Path, record: Mapping[str, Any]) -> tuple[Report, ...]:
         raise PublicationError(f"{folder / RECORD}: a report cannot be read", hint=AGAIN) from error
 
 
+def _plots(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the pictures that packing drew, by name; a record of before there were any has none."""
+    try:
+        drawn = [FileRecord.model_validate(entry) for entry in record.get("plots", [])]
+    except (ValidationError, TypeError) as error:
+        raise PublicationError(f"{folder / RECORD}: plots cannot be read", hint=AGAIN) from error
+    if others := [file.name for file in drawn if file.name not in CAPTIONS]:
+        raise PublicationError(f"{folder / RECORD}: no plots of quantool: {', '.join(others)}", hint=AGAIN)
+    return {file.name: file.sha256 for file in drawn}
+
+
 def _require_passed(folder: Path, plan: Mapping[str, Any], reports: Sequence[Report]) -> None:
     verdicts = {report.artifact.output: report.verdict() for report in reports}
     failed = [
@@ -178,9 +190,11 @@ def _is_below(name: str) -> bool:
     )
 
 
-def _require_judged(folder: Path, named: Mapping[str, str], reports: Sequence[Report]) -> None:
-    """Every file to publish is one of a report, with the hash that the report is bound to, and none is left out."""
-    judged = {
+def _require_judged(
+    folder: Path, named: Mapping[str, str], reports: Sequence[Report], plots: Mapping[str, str]
+) -> None:
+    """Every file to publish is a plot or one of a report, with the hash that is recorded, and none is left out."""
+    judged = dict(plots) | {
         file.name: file.sha256
         for report in reports
         for file in (*report.artifact.files, *report.artifact.shared)

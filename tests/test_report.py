@@ -167,6 +167,7 @@ def test_a_run_leaves_its_verdict(tmp_path: Path, config_file: Callable[..., Pat
     assert record["verdict"] == "REGRESSION"
     assert record["plots"] == ["model-FAKE/plots/size-kld.png", "model-FAKE/plots/corpora.png"]
     assert all((out / name).is_file() for name in record["plots"])
+    assert {entry["artifact"]["folder"] for entry in record["reports"]} == {"model-FAKE"}
     assert "](model-FAKE/plots/size-kld.png)" in (out / "report.md").read_text()
     root = parsed((out / "junit.xml").read_text())
     assert [(suite.get("name"), suite.get("failures")) for suite in root] == [
