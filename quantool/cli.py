@@ -118,7 +118,7 @@ def run(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, 
     if outcome.failed:
         failed = GateError(
             f"{len(outcome.failed)} of {len(outcome.reports)} artifacts did not pass",
-            hint=f"findings: {loaded.output_path / 'records'}; thresholds: validation.gates",
+            hint=f"findings: {loaded.output_path / 'report.md'}; thresholds: validation.gates",
         )
         errors.insert(0, failed)
     for error in errors[1:]:
@@ -192,6 +192,7 @@ def validate(
     """Judge an artifact that exists, whoever made it."""
     from quantool import gates, pipeline
     from quantool.progress import Progress
+    from quantool.records import Verdict
     from quantool.subject import artifact_of
     from quantool.table import failures, table, write_step_summary
 
@@ -204,9 +205,9 @@ def validate(
         typer.echo(json.dumps(report.model_dump(mode="json") | {"verdict": report.verdict()}, indent=1))
     else:
         typer.echo(table([report]))
-    if report.verdict().fails:
-        _complain(failures([report]))
-        raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'records'}")
+    if report.verdict() is not Verdict.PASS:
+        _complain(failures([report]) or "nothing could be judged")
+        raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")
 
 
 def _validation_config(
