@@ -72,8 +72,10 @@ class Workspace:
         """The result of stage ``name`` if it was finished with this ``key`` and its files are as it left them."""
         try:
             saved = json.loads(self._record(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        except OSError as error:
+            raise DependencyError(f"cannot read {self.stages}: {error.strerror}") from error
         match saved:
             case {"key": found, "files": dict(files), "result": dict(result)} if found == key:
                 intact = all(_stamp(self.root / path) == stamp for path, stamp in files.items())

@@ -309,6 +309,20 @@ def test_a_damaged_record_is_no_record(kept: Workspace, content: bytes) -> None:
     assert kept.recall("gguf/Q8_0", "key") is None
 
 
+@pytest.mark.parametrize("place", ["file", "file/sub"])
+def test_where_no_folder_can_be_nothing_is_recalled(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    assert Workspace(tmp_path / place).recall("scan", "key") is None
+
+
+def test_a_record_that_cannot_be_read_is_told(kept: Workspace) -> None:
+    (record,) = kept.stages.iterdir()
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(DependencyError, match=r"cannot read .*stages: Is a directory"):
+        kept.recall("gguf/Q8_0", "key")
+
+
 def test_the_folder_may_be_moved(kept: Workspace, tmp_path: Path) -> None:
     moved = tmp_path.with_name(tmp_path.name + "-moved")
     tmp_path.rename(moved)
