@@ -12,7 +12,7 @@ from typing import Any
 from quantool import hub, process, registry
 from quantool.config import Config
 from quantool.errors import PublicationError, SourceError
-from quantool.package import pack
+from quantool.package import SUMS, pack
 from quantool.plan import check_disk, make_plan, versions
 from quantool.plots import draw
 from quantool.preflight import preflight
@@ -72,6 +72,7 @@ def run(config: Config, progress: Progress) -> Outcome:
         preflight({wanted.repo_id or "": _private(config) for wanted in config.requested()})
     with workspace.lock():
         made, artifacts = _make_all(config, workspace, progress)
+        _drop_sums(artifacts)
         reports = tuple(
             judge(_case(config, made.source, output, artifact, workspace), artifact, progress)
             for output, artifact in zip(made.outputs, artifacts, strict=True)
@@ -138,6 +139,21 @@ def _make_all(config: Config, workspace: Workspace, progress: Progress) -> tuple
         progress.warn(note)
     write_text(workspace.root / "plan.json", made.model_dump_json(indent=1))
     return made, tuple(_make(config, made, output, workspace, progress) for output in made.outputs)
+
+
+def _drop_sums(artifacts: Sequence[Artifact]) -> None:
+    """Remove the SHA256SUMS of an earlier run that records other bytes than were made now; ``pack`` writes it anew.
+
+    Left there, the new files would be judged damaged.
+    """
+    for artifact in artifacts:
+        sums = artifact.folder / SUMS
+        recorded = set(sums.read_text(encoding="utf-8").splitlines()) if sums.is_file() else None
+        if (
+            recorded is not None
+            and not {f"{file.sha256}  {file.name}" for file in artifact.files} <= recorded
+        ):
+            sums.unlink()
 
 
 def scan(source: Source, workspace: Workspace, progress: Progress) -> Source:

@@ -12,7 +12,7 @@ from quantool.errors import ConfigError, DependencyError, QuantizationError, Sou
 from quantool.pipeline import Outcome
 from quantool.progress import Progress
 from quantool.records import Artifact, FileRecord, Plan, Report, Verdict, sha256_of
-from quantool.registry import find_check
+from quantool.registry import Case, find_check
 from tests.checkpoint import tensors
 
 Write = Callable[..., Path]
@@ -103,6 +103,27 @@ def test_only_what_changed_is_done_again(
     first = {"only": "none"} if "levels" in change else {}
     run(config_file(**{**first, **change}))
     assert done(tmp_path) == again
+
+
+@pytest.mark.parametrize(("change", "kept"), [({}, True), ({"divergence": 0.0002}, False)])
+def test_new_files_are_not_judged_by_the_hashes_of_old_ones(
+    tmp_path: Path,
+    config_file: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, object],
+    kept: bool,
+) -> None:
+    run(config_file())
+    judge, seen = pipeline.judge, []
+
+    def watched(case: Case, artifact: Artifact, progress: Progress) -> Report:
+        seen.append((artifact.folder / "SHA256SUMS").is_file())
+        return judge(case, artifact, progress)
+
+    monkeypatch.setattr(pipeline, "judge", watched)
+    run(config_file(**change))
+    assert seen == [kept, kept]
+    assert (tmp_path / "out" / "model-FAKE" / "SHA256SUMS").is_file()
 
 
 def test_a_new_level_is_all_that_is_made(tmp_path: Path, config_file: Write) -> None:
