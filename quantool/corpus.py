@@ -158,6 +158,23 @@ def calibration_corpus(config: Config) -> Corpus | None:
     return None
 
 
+def require_texts(config: Config) -> None:
+    """Raise ConfigError for text files that a run could not use, before it starts.
+
+    Held-out text is read as far as it will be, conversations wholly; of calibration text, which may be long, only that
+    it is there. Data sets are left alone: that needs the network.
+    """
+    origin = calibration_corpus(config)
+    if origin is not None and origin.path is not None:
+        opened(origin)
+    settings = config.validation
+    for entry in corpora(config):
+        if entry.path is not None:
+            read(entry, characters=settings.max_tokens * CHARACTERS_PER_TOKEN)
+    if settings.conversations is not None:
+        read(Corpus(name="conversations", path=settings.conversations))
+
+
 def identity(corpus: Corpus) -> str | None:
     """A fingerprint of what ``corpus`` holds; None for a ``datasets`` id, which can change without a trace."""
     if corpus.dataset == BUILT_IN:

@@ -44,8 +44,10 @@ def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads
     """Ask every method for its outline and add up what the run needs.
 
     ``downloads`` is the bytes of weights still to fetch. Raises ConfigError for outputs that would overwrite each
-    other, and what the methods raise. Nothing is written to the output folder.
+    other, for texts and windows that the checks would refuse hours later, and what the methods raise. Nothing is
+    written to the output folder.
     """
+    _refuse_texts(config, source)
     outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     _refuse_collisions(outputs)
@@ -81,6 +83,19 @@ def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quant
     chosen = partial(gates.resolve, configured=config.validation.gates)
     request = Request(config, source, tuple(wanted.levels()), wanted.repo_id, workspace, chosen)
     return method.outline(request, options_of(wanted, method))
+
+
+def _refuse_texts(config: Config, source: Source) -> None:
+    from quantool import corpus
+
+    corpus.require_texts(config)
+    settings = config.validation
+    asked = "context" in settings.model_fields_set  # the default may be for a check that is not run
+    if asked and settings.context > source.facts.context:
+        raise ConfigError(
+            f"validation.context is {settings.context}, but {source.name} reads no more than "
+            f"{source.facts.context} tokens"
+        )
 
 
 def _refuse_collisions(outputs: Sequence[OutputPlan]) -> None:

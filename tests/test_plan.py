@@ -119,6 +119,36 @@ def test_outputs_that_would_overwrite_each_other_are_refused(model: Path) -> Non
     assert "repo_id" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dataset_path": "TEXT"},
+        {"eval_dataset": "TEXT"},
+        {"validation": {"corpora": [{"name": "x", "path": "TEXT"}]}},
+        {"validation": {"conversations": "TEXT"}},
+    ],
+)
+def test_texts_that_are_not_there_are_found_before_anything_is_made(
+    model: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    missing = tmp_path / "nowhere.jsonl"
+    with pytest.raises(ConfigError, match=r"text file not found: .*nowhere\.jsonl"):
+        planned(model, **json.loads(json.dumps(keys).replace("TEXT", str(missing))))
+    assert not (model.parent / "out").exists()
+
+
+def test_text_that_cannot_be_read_is_found_before_anything_is_made(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "good"}\n{"text": bad}\n')
+    with pytest.raises(ConfigError, match=r"text.jsonl, line 2 is not JSON"):
+        planned(model, validation={"corpora": [{"name": "x", "path": str(text)}]})
+
+
+def test_windows_longer_than_the_model_reads_are_found_before_anything_is_made(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"validation\.context is 99999, but model reads no more than"):
+        planned(model, validation={"context": 99999, "max_tokens": 99999})
+
+
 def test_the_same_name_in_two_repositories_is_no_collision(model: Path) -> None:
     first, second = planned(model).outputs
     plan._refuse_collisions([first, second.model_copy(update={"repo": "other", "files": first.files})])
