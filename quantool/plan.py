@@ -44,13 +44,14 @@ def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads
     """Ask every method for its outline and add up what the run needs.
 
     ``downloads`` is the bytes of weights still to fetch. Raises ConfigError for outputs that would overwrite each
-    other, for texts and windows that the checks would refuse hours later, and what the methods raise. Nothing is
+    other or the checkpoint, for texts and windows that the checks would refuse hours later, and what the methods raise. Nothing is
     written to the output folder.
     """
     _refuse_texts(config, source)
     outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     _refuse_collisions(outputs)
+    _refuse_own_folder(source, workspace.root, outputs)
     stages = _stages(source, outlines, outputs, downloads)
     free = shutil.disk_usage(_existing(workspace.root)).free
     notes = [
@@ -108,6 +109,19 @@ def _refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
                     f"{first} and {output.id} would both write {output.repo}/{file.name}",
                     hint="drop one of them, or give them different repo_id",
                 )
+
+
+def _refuse_own_folder(source: Source, root: Path, outputs: Sequence[OutputPlan]) -> None:
+    """ConfigError when a run would write into the folder that it reads."""
+    own = {path.resolve() for path in (source.folder, source.tokenizer) if path is not None}
+    own |= {(source.folder / file.name).resolve().parent for file in source.files}  # behind links
+    for folder in (root, *(root / output.repo for output in outputs)):
+        place = folder.resolve()
+        if place in own or (folder != root and any(read.is_relative_to(place) for read in own)):
+            raise ConfigError(
+                f"{folder} is where the checkpoint is read from; the run would write into it",
+                hint="choose another output_path",
+            )
 
 
 def _stages(

@@ -122,6 +122,38 @@ def test_outputs_that_would_overwrite_each_other_are_refused(model: Path) -> Non
 @pytest.mark.parametrize(
     "keys",
     [
+        {"output_path": "model"},
+        {"output_path": "link"},
+        {"output_path": ".", "repo_id": "org/model"},
+        {"output_path": "..", "repo_id": "org/PARENT"},
+    ],
+)
+def test_a_run_never_writes_into_the_checkpoint(model: Path, keys: dict[str, str]) -> None:
+    parent = model.parent
+    (parent / "link").symlink_to(model)
+    wanted = {**keys, "output_path": parent / keys["output_path"]}
+    if "repo_id" in keys:
+        wanted["repo_id"] = keys["repo_id"].replace("PARENT", parent.name)
+    with pytest.raises(ConfigError, match="is where the checkpoint is read from"):
+        planned(model, **wanted)
+
+
+def test_nor_into_where_links_of_the_checkpoint_lead(model: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in model.iterdir():
+        (linked / file.name).symlink_to(file)
+    with pytest.raises(ConfigError, match="is where the checkpoint is read from"):
+        planned(linked, output_path=model)
+
+
+def test_the_checkpoint_may_lie_in_the_output_folder(model: Path) -> None:
+    assert planned(model, output_path=model.parent).outputs
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
         {"dataset_path": "TEXT"},
         {"eval_dataset": "TEXT"},
         {"validation": {"corpora": [{"name": "x", "path": "TEXT"}]}},
