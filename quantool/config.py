@@ -219,7 +219,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read a YAML file with ``key.sub=value`` overrides on top.
 
     Levels get the spelling of their method; nulls are dropped where a default exists. Raises ConfigError with every
-    mistake on a line of its own, ``FILE:LINE:COL: key.path: what is wrong (value …); did you mean …?``.
+    mistake on a line of its own, ``FILE:LINE:COL: key.path: what is wrong (value …); did you mean …?``. A file whose
+    only fault is that its method lacks something on this machine raises that DependencyError.
     """
     document = read(path, overrides)
     given: dict[str, Any] = rules.without_nulls(document.data, Config)
@@ -236,6 +237,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
         *rules.options(Calibration, data, ("calibration_config",), homes),
         *explain(Config, given, homes=homes),
     ]
+    if named.missing and len(mistakes) == len(named.missing):  # the file is right, this machine is not
+        raise named.missing[0]
     if mistakes:
         raise document.error(
             mistakes, hint="`quantool schema` describes every key, `quantool methods` the levels"

@@ -39,6 +39,8 @@ class Named:
     """Levels of all methods; None when a method could not be asked."""
     options: tuple[str, ...]
     """Names of the options of all methods."""
+    missing: tuple[DependencyError, ...] = ()
+    """What methods lack on this machine; each is told among the mistakes as well."""
 
 
 def without_nulls(value: Any, model: type[BaseModel], path: KeyPath = ()) -> Any:
@@ -72,6 +74,7 @@ def methods(data: dict[str, Any], homes: Homes) -> Named:
     levels: list[str] | None = []
     options_known: list[str] = []
     outputs: set[tuple[str, str]] = set()
+    missing: list[DependencyError] = []
     for path, entry in _entries(data):
         if not isinstance(entry.get("method"), str):
             levels = None
@@ -81,6 +84,8 @@ def methods(data: dict[str, Any], homes: Homes) -> Named:
             known = list(found.levels())
         except (ConfigError, DependencyError) as error:
             mistakes.append(Mistake((*path, "method"), _sentence(error)))
+            if isinstance(error, DependencyError):
+                missing.append(error)
             levels = None
             continue
         mistakes += _levels(entry, path, known, outputs)
@@ -91,6 +96,7 @@ def methods(data: dict[str, Any], homes: Homes) -> Named:
         tuple(mistakes),
         None if levels is None else tuple(dict.fromkeys(levels)),
         tuple(dict.fromkeys(options_known)),
+        tuple(missing),
     )
 
 

@@ -245,11 +245,6 @@ push_to_hub: true
         ("quant_level: null", "2:1", "quant_level: missing; the levels of gguf are Q8_0, Q6_K,"),
         ("quant_level: zzz", "2:1", 'quant_level: gguf has no such level (value "zzz"); known: Q8_0, Q6_K,'),
         ("method: ggfu", "2:1", "method: unknown method 'ggfu'; did you mean gguf?"),
-        (
-            "method: fp8",
-            "2:1",
-            "method: method 'fp8' needs llmcompressor; pip install 'quantool[compressed]'",
-        ),
         ("quantization_config: [a]", "2:1", 'quantization_config: must be a mapping (value ["a"])'),
         (
             "quantization_config: {imatrix: 3}",
@@ -343,6 +338,27 @@ def test_each_mistake_alone(mistakes: Mistakes, text: str, place: str, what: str
     rest = [line for line in START.splitlines()[1:] if line.partition(":")[0] not in named]
     (line,) = mistakes(first + "\n".join([text, *rest]))
     assert line.startswith(f"c.yaml:{place}: {what}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        START.replace("gguf", "fp8"),
+        "model_id: m\nquantizations: [{method: fp8, quant_level: A}, {method: fp8, quant_level: B}]\n",
+    ],
+)
+def test_what_this_machine_lacks_is_no_mistake_of_the_file(loads: Load, text: str) -> None:
+    with pytest.raises(DependencyError, match=r"^method 'fp8' needs llmcompressor$") as caught:
+        loads(text)
+    assert caught.value.exit_code == 3
+    assert caught.value.hint == "pip install 'quantool[compressed]'"
+
+
+def test_what_this_machine_lacks_is_told_beside_mistakes(mistakes: Mistakes) -> None:
+    assert mistakes(START.replace("gguf", "fp8") + "seed: x\n") == [
+        "c.yaml:2:1: method: method 'fp8' needs llmcompressor; pip install 'quantool[compressed]'",
+        'c.yaml:4:1: seed: must be a whole number (value "x")',
+    ]
 
 
 def test_mistakes_in_one_of_several_methods(mistakes: Mistakes) -> None:
