@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from quantool.errors import INTERRUPTED, ConfigError, GateError, QuantoolError, nearest
+from quantool.errors import INTERRUPTED, ConfigError, DependencyError, GateError, QuantoolError, nearest
 
 if TYPE_CHECKING:
     from quantool.config import Config
@@ -48,6 +49,8 @@ Quiet = Annotated[
 def main() -> None:
     """Run the command line; a first argument that is no command is taken for a configuration to run."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if sys.stderr is None:  # closed by the caller (`2>&-`): there is nobody to tell
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     arguments = sys.argv[1:]
     first = next((word for word in arguments if not word.startswith("-")), None)
     if first is not None and first not in COMMANDS and not {"--help", "--version"} & set(arguments):
@@ -80,6 +83,12 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             _complain("interrupted; finished stages are kept, run the same command again to go on")
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # `| head`: typer ends without a word
+            raise
+        except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
+            _complain(f"error: {error.strerror or error}{place}")
+            raise typer.Exit(DependencyError.exit_code) from None
 
     return wrapped
 

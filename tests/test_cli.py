@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -395,6 +396,30 @@ def test_validate_end_to_end(quantool: Command, config_file: Write, tmp_path: Pa
     assert ended.out.splitlines()[1].startswith("a-Q8_0.gguf")
     assert "Q8_0: REGRESSION in fakecheck: mean_kld on text 9, limit 0.004. a fake\n" in ended.err
     assert f"{tmp_path / 'a-Q8_0.gguf'} did not pass" in ended.err
+
+
+# --- streams that are not what they should be
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "told"),
+    [
+        (">/dev/full", 3, "error: No space left on device\n"),
+        ("2>&-", 0, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_streams_that_cannot_be_written(redirection: str, code: int, told: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m quantool schema {redirection}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (code, told)
+
+
+def test_a_warning_needs_no_standard_error(config_file: Write) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m quantool plan {shlex.quote(str(config_file()))} 2>&-"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("source ")
 
 
 # --- the toolchain
