@@ -313,7 +313,10 @@ def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Conf
 def _show(outcome: Outcome, progress: Progress, *, as_json: bool) -> None:
     from quantool.table import failures, table, write_step_summary
 
-    write_step_summary(outcome.reports)
+    try:
+        write_step_summary(outcome.reports)
+    except OSError as error:  # the result is worth more than its copy
+        progress.warn(f"the table is not in $GITHUB_STEP_SUMMARY: {error.strerror or error}")
     if as_json:
         reports = [
             report.model_dump(mode="json") | {"verdict": report.verdict()} for report in outcome.reports

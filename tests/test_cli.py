@@ -98,6 +98,16 @@ def test_the_summary_of_a_github_job(
     assert "- Q8_0: REGRESSION in fakecheck: mean_kld on text 0.5, limit 0.004" in text
 
 
+def test_a_step_summary_that_cannot_be_written_does_not_keep_the_result(
+    quantool: Command, config_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "nowhere" / "summary.md"))
+    ended = quantool("run", config_file())
+    assert ended.code == 0
+    assert "model-Q4_K_M.gguf" in ended.out
+    assert "warning: the table is not in $GITHUB_STEP_SUMMARY: No such file or directory" in ended.err
+
+
 def test_methods(quantool: Command, plugin: Path) -> None:
     text = quantool("methods").out
     assert (
