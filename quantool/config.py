@@ -33,6 +33,10 @@ NO_EFFECT = {
 """Keys of 0.2.0 that are accepted and do nothing any more, with the reason that the warning gives."""
 
 
+REPO_ID = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$|^$"
+"""A Hub repository. Its name is a folder of the output as well, so it must not lead anywhere else."""
+
+
 def _retired(key: str) -> Any:
     """The field of a key without effect. Never written to a record: ``use_auth_token`` could be a secret."""
     return Field(
@@ -111,7 +115,7 @@ class Quantization(Section):
     quant_level: Annotated[str | list[str] | None, Field(description="One level or a list of them.")] = None
     quantization_config: dict[str, JsonValue] = Field(default={}, description="Options of the method.")
     repo_id: str | None = Field(
-        default=None, description="Hub repository that this method's artifacts go to."
+        default=None, pattern=REPO_ID, description="Hub repository that this method's artifacts go to."
     )
 
     def levels(self) -> list[str]:
@@ -163,7 +167,9 @@ class Config(Section):
     output_path: Path = Field(default=Path("output"), description="Folder for everything a run makes.")
     push_to_hub: bool = Field(default=False, description="Publish what passed its gates.")
     repo_id: str | None = Field(
-        default=None, description="Hub repository to publish to; an entry of quantizations may name its own."
+        default=None,
+        pattern=REPO_ID,
+        description="Hub repository to publish to; an entry of quantizations may name its own.",
     )
     private: bool = Field(default=True, description="Create that repository as private.")
 

@@ -27,6 +27,10 @@ DISTRIBUTIONS = (
 """Libraries whose version is recorded."""
 
 
+OWN_NAMES = {"logs", "records", "plan.json"}
+"""What a run keeps in the output folder beside the folders to publish."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a method is asked to outline: one entry of ``quantizations`` on a source."""
@@ -112,7 +116,12 @@ def _refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
 
 
 def _refuse_own_folder(source: Source, root: Path, outputs: Sequence[OutputPlan]) -> None:
-    """ConfigError when a run would write into the folder that it reads."""
+    """ConfigError when a run would write into the folder that it reads, or over its own records."""
+    if taken := OWN_NAMES & {output.repo for output in outputs}:
+        raise ConfigError(
+            f"{min(taken)} cannot be the name of a repository: the output folder has its own {min(taken)}",
+            hint="name it differently in repo_id",
+        )
     own = {path.resolve() for path in (source.folder, source.tokenizer) if path is not None}
     own |= {(source.folder / file.name).resolve().parent for file in source.files}  # behind links
     for folder in (root, *(root / output.repo for output in outputs)):

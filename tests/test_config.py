@@ -244,6 +244,15 @@ push_to_hub: true
         ("quant_level: []", "2:1", "quant_level: missing; the levels of gguf are Q8_0, Q6_K,"),
         ("quant_level: null", "2:1", "quant_level: missing; the levels of gguf are Q8_0, Q6_K,"),
         ("quant_level: zzz", "2:1", 'quant_level: gguf has no such level (value "zzz"); known: Q8_0, Q6_K,'),
+        *(
+            (f"repo_id: {name}", "2:1", "repo_id: must match ")
+            for name in ("org/..", "..", "org/.quantool", "/tmp", "a/b/c", "org/näme", '"a/b c"')
+        ),
+        (
+            "quantizations: [{method: gguf, quant_level: Q8_0, repo_id: a/..}]\nmethod: null\nquant_level: null",
+            "2:51",
+            "quantizations.0.repo_id: must match ",
+        ),
         ("method: ggfu", "2:1", "method: unknown method 'ggfu'; did you mean gguf?"),
         ("quantization_config: [a]", "2:1", 'quantization_config: must be a mapping (value ["a"])'),
         (
