@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from quantool import registry, rules
 from quantool.document import Document, read
@@ -48,6 +48,17 @@ def _retired(key: str) -> Any:
     )
 
 
+def _at_home(path: Path) -> Path:
+    """``~/texts`` as a shell reads it; YAML is read by no shell."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error} ({path})") from error
+
+
+UserPath = Annotated[Path, AfterValidator(_at_home)]
+
+
 class Section(BaseModel):
     """A part of the configuration: closed to unknown keys. In a file, null stands for the default."""
 
@@ -58,7 +69,7 @@ class Corpus(Section):
     """One text to measure on, or to calibrate with."""
 
     name: str = Field(description="Name in reports and tables, e.g. the language.", pattern=r"^[\w.-]+$")
-    path: Path | None = Field(default=None, description="A .txt, .jsonl or .parquet file.")
+    path: UserPath | None = Field(default=None, description="A .txt, .jsonl or .parquet file.")
     dataset: str | None = Field(default=None, description="A `datasets` id, used when path is not given.")
     config: str | None = Field(default=None, description="Configuration of the data set.")
     split: str = Field(default="train", description="Split of the data set.")
@@ -84,7 +95,7 @@ class Validation(Section):
         default=rules.CONTEXT, ge=16, description="Tokens a window; the second half of each is scored."
     )
     max_tokens: int = Field(default=rules.MAX_TOKENS, ge=32, description="Token budget for each corpus.")
-    conversations: Path | None = Field(
+    conversations: UserPath | None = Field(
         default=None,
         description="A .jsonl of conversations (messages, tools) to render beside the built-in ones.",
     )
@@ -133,7 +144,9 @@ class Config(Section):
     tokenizer_name: str | None = Field(
         default=None, description="Folder or Hub id of the tokenizer, if not the model's own."
     )
-    cache_dir: Path | None = Field(default=None, description="Where Hub downloads are kept; default HF_HOME.")
+    cache_dir: UserPath | None = Field(
+        default=None, description="Where Hub downloads are kept; default HF_HOME."
+    )
     trust_remote_code: bool = Field(
         default=False, description="Allow the checkpoint's own Python code to run."
     )
@@ -148,12 +161,14 @@ class Config(Section):
     )
 
     dataset_id: str | None = Field(default=None, description="Calibration text: a `datasets` id.")
-    dataset_path: Path | None = Field(
+    dataset_path: UserPath | None = Field(
         default=None, description="Calibration text: a .txt, .jsonl or .parquet file."
     )
     dataset_config: str | None = Field(default=None, description="Configuration of the data set.")
     split: str = Field(default="train", description="Split of the data set.")
-    dataset_cache_dir: Path | None = Field(default=None, description="Where `datasets` keeps its downloads.")
+    dataset_cache_dir: UserPath | None = Field(
+        default=None, description="Where `datasets` keeps its downloads."
+    )
     sample_size: int = Field(default=512, ge=1, description="Calibration documents to use.")
     shuffle: bool = Field(
         default=True, description="Shuffle the calibration documents before taking the first ones."
@@ -164,7 +179,7 @@ class Config(Section):
         description="Further calibration settings: max_tokens, max_seq_length, text_field.",
     )
 
-    output_path: Path = Field(default=Path("output"), description="Folder for everything a run makes.")
+    output_path: UserPath = Field(default=Path("output"), description="Folder for everything a run makes.")
     push_to_hub: bool = Field(default=False, description="Publish what passed its gates.")
     repo_id: str | None = Field(
         default=None,

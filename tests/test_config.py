@@ -370,6 +370,19 @@ def test_what_this_machine_lacks_is_told_beside_mistakes(mistakes: Mistakes) -> 
     ]
 
 
+def test_a_tilde_is_the_home_of_the_user(loads: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    text = START + "output_path: ~/out\nvalidation: {corpora: [{name: x, path: ~/x.txt}]}\n"
+    config = loads(text).config
+    assert config.output_path == Path("/home/somebody/out")
+    assert config.validation.corpora[0].path == Path("/home/somebody/x.txt")
+
+
+def test_the_home_of_nobody(mistakes: Mistakes) -> None:
+    (line,) = mistakes(START + "output_path: ~no_such_user/out\n")
+    assert line.startswith("c.yaml:4:1: output_path: ")
+
+
 def test_mistakes_in_one_of_several_methods(mistakes: Mistakes) -> None:
     text = """\
 model_id: m
