@@ -27,7 +27,7 @@ DISTRIBUTIONS = (
 """Libraries whose version is recorded."""
 
 
-OWN_NAMES = {"logs", "records", "plan.json"}
+OWN_NAMES = {"logs", "records", "plots", "plan.json", "report.md", "report.json", "junit.xml"}
 """What a run keeps in the output folder beside the folders to publish."""
 
 

@@ -138,7 +138,7 @@ def test_a_run_never_writes_into_the_checkpoint(model: Path, keys: dict[str, str
         planned(model, **wanted)
 
 
-@pytest.mark.parametrize("name", ["logs", "records", "plan.json"])
+@pytest.mark.parametrize("name", ["logs", "records", "plots", "plan.json", "report.json"])
 def test_nor_over_its_own_records(model: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} cannot be the name of a repository"):
         planned(model, repo_id=f"org/{name}")
