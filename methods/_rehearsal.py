@@ -132,16 +132,16 @@ def _rehearse(
         for number, file in enumerate(summary["files"]):
             data = sum(_pad(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
             os.truncate(file, _pad(summary["headers"][number]) + data)
-        _require_vocabulary(Path(summary["files"][0]), options, tools, part / "converter.log")
+        _require_loadable(Path(summary["files"][0]), options, tools, part / "converter.log")
         shutil.rmtree(part / "model", ignore_errors=True)
         write_text(part / "summary.json", json.dumps(summary))
 
 
-def _require_vocabulary(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
-    """Let llama.cpp load the vocabulary of a rehearsed file; what it refuses is the tokenizer or its name."""
+def _require_loadable(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
+    """Let llama.cpp load a rehearsed file, whose weights are a hole: vocabulary, parameters and every tensor's shape."""
     try:
         process.call(
-            "quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": True}, log=log
+            "quantool.methods._quantizer:probe", {"path": str(path), "vocabulary_only": False}, log=log
         )
     except QuantizationError as error:
         name = options.pre_tokenizer

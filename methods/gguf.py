@@ -109,8 +109,14 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         _stages(request, rehearsal, options, kind),
-        tuple(filter(None, (note, _rehearsal.space_note(rehearsal), *aliases))),
+        tuple(filter(None, (note, _split_note(options), _rehearsal.space_note(rehearsal), *aliases))),
     )
+
+
+def _split_note(options: Options) -> str:
+    if options.max_shard_size is None or options.keep_split:
+        return ""
+    return "max_shard_size splits the base, each level is one file again: keep_split: true keeps the shards"
 
 
 def _level_key(source: Source, options: Options, kind: str, level: str, matrix: str, names: list[str]) -> str:

@@ -30,7 +30,7 @@ def write_card(
         + yaml.safe_dump(front_matter(source, outputs), sort_keys=False, allow_unicode=True)
         + "---\n",
         f"# {outputs[0].repo}\n",
-        _introduction(plan),
+        _introduction(plan, reports),
         "## Files\n",
         _files(reports),
         "## Figures by corpus\n",
@@ -46,12 +46,15 @@ def write_card(
     return "\n".join(parts)
 
 
-def _introduction(plan: Plan) -> str:
+def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
     made_by = f"made and checked by quantool {plan.versions['quantool']}"
-    return (
-        f"Quantized versions of {_link(plan.source)}, {made_by}. Every file was compared with the bf16 reference on "
-        "held-out text; the verdicts are below.\n"
+    measured = all(report.find("mean_kld") for report in reports)
+    compared = (
+        "Every file was compared with the bf16 reference on held-out text; the verdicts are below."
+        if measured
+        else "Not every file was compared with the bf16 reference on held-out text: see the checks below."
     )
+    return f"Quantized versions of {_link(plan.source)}, {made_by}. {compared}\n"
 
 
 def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any]:

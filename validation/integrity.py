@@ -48,11 +48,11 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Files, tensors, types and metadata, from headers: whether a file holds what its name says."""
     del progress  # headers only
     if case.engine != "llama.cpp":
-        return [_judge_index(case.artifact), _judge_hashes(case.artifact, _names(case.artifact))]
+        return [_judge_index(case.artifact), *_judge_hashes(case.artifact, _names(case.artifact))]
     shards, problem = _shards(case.artifact)
     findings = [
         _finding("shards", f"{len(shards)} files", problem),
-        _judge_hashes(case.artifact.parent, shards),
+        *_judge_hashes(case.artifact.parent, shards),
     ]
     if problem:
         return findings
@@ -127,11 +127,11 @@ def _judge_index(folder: Path) -> Finding:
     return _finding("shards", f"{len(present)} files", problem, f"{len(named)} files")
 
 
-def _judge_hashes(folder: Path, names: Sequence[str]) -> Finding:
-    """Files are those whose hashes were recorded."""
+def _judge_hashes(folder: Path, names: Sequence[str]) -> list[Finding]:
+    """Files are those whose hashes were recorded; nothing to say of files that are only being made."""
     sums = folder / SUMS
     if not sums.is_file():
-        return _skipped("hashes", f"there is no {SUMS} beside the file yet")
+        return []
     lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines() if line.strip()]
     recorded = {name.strip().removeprefix("*"): digest for digest, name in lines}
     listed = [name for name in names if name in recorded]
@@ -139,7 +139,7 @@ def _judge_hashes(folder: Path, names: Sequence[str]) -> Finding:
         name for name in listed if not (folder / name).is_file() or sha256_of(folder / name) != recorded[name]
     ]
     problem = f"not as recorded in {SUMS}: {', '.join(wrong)}" if wrong else ""
-    return _finding("hashes", f"{len(listed) - len(wrong)} of {len(listed)}", problem)
+    return [_finding("hashes", f"{len(listed) - len(wrong)} of {len(listed)}", problem)]
 
 
 def _headers(case: Case, shards: Sequence[str]) -> dict[str, Any]:

@@ -281,6 +281,16 @@ def test_what_converts_and_does_not_load_is_refused(tmp_path: Path) -> None:
         process.call("quantool.methods._quantizer:probe", loading, log=tmp_path / "log")
 
 
+def test_missing_tensor_is_found_by_the_plan(tmp_path: Path) -> None:
+    model = copy(making.TINY, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    found = attempt(model, {"level": "F16"})
+    assert isinstance(found, SourceError)
+    assert "tensor 'blk.1.ffn_up.weight' not found" in found.message
+
+
 def test_other_tokenizer_is_the_one_that_is_planned_and_written(tmp_path: Path) -> None:
     other = copy(making.TINY, tmp_path / "other")
     (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
