@@ -175,3 +175,11 @@ def test_plots_stand_under_the_figures(plan: Plan) -> None:
 
 def test_no_heading_for_checks_without_findings(plan: Plan) -> None:
     assert "Other checks" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
+
+
+def test_a_comparison_is_claimed_only_where_it_was_measured(plan: Plan) -> None:
+    measured = write_card(plan, plan.outputs, [report(plan, *figures("en"))])
+    assert "Every file was compared with the bf16 reference" in measured
+    unmeasured = write_card(plan, plan.outputs, [report(plan, *figures("en")), report(plan)])
+    assert "Not every file was compared" in unmeasured
+    assert "Every file" not in unmeasured
