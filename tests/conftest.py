@@ -17,6 +17,9 @@ import pytest
 
 from tests.checkpoint import write_checkpoint
 
+# A shell starts background jobs, which CI may be, with Ctrl-C ignored, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ENTRY_POINTS = """\
 [quantool.methods]
 fake = quantool_fake:quantize
