@@ -59,6 +59,9 @@ def _at_home(path: Path) -> Path:
 UserPath = Annotated[Path, AfterValidator(_at_home)]
 
 
+MAX_SEED = 1 << 32  # what numpy takes
+
+
 class Section(BaseModel):
     """A part of the configuration: closed to unknown keys. In a file, null stands for the default."""
 
@@ -173,7 +176,7 @@ class Config(Section):
     shuffle: bool = Field(
         default=True, description="Shuffle the calibration documents before taking the first ones."
     )
-    dataset_seed: int = Field(default=42, description="Seed of that shuffle.")
+    dataset_seed: int = Field(default=42, ge=0, lt=MAX_SEED, description="Seed of that shuffle.")
     calibration_config: dict[str, JsonValue] | None = Field(
         default=None,
         description="Further calibration settings: max_tokens, max_seq_length, text_field.",
@@ -192,7 +195,7 @@ class Config(Section):
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."
     )
     validation: Validation = Field(default_factory=Validation, description="How artifacts are judged.")
-    seed: int = Field(default=42, description="Seed of everything random.")
+    seed: int = Field(default=42, ge=0, lt=MAX_SEED, description="Seed of everything random.")
     device: Literal["auto", "cpu", "cuda"] | None = Field(
         default=None, description="Where torch computes; default auto."
     )

@@ -105,7 +105,13 @@ def _refuse_texts(config: Config, source: Source) -> None:
 
 def _refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
     owners: dict[tuple[str, str], str] = {}
+    repositories: dict[str, str | None] = {}
     for output in outputs:
+        if repositories.setdefault(output.repo, output.repo_id) != output.repo_id:
+            raise ConfigError(
+                f"{repositories[output.repo]} and {output.repo_id} would share the folder {output.repo}",
+                hint="give the repositories different names",
+            )
         for file in output.files:
             first = owners.setdefault((output.repo, file.name), output.id)
             if first != output.id:

@@ -153,7 +153,8 @@ def _place(name: str, config: Config, *, tokenizer: bool = False) -> _Place:
         return _local(name, path, revision)
     if not HUB_ID.fullmatch(name):
         raise SourceError(
-            f"{name!r} is neither a folder here nor a Hub id", hint="a Hub id looks like organisation/model"
+            f"{name!r} is neither a folder here nor a Hub id",
+            hint="a Hub id looks like organisation/model; a relative path starts in the current folder",
         )
     listing = list_repository(name, revision, config.cache_dir)
     return _Place(name, name.rpartition("/")[2], listing.commit, listing.folder, listing.sizes, remote=True)

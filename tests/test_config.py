@@ -503,3 +503,13 @@ def test_quickstart_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not config.push_to_hub
     assert [corpus.name for corpus in config.validation.corpora] == ["docs", "chat"]
     assert all(corpus.path is not None and corpus.path.is_file() for corpus in config.validation.corpora)
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967296"])
+def test_a_seed_that_numpy_does_not_take(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"model_id: x\nseed: {value}\ndataset_seed: {value}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert "job.yaml:2:1: seed:" in caught.value.message
+    assert "job.yaml:3:1: dataset_seed:" in caught.value.message

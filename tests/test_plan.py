@@ -256,3 +256,11 @@ def test_the_configuration_in_a_plan_is_what_was_written(
     config = load(path, ["seed=9"]).config
     made = plan.make_plan(config, planned(model).source, Workspace(config.output_path))
     assert made.config == json.loads(path.read_text()) | {"seed": 9}
+
+
+def test_two_repositories_do_not_share_a_folder(model: Path) -> None:
+    found = planned(model).outputs
+    owners = zip(found, ("one/x", "two/x"), strict=True)
+    first, second = (one.model_copy(update={"repo": "x", "repo_id": owner}) for one, owner in owners)
+    with pytest.raises(ConfigError, match="one/x and two/x would share the folder x"):
+        plan._refuse_collisions([first, second])
