@@ -46,10 +46,10 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest
 
-tools: setup $(TOOLS)/llama-perplexity
+tools: setup $(TOOLS)/llama-server
 
-# The source tree has no .git: names of targets and options are those of llama.cpp's CMakeLists.txt.
-$(TOOLS)/llama-perplexity:
+# Names of targets and options are those of llama.cpp's CMakeLists.txt. llama-server is the last that cp writes.
+$(TOOLS)/llama-server:
 	rm -rf $(CACHE)/build && mkdir -p $(CACHE)/build/source $(TOOLS)
 	tar -xzf $(SDIST) -C $(CACHE)/build/source --strip-components=3 llama_cpp_python-$(LLAMA)/vendor/llama.cpp
 	cmake -S $(CACHE)/build/source -B $(CACHE)/build/out -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
