@@ -42,7 +42,6 @@ class Rehearsal:
 
     folder: Path
     """Holds the header file and the dry runs made on it."""
-    architecture: str
     headers: tuple[int, ...]
     """Bytes of each shard's header, without the padding that follows."""
     keys: dict[str, Any]
@@ -88,7 +87,6 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
     }
     return Rehearsal(
         folder,
-        summary["keys"]["general.architecture"],
         tuple(summary["headers"]),
         summary["keys"],
         tensors,

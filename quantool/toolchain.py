@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
 from quantool.errors import DependencyError
+from quantool.records import sha256_of
 from quantool.workspace import write_text, written
 
 DISTRIBUTION = "llama-cpp-python"
@@ -208,7 +209,7 @@ def _extract(sdist: Path) -> Toolchain:
     folder = _installed()
     with written(folder) as part:
         commit = _unpack(sdist, part)
-        manifest = {"distribution": name, "commit": commit, "sdist_sha256": _sha256(sdist)}
+        manifest = {"distribution": name, "commit": commit, "sdist_sha256": sha256_of(sdist)}
         write_text(part / MANIFEST, json.dumps(manifest, indent=1))
     levels.cache_clear()
     ggml_types.cache_clear()
@@ -247,11 +248,6 @@ def _is_wanted(inner: PurePosixPath) -> bool:
     return str(path) in WANTED or (
         path.suffix == ".py" and any(path.is_relative_to(folder) for folder in WANTED_FOLDERS)
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkout_commit(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from quantool import __version__, process
 from quantool.corpus import corpora
 from quantool.errors import ConfigError, QuantizationError
+from quantool.gates import over
 from quantool.progress import Progress
 from quantool.records import Finding, Gates, Verdict, fingerprint
 from quantool.registry import Case, check
@@ -58,9 +59,7 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
 
 def merged(gates: Gates, own: Gates | None) -> Gates:
     """``gates`` with the fields that a corpus sets itself (None included: that gate is off)."""
-    return (
-        gates if own is None else gates.model_copy(update={k: getattr(own, k) for k in own.model_fields_set})
-    )
+    return gates if own is None else over(gates, own)
 
 
 def _scores(case: Case, known: Sequence[Reference], progress: Progress) -> list[Tokens] | str:
