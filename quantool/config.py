@@ -88,6 +88,55 @@ class Corpus(Section):
         return self
 
 
+class Sampling(Section):
+    """Recommended sampling: what generation_config.json, the GGUF's metadata and the card must all say."""
+
+    temperature: float | None = Field(default=None, ge=0, description="Temperature; 0 is greedy.")
+    top_k: int | None = Field(default=None, ge=0, description="Most likely tokens to draw from; 0 is all.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Probability mass to draw from.")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Least probability, as a share of the largest one."
+    )
+    repetition_penalty: float | None = Field(default=None, gt=0, description="1 is none.")
+
+
+class Behaviour(Section):
+    """Greedy answers of artifact and reference."""
+
+    prompts: UserPath | None = Field(
+        default=None,
+        description="A .jsonl of conversations (messages, tools) to answer beside the built-in ones; an answer at the "
+        "end is left out.",
+    )
+    max_new_tokens: int = Field(default=48, ge=1, description="Tokens an answer may have.")
+
+
+class LmEval(Section):
+    """Tasks of EleutherAI's lm-eval, by reference and artifact on the same documents."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names of tasks or groups.")
+    include_path: UserPath | None = Field(default=None, description="Folder with task files of your own.")
+    num_fewshot: int | None = Field(default=None, ge=0, description="Examples before each question.")
+    limit: int | None = Field(default=None, ge=1, description="Documents of each task; default: all.")
+    max_drop: float = Field(
+        default=0.02, ge=0, le=1, description="Accuracy that may be lost beyond what chance explains."
+    )
+
+
+class Needle(Section):
+    """A sentence hidden in long text and asked for in chat form."""
+
+    lengths: tuple[Annotated[int, Field(ge=128)], ...] = Field(
+        default=(1024, 4096), min_length=1, description="Tokens of text, question and answer together."
+    )
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, description="Where the sentence stands, 0 to 1."
+    )
+    haystack: UserPath | None = Field(
+        default=None, description="A .txt, .jsonl or .parquet to hide it in; default: the first corpus."
+    )
+
+
 class Validation(Section):
     """How artifacts are judged."""
 
@@ -105,6 +154,12 @@ class Validation(Section):
     checks: tuple[str, ...] | None = Field(
         default=None, description="Names of the checks to run. Default: all."
     )
+    generation: Sampling | None = Field(
+        default=None, description="Recommended sampling. Default: that of generation_config.json."
+    )
+    behaviour: Behaviour = Field(default_factory=Behaviour, description="Greedy answers.")
+    lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-eval. Default: none.")
+    needle: Needle | None = Field(default=None, description="Retrieval from long text. Default: not tried.")
     gates: dict[str, Gates] = Field(
         default={},
         description="Gates by level, over the defaults; the level '*' stands for all others. "
@@ -137,6 +192,30 @@ class Quantization(Section):
         if self.quant_level is None:
             return []
         return [self.quant_level] if isinstance(self.quant_level, str) else self.quant_level
+
+
+class Publish(Section):
+    """How artifacts reach the Hub."""
+
+    mode: Literal["commit", "pull_request"] = Field(
+        default="commit", description="One commit on the branch, or a pull request against it."
+    )
+    revision: str = Field(default="main", min_length=1, description="The branch; made when it is missing.")
+    tag: str | None = Field(
+        default=None, min_length=1, description="Tag of the commit, set once it is verified."
+    )
+    collection: str | None = Field(
+        default=None, min_length=1, description="Slug of a collection that the repository is added to."
+    )
+    commit_message: str | None = Field(default=None, min_length=1, description="Default: the levels.")
+
+
+class CardSettings(Section):
+    """The model card."""
+
+    template: UserPath | None = Field(
+        default=None, description="A Jinja template that replaces the built-in card; run in a sandbox."
+    )
 
 
 class Config(Section):
@@ -190,6 +269,12 @@ class Config(Section):
         description="Hub repository to publish to; an entry of quantizations may name its own.",
     )
     private: bool = Field(default=True, description="Create that repository as private.")
+    publish: Publish = Field(default_factory=Publish, description="How artifacts reach the Hub.")
+    disk_bounded: bool = Field(
+        default=False,
+        description="Make, judge, upload and delete one level at a time; one commit at the end. Needs push_to_hub.",
+    )
+    card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
 
     eval_dataset: str | None = Field(
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."

@@ -173,6 +173,8 @@ def require_texts(config: Config) -> None:
             read(entry, characters=settings.max_tokens * CHARACTERS_PER_TOKEN)
     if settings.conversations is not None:
         read(Corpus(name="conversations", path=settings.conversations))
+    if settings.behaviour.prompts is not None:
+        read(Corpus(name="prompts", path=settings.behaviour.prompts))
 
 
 def identity(corpus: Corpus) -> str | None:

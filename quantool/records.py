@@ -64,6 +64,8 @@ class ModelFacts(Record):
     """Union of config.json and generation_config.json, in that order."""
     chat_template: str | None
     """The template that transformers applies (chat_template.jinja before tokenizer_config.json)."""
+    named_templates: dict[str, str] = {}
+    """Templates that are asked for by name (``tool_use``, which is also taken when tools are offered; ``rag``)."""
     has_sentencepiece: bool
     """Whether tokenizer.model is there."""
 
@@ -201,6 +203,8 @@ class Artifact(Record):
     """Bits of tensor data per weight element."""
     seconds: float
     details: dict[str, JsonValue] = {}
+    made_from: str | None = None
+    """The unquantized GGUF (first shard), below the output path; None for artifacts without such a step."""
 
     def bytes(self) -> int:
         """Size of all files."""
@@ -260,16 +264,42 @@ class Report(Record):
         return None
 
 
+class Part(Record):
+    """Some bytes of a file, by their hash."""
+
+    start: int
+    bytes: int
+    sha256: str
+
+
+class Upload(Record):
+    """A large file that the Hub has although no commit names it yet, told so that the file itself may be deleted."""
+
+    file: FileRecord
+    sample: str
+    """Its first bytes, hexadecimal: the client sends them along."""
+    ends: tuple[Part, ...]
+    """What will be read back."""
+
+
 class Publication(Record):
     """A folder as it stands on the Hub, compared file by file after the push."""
 
     repo_id: str
+    revision: str = "main"
+    """The branch, or ``refs/pr/N`` of a pull request."""
     commit: str
-    """The commit of ``main`` that holds these files."""
+    """The commit of ``revision`` that holds these files."""
     parent: str
-    """What ``main`` was before; the same as ``commit`` when nothing was new."""
+    """What the branch was before; the same as ``commit`` when nothing was new."""
     url: str
     private: bool
+    tag: str | None = None
+    """Tag of ``commit``."""
+    collection: str | None = None
+    """Collection that the repository is in."""
+    allow_regression: bool = False
+    """Whether artifacts that did not pass are among the files."""
     files: tuple[FileRecord, ...]
     """Every file of the folder; size and hash on the Hub are these."""
     sent: tuple[str, ...]

@@ -103,6 +103,10 @@ class Case:
     config: Config
     gates: Gates
     workspace: Workspace
+    output: OutputPlan | None = None
+    """What the plan says about it; None for an artifact that this run did not make."""
+    base: Path | None = None
+    """The unquantized GGUF that it was made from (first shard), when it is there."""
 
     @property
     def settings(self) -> Validation:
@@ -117,6 +121,20 @@ class Judge(Protocol):
         """Judge one artifact."""
 
 
+class Prepare(Protocol):
+    """Work of a check that is cheaper for several artifacts at once; what it finds is kept in their workspace."""
+
+    def __call__(self, cases: Sequence[Case], progress: Progress, /) -> None:
+        """Called once before each of ``cases`` is judged; never with none."""
+
+
+class Require(Protocol):
+    """What a check needs of the configuration, the source and this machine."""
+
+    def __call__(self, config: Config, source: Source, /) -> None:
+        """Raise ConfigError or DependencyError for what the check would refuse hours later."""
+
+
 @dataclass(frozen=True)
 class Check:
     """A registered check."""
@@ -124,6 +142,8 @@ class Check:
     name: str
     summary: str
     judge: Judge
+    prepare: Prepare | None = None
+    require: Require | None = None
 
 
 def method(
@@ -139,9 +159,16 @@ def method(
     return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra)
 
 
-def check(name: str) -> Callable[[Judge], Check]:
-    """Mark a function as the check ``name``; its docstring's first line is the summary."""
-    return lambda judge: Check(name, (judge.__doc__ or "").strip().partition("\n")[0], judge)
+def check(
+    name: str, *, prepare: Prepare | None = None, require: Require | None = None
+) -> Callable[[Judge], Check]:
+    """Mark a function as the check ``name``; its docstring's first line is the summary.
+
+    ``require`` is asked by the plan when the configuration has a section of the check's name below ``validation``.
+    """
+    return lambda judge: Check(
+        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require
+    )
 
 
 def names(folder: str) -> list[str]:

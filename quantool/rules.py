@@ -18,6 +18,11 @@ from quantool.records import Record
 
 ONE_ORIGIN = "give either path or dataset"
 
+AFTER_MERGE = ("tag", "collection")
+"""Keys of ``publish`` that need a commit which stays."""
+
+NOT_YET = "waits until the pull request is merged: publish again then, with mode: commit"
+
 CONTEXT = 512
 """Default of ``validation.context``, in tokens."""
 
@@ -73,7 +78,7 @@ def methods(data: dict[str, Any], homes: Homes) -> Named:
     mistakes: list[Mistake] = []
     levels: list[str] | None = []
     options_known: list[str] = []
-    outputs: set[tuple[str, str]] = set()
+    outputs: set[tuple[str, str, str]] = set()
     missing: list[DependencyError] = []
     for path, entry in _entries(data):
         if not isinstance(entry.get("method"), str):
@@ -125,11 +130,27 @@ def contradictions(data: dict[str, Any]) -> list[Mistake]:
     if "dataset_id" in data and "dataset_path" in data:
         text = f"give either dataset_id or dataset_path {show(data['dataset_path'])}"
         mistakes.append(Mistake(("dataset_path",), text))
+    mistakes += _publishing(data)
     if data.get("push_to_hub") is True and not data.get("repo_id"):
         mistakes += [
             Mistake((*path, "repo_id"), "missing; push_to_hub needs the name of a repository")
             for path, entry in _entries(data)
             if not entry.get("repo_id")
+        ]
+    return mistakes
+
+
+def _publishing(data: dict[str, Any]) -> list[Mistake]:
+    mistakes = []
+    if data.get("disk_bounded") is True and data.get("push_to_hub") is not True:
+        text = f"needs push_to_hub: true, each level is deleted once it is uploaded {show(True)}"
+        mistakes.append(Mistake(("disk_bounded",), text))
+    settings = data.get("publish")
+    if isinstance(settings, dict) and settings.get("mode") == "pull_request":
+        mistakes += [
+            Mistake(("publish", key), f"{NOT_YET} {show(settings[key])}")
+            for key in AFTER_MERGE
+            if key in settings
         ]
     return mistakes
 
@@ -167,7 +188,7 @@ def _sentence(error: QuantoolError) -> str:
 
 
 def _levels(
-    entry: dict[str, Any], path: KeyPath, known: list[str], outputs: set[tuple[str, str]]
+    entry: dict[str, Any], path: KeyPath, known: list[str], outputs: set[tuple[str, str, str]]
 ) -> list[Mistake]:
     """Check ``quant_level`` of one entry and give it the method's spelling; ``outputs`` are those seen so far."""
     path = (*path, "quant_level")
@@ -176,13 +197,15 @@ def _levels(
     if not listed:
         return [Mistake(path, f"missing; the levels of {entry['method']} are {', '.join(known)}")]
     folded = {level.casefold(): level for level in known}
+    options = entry.get("quantization_config")
+    form = str(options.get("format")) if isinstance(options, dict) else "None"  # a level can be made in two
     mistakes, spelled = [], []
     for index, level in enumerate(listed):
         here = (*path, index) if isinstance(asked, list) else path
         spelled.append(folded.get(level.casefold(), level) if isinstance(level, str) else level)
         if not isinstance(level, str):  # told by the structure
             continue
-        output = (entry["method"], spelled[-1])
+        output = (entry["method"], spelled[-1], form)
         if level.casefold() not in folded:
             near = suggest(level, known) or f"; known: {', '.join(known)}"
             mistakes.append(Mistake(here, f"{entry['method']} has no such level {show(level)}{near}"))

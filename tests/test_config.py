@@ -289,6 +289,19 @@ push_to_hub: true
         ("calibration_config: 3", "2:1", "calibration_config: must be a mapping (value 3)"),
         ("dataset_id: a\ndataset_path: b", "3:1", "dataset_path: give either dataset_id or dataset_path"),
         ("push_to_hub: true", "1:1", "repo_id: missing; push_to_hub needs the name of a repository"),
+        ("disk_bounded: true", "2:1", "disk_bounded: needs push_to_hub: true, each level is deleted once"),
+        ("publish: {mode: push}", "2:11", "publish.mode: "),
+        ("publish: {revision: ''}", "2:11", "publish.revision: "),
+        (
+            "publish: {tag: v1, mode: pull_request}",
+            "2:11",
+            "publish.tag: waits until the pull request is merged",
+        ),
+        (
+            "publish: {collection: a/b, mode: pull_request}",
+            "2:11",
+            "publish.collection: waits until the pull request is merged",
+        ),
         ("validation: 3", "2:1", "validation: must be a mapping (value 3)"),
         ("validation: {checks: []}", "2:14", "validation.checks: at least one is needed"),
         (
