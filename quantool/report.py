@@ -14,7 +14,8 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from quantool import __version__
-from quantool.card import checks, corpora, pictures
+from quantool.figures import checks, corpora, pictures, unchecked
+from quantool.losses import losses
 from quantool.plots import found
 from quantool.records import Finding, Report, Verdict
 from quantool.table import HEADINGS, columns, failures, markdown
@@ -76,7 +77,7 @@ def as_record(reports: Sequence[Report], plots: Sequence[str]) -> dict[str, Any]
 
 
 def as_markdown(reports: Sequence[Report], plots: dict[str, tuple[str, ...]]) -> str:
-    """The verdict table, what failed, the figures by corpus and the other checks.
+    """The verdict table, what failed, the figures by corpus, where the loss comes from and the other checks.
 
     ``plots`` are names of pictures by what leads to their folder (``""`` or a path that ends with a slash).
     """
@@ -87,8 +88,10 @@ def as_markdown(reports: Sequence[Report], plots: dict[str, tuple[str, ...]]) ->
         markdown(HEADINGS, [columns(report) for report in reports]),
         *_failed(reports),
         *(["## Figures by corpus\n", corpora(reports)] if any(map(_has_figures, reports)) else []),
+        *losses(reports),
         *(line for way, names in plots.items() for line in pictures(names, way)),
         *checks(reports),
+        *unchecked(reports),
     ]
     return "\n".join(parts)
 

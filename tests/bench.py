@@ -1,17 +1,21 @@
 """Time and memory of quantool beside llama.cpp's own tools on the same random Llama, as a table.
 
-    make bench                        1.1 B parameters, Q8_0 and Q4_K_M
-    python tests/bench.py --layers 4  smaller
+    make bench                                    1.1 B parameters, Q8_0 and Q4_K_M
+    python tests/bench.py --layers 4              smaller
+    python tests/bench.py --only scores --layers 4 --vocabulary 256000
 
 Nothing is asserted: machines differ. Both sides start from the same checkpoint and write to the same disk; the order
-is quantool, upstream, quantool, so that a warm page cache helps neither.
+is quantool, upstream, quantool, so that a warm page cache helps neither. The scores are those of the levels beside a
+reference that both sides have made before: hidden states there, llama-perplexity's base file here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantool import toolchain
+from quantool.rows import docstrings
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 2048, 8192, 32, 8, 32768
 TINY = Path(__file__).parent / "models" / "tiny-chat"
@@ -29,13 +34,16 @@ TINY = Path(__file__).parent / "models" / "tiny-chat"
 
 @dataclass
 class Measured:
-    """Wall seconds, and the peak resident memory in MB of the largest process among the children."""
+    """Wall and processor seconds, and the peak resident memory in MB of the largest process among the children."""
 
     seconds: float
+    processor: float
     peak: float
+    beyond: float
+    """The same without pages of mapped files."""
 
 
-def write_model(folder: Path, layers: int) -> int:
+def write_model(folder: Path, layers: int, vocabulary: int) -> int:
     """A random Llama in bf16, one shard a layer, with the tiny model's tokenizer; returns its parameters."""
     import torch
     from safetensors.torch import save_file
@@ -53,8 +61,8 @@ def write_model(folder: Path, layers: int) -> int:
         {f"model.layers.{n}.{name}.weight": shape for name, shape in block.items()} for n in range(layers)
     ]
     ends = {
-        "model.embed_tokens": (VOCABULARY, HIDDEN),
-        "lm_head": (VOCABULARY, HIDDEN),
+        "model.embed_tokens": (vocabulary, HIDDEN),
+        "lm_head": (vocabulary, HIDDEN),
         "model.norm": (HIDDEN,),
     }
     shards.append({f"{name}.weight": shape for name, shape in ends.items()})
@@ -70,7 +78,7 @@ def write_model(folder: Path, layers: int) -> int:
     config = json.loads((TINY / "config.json").read_text())
     config |= {
         "hidden_size": HIDDEN, "intermediate_size": FEED_FORWARD, "num_attention_heads": HEADS, "head_dim": HIDDEN // HEADS,
-        "num_key_value_heads": KV_HEADS, "num_hidden_layers": layers, "vocab_size": VOCABULARY,
+        "num_key_value_heads": KV_HEADS, "num_hidden_layers": layers, "vocab_size": vocabulary,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
@@ -80,25 +88,33 @@ def write_model(folder: Path, layers: int) -> int:
 
 def measure(commands: list[list[str]]) -> Measured:
     """Run the commands one after another and watch the memory of all their processes."""
-    peak, stop = 0.0, threading.Event()
+    peak, beyond, stop = 0.0, 0.0, threading.Event()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal peak, beyond
         while not stop.wait(0.02):
-            peak = max(peak, *(high_water(pid) for pid in descendants(os.getpid())), 0.0)
+            for pid in descendants(os.getpid()):
+                peak = max(peak, memory(pid, "VmHWM"))
+                beyond = max(beyond, memory(pid, "RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.monotonic()
+    started, before = time.monotonic(), spent()
     try:
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return Measured(time.monotonic() - started, peak)
+        return Measured(time.monotonic() - started, spent() - before, peak, beyond)
     finally:
         stop.set()
         watcher.join()
+
+
+def spent() -> float:
+    """Processor seconds of all children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def descendants(pid: int) -> list[int]:
@@ -110,13 +126,13 @@ def descendants(pid: int) -> list[int]:
     return [below for child in map(int, children) for below in (child, *descendants(child))]
 
 
-def high_water(pid: int) -> float:
-    """Peak resident memory of a process in MB; 0 when it is gone."""
+def memory(pid: int, field: str) -> float:
+    """A field of /proc/PID/status in MB; 0 when the process is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
-    lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    lines = [line for line in status.splitlines() if line.startswith(field)]
     return int(lines[0].split()[1]) / 1000 if lines else 0.0
 
 
@@ -146,41 +162,109 @@ def upstream_commands(model: Path, output: Path, levels: list[str]) -> list[list
     return commands + [[quantize, str(base), str(output / f"{level}.gguf"), level] for level in levels]
 
 
+SCORES = """
+import sys; from pathlib import Path; from dataclasses import replace
+from quantool.config import Config; from quantool.progress import Progress; from quantool.records import Gates
+from quantool.registry import Case, find_check; from quantool.source import resolve
+from quantool.validation._reference import references; from quantool.corpus import corpora
+from quantool.workspace import Workspace
+work, config, levels = Path(sys.argv[1]), Config.model_validate_json(sys.argv[2]), sys.argv[3:]
+source = resolve(config, weights=True, progress=Progress(quiet=True))
+cases = [Case(Path(path), "llama.cpp", f"bench/{number}", source, config, Gates(), Workspace(work))
+         for number, path in enumerate(levels)]
+references(cases[0], corpora(config), Progress(quiet=True))
+if cases[0].artifact.exists():
+    find_check("perplexity").prepare(cases, Progress(quiet=True))
+"""
+
+
+def scores(folder: Path, levels: list[str], windows: int) -> list[tuple[str, Measured]]:
+    """Perplexity and divergence of the levels, by quantool and by llama-perplexity, on as many tokens of one text."""
+    made = folder / "made"
+    measure([quantool_command(folder / "model", made, levels)])
+    base = next(made.rglob("base.gguf"))
+    files = [next(made.rglob(f"*-{level}.gguf")) for level in levels]
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(itertools.islice(docstrings(), 4000)))
+    config = {
+        "model_id": str(folder / "model"), "method": "gguf", "device": "cpu",
+        "validation": {"corpora": [{"name": "docs", "path": str(text)}], "max_tokens": 512 * windows},
+    }  # fmt: skip
+    command = [sys.executable, "-c", SCORES, str(folder / "scores"), json.dumps(config)]
+    rows = [("reference", measure([[*command, "no artifact"]]))]
+    perplexity, stored = str(toolchain.upstream_tool("llama-perplexity")), str(folder / "base.kld")
+    begin = [perplexity, "-m", str(base), "-f", str(text), "-c", "512", "--chunks", str(windows)]
+    rows.append(("llama base file", measure([[*begin, "--kl-divergence-base", stored]])))
+    for name in ("quantool", "llama-perplexity", "quantool"):
+        if name == "quantool":
+            rows.append((name, measure([[*command, *map(str, files)]])))
+            for record in (folder / "scores").rglob("stages/scores-*"):
+                record.unlink()
+        else:
+            runs = [[perplexity, "-m", str(file), "-c", "512", "--kl-divergence"] for file in files]
+            rows.append((name, measure([[*run, "--kl-divergence-base", stored] for run in runs])))
+    return rows
+
+
+def making(folder: Path, levels: list[str]) -> list[tuple[str, Measured]]:
+    """Base and levels, by quantool and by llama.cpp's tools; and what the command line takes to start."""
+    rows: list[tuple[str, Measured]] = []
+    for name in ("quantool", "upstream", "quantool"):
+        output = folder / "output"
+        if name == "quantool":
+            rows.append((name, measure([quantool_command(folder / "model", output, levels)])))
+        else:
+            rows.append((name, measure(upstream_commands(folder / "model", output, levels))))
+        shutil.rmtree(output)
+    config = folder / "plan.yaml"
+    config.write_text(json.dumps({
+        "model_id": str(folder / "model"), "method": "gguf", "quant_level": levels,
+        "quantization_config": {"pre_tokenizer": "qwen2"}, "output_path": str(folder / "planned"),
+    }))  # fmt: skip
+    command = [sys.executable, "-m", "quantool"]
+    rows.append(("quantool plan", measure([[*command, "plan", str(config)]])))
+    rows.append(("quantool --help", measure([[*command, "--help"]])))
+    return rows
+
+
+def show(title: str, rows: list[tuple[str, Measured]]) -> None:
+    """Print a table and quantool's share of what the others take."""
+    print(f"\n{title:17} {'seconds':>8} {'processor':>9} {'peak MB':>8} {'no files':>8}")
+    for name, found in rows:
+        print(f"{name:17} {found.seconds:8.1f} {found.processor:9.1f} {found.peak:8.0f} {found.beyond:8.0f}")
+    ours = [found for name, found in rows if name == "quantool"]
+    (theirs,) = [found for name, found in rows if name in ("upstream", "llama-perplexity")]
+    wall = min(found.seconds for found in ours) / theirs.seconds
+    processor = min(found.processor for found in ours) / theirs.processor
+    print(f"quantool / {theirs_name(rows)}: {wall:.3f} of the time, {processor:.3f} of the processor time")
+
+
+def theirs_name(rows: list[tuple[str, Measured]]) -> str:
+    """Which of llama.cpp's tools the rows compare with."""
+    return next(name for name, _ in rows if name in ("upstream", "llama-perplexity"))
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--levels", default="Q8_0,Q4_K_M")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens that are scored")
+    parser.add_argument("--only", choices=["making", "scores"])
     arguments = parser.parse_args()
     levels = arguments.levels.split(",")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parameters = write_model(folder / "model", arguments.layers)
+        parameters = write_model(folder / "model", arguments.layers, arguments.vocabulary)
         print(
-            f"random Llama, {parameters / 1e9:.2f} B parameters, {arguments.levels}, {os.cpu_count()} cores\n"
+            f"random Llama, {parameters / 1e9:.2f} B parameters, {arguments.levels}, {os.cpu_count()} cores"
         )
-        rows: list[tuple[str, Measured]] = []
-        for name in ("quantool", "upstream", "quantool"):
-            output = folder / "output"
-            if name == "quantool":
-                rows.append((name, measure([quantool_command(folder / "model", output, levels)])))
-            else:
-                rows.append((name, measure(upstream_commands(folder / "model", output, levels))))
-            shutil.rmtree(output)
-        config = folder / "plan.yaml"
-        config.write_text(json.dumps({
-            "model_id": str(folder / "model"), "method": "gguf", "quant_level": levels,
-            "quantization_config": {"pre_tokenizer": "qwen2"}, "output_path": str(folder / "planned"),
-        }))  # fmt: skip
-        command = [sys.executable, "-m", "quantool"]
-        rows.append(("quantool plan", measure([[*command, "plan", str(config)]])))
-        rows.append(("quantool --help", measure([[*command, "--help"]])))
-    print(f"{'what':16} {'seconds':>8} {'peak MB':>8}")
-    for name, found in rows:
-        print(f"{name:16} {found.seconds:8.1f} {found.peak:8.0f}")
-    ours = min(found.seconds for name, found in rows if name == "quantool")
-    print(f"\nquantool / upstream: {ours / rows[1][1].seconds:.3f}")
+        if arguments.only != "scores":
+            show("making", making(folder, levels))
+        if arguments.only != "making":
+            show("scores", scores(folder, levels, arguments.windows))
 
 
 if __name__ == "__main__":

@@ -201,8 +201,8 @@ def test_judging_one_artifact_leaves_the_same_files(
     monkeypatch.setattr(
         "quantool.registry.find_check", lambda _: Check("two", "", lambda *_: [PASSED, FAILED])
     )
-    limits = gates.default_gates("Q8_0")
-    pipeline.validate(artifact, "llama.cpp", job, limits, QUIET)
+    limits = [gates.default_gates("Q8_0")]
+    pipeline.validate([artifact], "llama.cpp", job, limits, QUIET)
     out = tmp_path / "out"
     assert json.loads((out / "report.json").read_text())["plots"] == ["plots/corpora.png"]
     assert "](plots/corpora.png)" in (out / "report.md").read_text()

@@ -1,8 +1,7 @@
-"""Score GGUF files with llama.cpp, several in lockstep, through the low-level interface of llama-cpp-python.
+"""GGUF files in llama.cpp, through the low-level interface of llama-cpp-python.
 
-The windows are decoded as llama-perplexity does (tools/perplexity/perplexity.cpp): memory cleared before each batch of
-windows, several windows as sequences of one batch, logits asked from the middle of a window on. Where a vocabulary is so
-large that the logits of one window are not to be held at once, its second half is decoded in pieces.
+Weights and contexts are apart: several files are held at once (their weights are mapped, not copied), while the memory
+that one needs to compute is given back before the next one computes.
 """
 
 from __future__ import annotations
@@ -11,26 +10,14 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantizationError
-from quantool.validation._head import (
-    LOGIT_BYTES,
-    Head,
-    HeadPlan,
-    Unsound,
-    common_vocabulary,
-    compare,
-    entries_of,
-    following,
-    joined,
-)
-from quantool.validation._reference import recalled, tensor
-from quantool.validation._scores import Tokens
+from quantool.validation._head import Unsound
 from quantool.validation._windows import scored
 
 if TYPE_CHECKING:
@@ -40,9 +27,12 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048  # llama-perplexity's default n_batch
 UBATCH_TOKENS = 512
+CELLS = 256
+OUTPUT_BYTES = 64 << 20
+"""Logits that a context holds. llama.cpp keeps them twice: where they are computed and where they are read."""
 
 # ggml.h, enum ggml_log_level; llama_cpp's own logger numbers them differently.
-_DEBUG, _ERROR, _CONTINUED = 1, 4, 5
+_DEBUG, _WARNING, _ERROR, _CONTINUED = 1, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -53,9 +43,9 @@ class Layout:
     rows: int
 
     @classmethod
-    def of(cls, vocabulary: int, context: int, models: int) -> Layout:
-        """Fit the logits of all ``models`` into ``LOGIT_BYTES``."""
-        fits = max(1, LOGIT_BYTES // (4 * vocabulary * models))
+    def of(cls, vocabulary: int, context: int) -> Layout:
+        """Fit the logits into ``OUTPUT_BYTES``."""
+        fits = max(1, OUTPUT_BYTES // (4 * vocabulary))
         whole = len(scored(context))
         if fits < whole:
             return cls(1, fits)
@@ -76,6 +66,8 @@ class Log:
 
         self._api: Any = llama_cpp
         self.errors: list[str] = []
+        self.brief = False
+        """Leave out what is no warning."""
         self._level = _DEBUG
         self._callback = llama_cpp.llama_log_callback(
             self._take
@@ -90,7 +82,7 @@ class Log:
         line = text.decode("utf-8", "replace")
         continued = level == _CONTINUED
         self._level = self._level if continued else level
-        if self._level != _DEBUG:
+        if self._level != _DEBUG and (self._level >= _WARNING or not self.brief):
             sys.stdout.write(line)
         if self._level == _ERROR and continued and self.errors:
             self.errors[-1] += line
@@ -120,140 +112,106 @@ class Model:
         import numpy as np
         import torch
 
-        batch = self.batch
         if positions.start == 0:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        size = 0
-        for sequence, window in enumerate(ids.tolist()):
-            for position in positions:
-                batch.token[size] = window[position]
-                batch.pos[size] = position
-                batch.n_seq_id[size] = 1
-                batch.seq_id[size][0] = sequence
-                batch.logits[size] = position in wanted
-                size += 1
-        batch.n_tokens = size
-        code = llama_cpp.llama_decode(self.context, batch)
+        count = len(ids) * len(positions)
+        places = np.arange(positions.start, positions.stop, dtype=np.int32)
+        self._fill("token", ids[:, positions.start : positions.stop].ravel())
+        self._fill("pos", np.tile(places, len(ids)))
+        self._fill("n_seq_id", np.ones(count, np.int32))
+        self._fill(
+            "logits", np.tile(((places >= wanted.start) & (places < wanted.stop)).astype(np.int8), len(ids))
+        )
+        for number in range(count):
+            self.batch.seq_id[number][0] = number // len(positions)
+        self.batch.n_tokens = count
+        code = llama_cpp.llama_decode(self.context, self.batch)
         if code:
-            raise QuantizationError(f"llama_decode failed with {code} on {size} tokens")
+            raise QuantizationError(f"llama_decode failed with {code} on {count} tokens")
         view = np.ctypeslib.as_array(
             llama_cpp.llama_get_logits(self.context), shape=(len(ids) * len(wanted), self.vocabulary)
         )
         return torch.from_numpy(view)
 
+    def _fill(self, field: str, values: NDArray[Any]) -> None:
+        import numpy as np
+
+        np.ctypeslib.as_array(getattr(self.batch, field), shape=values.shape)[:] = values
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A GGUF file in memory, with llama.cpp's handle."""
+
+    vocabulary: int
+    file_type: int | None
+    """``general.file_type``; None where the file does not say."""
+    handle: Any
+
 
 @contextmanager
-def opened(path: Path, layout: Layout, context: int, *, gpu: bool, log: Log) -> Iterator[Model]:
-    """Load ``path`` with room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards.
+def loaded(path: Path, *, gpu: bool, log: Log) -> Iterator[Weights]:
+    """Load ``path``; freed afterwards. Raises Unsound with llama.cpp's own reason when it does not load."""
+    import llama_cpp as api
 
-    Raises Unsound with llama.cpp's own reason when it does not load.
-    """
+    log.errors.clear()
+    parameters = api.llama_model_default_params()
+    parameters.n_gpu_layers = -1 if gpu and api.llama_supports_gpu_offload() else 0
+    handle = api.llama_model_load_from_file(os.fsencode(path), parameters)
+    if not handle:
+        raise Unsound(f"llama.cpp cannot load it: {log.reason()}")
+    try:
+        text = ctypes.create_string_buffer(16)
+        told = api.llama_model_meta_val_str(handle, b"general.file_type", text, len(text)) > 0
+        entries = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(handle)))
+        yield Weights(entries, int(text.value) if told else None, handle)
+    finally:
+        api.llama_model_free(handle)
+
+
+@contextmanager
+def running(weights: Weights, layout: Layout, context: int, log: Log) -> Iterator[Model]:
+    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``loaded``."""
     import llama_cpp as api
 
     log.errors.clear()
     with ExitStack() as stack:
-        parameters = api.llama_model_default_params()
-        parameters.n_gpu_layers = -1 if gpu and api.llama_supports_gpu_offload() else 0
-        model = api.llama_model_load_from_file(os.fsencode(path), parameters)
-        if not model:
-            raise Unsound(f"llama.cpp cannot load it: {log.reason()}")
-        stack.callback(api.llama_model_free, model)
-        handle = api.llama_init_from_model(model, _context_parameters(layout, context))
+        handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context))
         if not handle:
             raise Unsound(f"llama.cpp cannot run it: {log.reason()}")
         stack.callback(api.llama_free, handle)
         batch = api.llama_batch_init(layout.sequences * context, 0, 1)
         stack.callback(api.llama_batch_free, batch)
-        yield Model(int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))), handle, batch)
+        yield Model(weights.vocabulary, handle, batch)
+
+
+@contextmanager
+def opened(path: Path, layout: Layout, context: int, *, gpu: bool, log: Log) -> Iterator[Model]:
+    """``loaded`` and ``running`` at once."""
+    with loaded(path, gpu=gpu, log=log) as weights, running(weights, layout, context, log) as model:
+        yield model
 
 
 def _context_parameters(layout: Layout, context: int) -> Any:
     import llama_cpp
 
     parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = parameters.n_batch = layout.sequences * context
+    # llama.cpp rounds the cells of a sequence up to 256, and warns where that is not what it was given.
+    parameters.n_ctx = layout.sequences * -(-context // CELLS) * CELLS
+    parameters.n_batch = layout.sequences * context
     parameters.n_ubatch = UBATCH_TOKENS
     parameters.n_seq_max = layout.sequences
     parameters.n_outputs_max = layout.sequences * layout.rows
-    parameters.n_threads = parameters.n_threads_batch = os.cpu_count() or 1
+    parameters.n_threads = parameters.n_threads_batch = cores()
     return parameters
 
 
-def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Worker: score the GGUF files ``models`` against the reference, whose log-probabilities are made once for all.
-
-    Request: ``models`` (paths), ``outputs`` (for each model the .npz path for each corpus), ``windows`` and ``hidden``
-    (paths, one for each corpus), ``source`` (folder with the head), ``head``, ``tokens`` (entries of the tokenizer),
-    ``context`` and ``gpu``. Result: ``failures``, for each model None or why it cannot be scored.
-    """
-    import llama_cpp
-    import numpy as np
-
-    source, plan = Path(request["source"]), HeadPlan.of(request["head"])
-    entries = entries_of(source, plan)
-    layout = Layout.of(entries, request["context"], len(request["models"]))
-    failures: list[str | None] = [None] * len(request["models"])
-    by_rows: dict[int, dict[int, Model]] = {}
-    with ExitStack() as stack:
-        log = stack.enter_context(closing(Log()))
-        llama_cpp.llama_backend_init()
-        for number, path in enumerate(request["models"]):
-            held = opened(Path(path), layout, request["context"], gpu=request["gpu"], log=log)
-            try:
-                model = stack.enter_context(held)
-                rows = common_vocabulary(entries, model.vocabulary, request["tokens"])
-            except Unsound as reason:
-                failures[number] = str(reason)
-            else:
-                by_rows.setdefault(rows, {})[number] = model
-        texts = [np.load(path) for path in request["windows"]]
-        total, done = len(by_rows) * sum(ids.size for ids in texts), 0
-        for rows, models in by_rows.items():
-            head = Head(source, plan, rows)
-            for text, (ids, hidden) in enumerate(zip(texts, request["hidden"], strict=True)):
-
-                def advanced(tokens: int, before: int = done) -> None:
-                    report(before + tokens, total)
-
-                states = recalled(Path(hidden))
-                for number, outcome in _score_text(models, head, layout, ids, states, advanced):
-                    if isinstance(outcome, str):
-                        failures[number] = outcome
-                    else:
-                        outcome.save(Path(request["outputs"][number][text]))
-                done += ids.size
-    return {"failures": failures}
-
-
-def _score_text(
-    models: dict[int, Model],
-    head: Head,
-    layout: Layout,
-    ids: NDArray[np.int32],
-    hidden: Any,
-    advanced: Callable[[int], None],
-) -> Iterator[tuple[int, Tokens | str]]:
-    """Score one corpus; yields for each model its tokens, or why there are none and drops it from ``models``."""
-    context, first = ids.shape[1], scored(ids.shape[1]).start
-    found: dict[int, list[Tensor]] = {number: [] for number in models}
-    for start in range(0, len(ids), layout.sequences):
-        windows = ids[start : start + layout.sequences]
-        for wanted in layout.pieces(context):
-            if not models:
-                return
-            states = hidden[start : start + len(windows), wanted.start - first : wanted.stop - first]
-            log_p = head.log_probs(tensor(states).flatten(0, 1))
-            targets = following(windows, wanted)
-            # The first piece brings the unscored half of the window along.
-            positions = range(0 if wanted.start == first else wanted.start, wanted.stop)
-            for number, model in list(models.items()):
-                logits = model.decode(windows, positions, wanted)[:, : head.rows]
-                part = compare(log_p, logits, targets)
-                if part is None:
-                    del models[number], found[number]
-                    yield number, f"llama.cpp computes logits that are not finite (window {start + 1})"
-                else:
-                    found[number].append(part)
-        advanced((start + len(windows)) * context)
-    for number, parts in found.items():
-        yield number, joined(parts)
+def cores() -> int:
+    """Physical cores that this process may use, as llama.cpp's tools count them: two threads of one core share its units."""
+    if not hasattr(os, "sched_getaffinity"):  # not Linux
+        return os.cpu_count() or 1
+    siblings = set()
+    for number in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        siblings.add(topology.read_text(encoding="ascii") if topology.is_file() else str(number))
+    return len(siblings)

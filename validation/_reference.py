@@ -21,6 +21,7 @@ from quantool.progress import Progress
 from quantool.records import fingerprint
 from quantool.registry import Case
 from quantool.source import identity
+from quantool.validation import _dequantized
 from quantool.validation._head import LOGIT_BYTES, Head, HeadPlan, plan_head
 from quantool.validation._windows import Windows, scored, windows
 from quantool.workspace import written
@@ -122,22 +123,33 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
             raise SourceError(f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries")
         if not number:
             verify(model, head, ids[:1])
-        hidden = []
-        for count, states in run(model, ids, keep_logits=False):
-            hidden.append(states.cpu())
-            report(done + count * ids.shape[1], total)
+        with written(Path(output)) as part:
+            for count in _saved(model, ids, part):
+                report(done + count, total)
         done += ids.size
-        with written(Path(output)) as part, part.open("wb") as file:
-            np.save(file, stored(hidden))
     return {"head": plan.fields()}
 
 
-def stored(hidden: list[Tensor]) -> Any:
-    """Hidden states as a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16)."""
+def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
+    """Write the hidden states of the windows ``ids`` to ``path`` as they come; yields the number of tokens done.
+
+    As a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16).
+    """
+    import numpy as np
     import torch
 
-    joined = torch.cat(hidden)
-    return (joined.view(torch.uint16) if joined.dtype == torch.bfloat16 else joined).numpy()
+    target, done = None, 0
+    for count, states in run(model, ids, keep_logits=False):
+        plain = states.cpu()
+        values = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+        if target is None:
+            shape = (len(ids), *values.shape[1:])
+            target = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
+        target[done:count] = values
+        done = count
+        yield count * ids.shape[1]
+    if target is not None:
+        target.flush()
 
 
 def recalled(path: Path) -> Any:
@@ -148,12 +160,12 @@ def recalled(path: Path) -> Any:
 
 
 def tensor(part: Any) -> Tensor:
-    """A part of ``recalled`` hidden states as a float32 tensor."""
+    """A part of ``recalled`` hidden states as a tensor, in the dtype that the model gave them."""
     import numpy as np
     import torch
 
     values = torch.from_numpy(np.array(part))
-    return (values.view(torch.bfloat16) if values.dtype == torch.uint16 else values).float()
+    return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
 
 
 def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
@@ -168,8 +180,12 @@ def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
     if device == "cuda" and not torch.cuda.is_available():
         raise DependencyError("device is cuda, but torch finds none", hint="set device: cpu")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        loaded: Any = (
+            _dequantized.load(folder, dtype, trust_remote_code)
+            if _dequantized.must_unpack(folder)
+            else AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise SourceError(f"transformers cannot load {folder}: {error}") from error

@@ -6,7 +6,7 @@ of one model prefer other tokens at 1 % of the positions. Only a head that is it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,23 +34,19 @@ if TYPE_CHECKING:
 
 
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Worker: score the folders ``models`` one after the other; request and result as in ``_llamacpp.score``."""
+    """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``_lockstep.score``."""
     import numpy as np
 
     texts = [np.load(path) for path in request["windows"]]
-    sizes = [ids.size for ids in texts]
+    size = sum(ids.size for ids in texts)
     failures: list[str | None] = []
     for number, (folder, outputs) in enumerate(zip(request["models"], request["outputs"], strict=True)):
+
+        def advanced(tokens: int, before: int = number * size) -> None:
+            report(before + tokens, len(request["models"]) * size)
+
         try:
-            model = load(Path(folder), "auto", request["device"], request["trust_remote_code"])
-            head, own = _heads(model, Path(folder), request, texts[0])
-            for text, (ids, hidden, output) in enumerate(zip(texts, request["hidden"], outputs, strict=True)):
-                done = number * sum(sizes) + sum(sizes[:text])
-
-                def advanced(tokens: int, before: int = done) -> None:
-                    report(before + tokens, len(request["models"]) * sum(sizes))
-
-                _score_text(model, head, own, ids, recalled(Path(hidden)), advanced).save(Path(output))
+            _score_folder(Path(folder), request, texts, outputs, advanced)
         except SourceError as error:
             failures.append(error.message)
         except Unsound as outcome:
@@ -58,6 +54,26 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
         else:
             failures.append(None)
     return {"failures": failures}
+
+
+def _score_folder(
+    folder: Path,
+    request: dict[str, Any],
+    texts: Sequence[NDArray[np.int32]],
+    outputs: Sequence[str],
+    advanced: Callable[[int], None],
+) -> None:
+    """Score one folder on all texts; its memory is given back before the next one is loaded."""
+    model = load(folder, "auto", request["device"], request["trust_remote_code"])
+    head, own = _heads(model, folder, request, texts[0])
+    done = 0
+    for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
+
+        def moved(tokens: int, before: int = done) -> None:
+            advanced(before + tokens)
+
+        _score_text(model, head, own, ids, recalled(Path(hidden)), moved).save(Path(output))
+        done += ids.size
 
 
 def _heads(
@@ -102,5 +118,5 @@ def _logits(own: Head | None, batch: Tensor, step: int) -> Iterator[tuple[slice,
     """Float32 logits of ``batch`` (what ``run`` gives, positions in one row), ``step`` positions at a time."""
     for start in range(0, len(batch), step):
         rows = slice(start, start + step)
-        part = batch[rows].float().cpu()
-        yield rows, part if own is None else own.logits(part)
+        part = batch[rows].cpu()
+        yield rows, part.float() if own is None else own.logits(part)

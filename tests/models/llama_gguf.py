@@ -30,12 +30,18 @@ LAYER = {
 
 
 def write_gguf(
-    folder: Path, output: Path, *, permute_k: bool = True, vocabulary: int | None = None, ruined: bool = False
+    folder: Path,
+    output: Path,
+    *,
+    permute_k: bool = True,
+    vocabulary: int | None = None,
+    ruined: bool = False,
+    file_type: int | None = None,
 ) -> Path:
     """Write the checkpoint in ``folder`` to ``output``; the other arguments plant a fault.
 
     ``permute_k=False`` leaves the rows of K as they are, ``vocabulary`` cuts or pads the embeddings and the head,
-    ``ruined`` makes a norm so large that the logits overflow.
+    ``ruined`` makes a norm so large that the logits overflow, ``file_type`` is what ``general.file_type`` says (no more).
     """
     import torch
     from gguf import GGUFWriter
@@ -54,6 +60,8 @@ def write_gguf(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    if file_type is not None:
+        writer.add_file_type(file_type)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(rows)

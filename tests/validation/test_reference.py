@@ -161,15 +161,10 @@ def test_texts_are_joined_and_chats_stand_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "models", "layout"),
-    [
-        (8192, 1, Layout(4, 255)),
-        (128_256, 1, Layout(1, 255)),
-        (256_000, 1, Layout(1, 131)),
-        (256_000, 4, Layout(1, 32)),
-    ],
+    ("vocabulary", "layout"),
+    [(8192, Layout(4, 255)), (32_768, Layout(2, 255)), (128_256, Layout(1, 130)), (256_000, Layout(1, 65))],
 )
-def test_decodes_hold_no_more_logits_than_planned(vocabulary: int, models: int, layout: Layout) -> None:
-    assert Layout.of(vocabulary, 512, models) == layout
+def test_decodes_hold_no_more_logits_than_planned(vocabulary: int, layout: Layout) -> None:
+    assert Layout.of(vocabulary, 512) == layout
     covered = [position for piece in layout.pieces(512) for position in piece]
     assert covered == list(_windows.scored(512))
