@@ -1,0 +1,285 @@
+"""Whether the artifact answers as the reference does: greedy answers to the same prompts, side by side.
+
+Answers of a sound artifact part from the reference's after some tokens; at 4 bits most long ones do. So only this is
+judged, and each share may miss its gate by two standard errors of a binomial:
+
+- ``first_token``: the share of answers that begin with the reference's token is held to ``min_same_top_p`` of the level.
+  Prompts to which the reference itself has two first tokens almost as likely say nothing and are left out (``tie``).
+- ``ends``: an answer that goes on behind a token which ends the source's answers, or stops at an ordinary token, is
+  wrong at any level: no rounding does that.
+- ``stops``: an answer ends within the budget on both sides or neither. Single ones may differ either way; that one side
+  stops and the other does not again and again is found by a sign test.
+- ``tool_calls``: where the reference calls a function, the artifact calls the same, in as many cases as
+  ``min_same_top_p`` asks for.
+
+How long answers agree, and an example of where they part, is for the record. See ``_answers`` for what is asked and what
+it costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantool.progress import Progress
+from quantool.records import Finding, Gates, Verdict
+from quantool.registry import Case, check
+from quantool.validation._answers import (
+    Prompt,
+    Prompts,
+    Said,
+    artifact_answers,
+    prompts_of,
+    reference_answers,
+)
+from quantool.validation._calls import calls
+
+NAME = "behaviour"
+NOISE = 2.0
+"""Standard errors by which a share may miss its gate."""
+TIE = 0.25
+"""Difference of logits that bfloat16 does not resolve: 2^-6 (``_reference.LOGIT_TOLERANCE``) of a logit of 16."""
+CHANCE = 0.005
+"""A one-sided split of stops that is less likely than this is not chance: 8 of 8."""
+SHOWN = 90  # characters of an example
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two answers to one prompt, as far as they go before the token that ends a turn."""
+
+    prompt: Prompt
+    reference: Said
+    artifact: Said
+    ends: frozenset[int]
+    """Tokens that end a turn."""
+
+    def turn(self, said: Said) -> tuple[int, ...]:
+        """The ids of an answer with the one that ended it, or would end it in the source."""
+        whole = said.ids if said.ended is None else (*said.ids, said.ended)
+        last = next((place for place, token in enumerate(whole) if token in self.ends), len(whole))
+        return whole[: last + 1]
+
+    def common(self) -> int:
+        """Tokens that both begin with."""
+        pairs = zip(self.turn(self.reference), self.turn(self.artifact), strict=False)
+        return next(
+            (place for place, (one, other) in enumerate(pairs) if one != other),
+            min(len(self.turn(self.reference)), len(self.turn(self.artifact))),
+        )
+
+    def share(self) -> float:
+        """The common tokens over those of the longer answer."""
+        return self.common() / max(len(self.turn(self.reference)), len(self.turn(self.artifact)))
+
+    def explain(self) -> str:
+        """The prompt and both answers, cut."""
+        return (
+            f"to {_cut(self.prompt.said)!r} the reference says {_cut(self.reference.text)!r}, "
+            f"this {_cut(self.artifact.text)!r}"
+        )
+
+
+@check(NAME)
+def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
+    """Greedy answers beside the reference's: first tokens, where they stop, tool calls."""
+    if case.source.facts.chat_template is None:
+        detail = "the source has no chat template, so there is nothing to ask it"
+        return [Finding(check=NAME, metric="answers", verdict=Verdict.SKIPPED, detail=detail)]
+    prompts = prompts_of(case)
+    if not prompts.prompts:
+        detail = "; ".join(prompts.notes)
+        return [Finding(check=NAME, metric="answers", verdict=Verdict.SKIPPED, detail=detail)]
+    expected = reference_answers(case, prompts, progress)
+    found = artifact_answers(case, prompts, progress)
+    if isinstance(found, str):
+        return [Finding(check=NAME, metric="answers", verdict=Verdict.REGRESSION, detail=found)]
+    ends = prompts.all_ends()
+    pairs = [
+        Pair(prompt, one, other, ends)
+        for prompt, one, other in zip(prompts.prompts, expected, found, strict=True)
+    ]
+    gate = case.gates.min_same_top_p
+    return [
+        _judge_first(pairs, case.gates),
+        _judge_ends(pairs, prompts),
+        _judge_stops(pairs, prompts, gate),
+        _judge_calls(pairs, gate),
+        _common_prefix(pairs, prompts),
+    ]
+
+
+def tie(gates: Gates) -> float:
+    """Difference of two logits below which either may come first: ``TIE``, or what the level's divergence makes of it.
+
+    To second order a KL divergence is half the variance of the errors of the logits (in nats, under the reference's
+    distribution); the difference of two of them has twice that variance, so a standard deviation of 2 sqrt(KLD).
+    """
+    return max(TIE, 2 * math.sqrt(gates.max_mean_kld or 0))
+
+
+def _judge_first(pairs: Sequence[Pair], gates: Gates) -> Finding:
+    """First tokens that are the reference's."""
+    least = tie(gates)
+    clear = [pair for pair in pairs if not pair.reference.margins or pair.reference.margins[0] >= least]
+    same = [pair for pair in clear if pair.common()]
+    detail = f"{len(same)} of {len(clear)} answers begin with the reference's token"
+    if len(clear) < len(pairs):
+        detail += f"; {len(pairs) - len(clear)} left out, where its own first two tokens are less than {least:.2g} apart"
+    return _share("first_token", len(same), len(clear), gates.min_same_top_p, detail)
+
+
+def _share(metric: str, hits: int, total: int, gate: float | None, detail: str) -> Finding:
+    """The finding of a share that is held to a gate, less two standard errors that a share as large as it has."""
+    if not total:
+        return Finding(check=NAME, metric=metric, verdict=Verdict.SKIPPED, detail=detail)
+    expected = hits / total if gate is None else gate
+    error = math.sqrt(expected * (1 - expected) / total)
+    passed = gate is None or hits / total >= gate - NOISE * error
+    if not passed:
+        detail += f", below {gate:g} by more than two standard errors"
+    return Finding(
+        check=NAME,
+        metric=metric,
+        verdict=Verdict.PASS if passed else Verdict.REGRESSION,
+        measured=hits / total,
+        error=error,
+        threshold=gate,
+        detail=detail,
+    )
+
+
+def _judge_ends(pairs: Sequence[Pair], prompts: Prompts) -> Finding:
+    """No answer goes on behind a token that ends the source's, and none stops at an ordinary one."""
+    passed_over = Counter(
+        token for pair in pairs for token in set(pair.artifact.ids) if token in prompts.ends
+    )
+    ended = Counter(pair.artifact.ended for pair in pairs if pair.artifact.ended is not None)
+    known = prompts.all_ends() | prompts.special.keys()
+    foreign = {token: count for token, count in ended.items() if token not in known}
+    notes = [
+        f"it says {_shown(token, prompts)} and goes on in {count} of {len(pairs)} answers, where the source ends"
+        for token, count in passed_over.items()
+    ]
+    notes += [
+        f"it stops at {_shown(token, prompts)}, an ordinary token, in {count} of {len(pairs)} answers"
+        for token, count in foreign.items()
+    ]
+    wrong = bool(notes)
+    notes += [
+        f"it stops at {_shown(token, prompts)}, which the source does not name, in {count} answers"
+        for token, count in ended.items()
+        if token in prompts.special and token not in prompts.all_ends()
+    ]
+    said = sum(prompts.turn_end in pair.turn(pair.reference) for pair in pairs)
+    if prompts.turn_end is not None and prompts.turn_end not in prompts.ends and said:
+        own = "stops" if prompts.turn_end in ended else "does not stop either"
+        notes.append(
+            f"defect of the source: its configurations do not name {_shown(prompts.turn_end, prompts)}, with which it "
+            f"ends {said} of {len(pairs)} answers; this artifact {own} there"
+        )
+    return Finding(
+        check=NAME,
+        metric="ends",
+        verdict=Verdict.REGRESSION if wrong else Verdict.PASS,
+        measured=", ".join(_shown(token, prompts) for token in sorted(ended)) or "none",
+        reference=", ".join(_shown(token, prompts) for token in sorted(prompts.all_ends())),
+        detail="; ".join(notes),
+    )
+
+
+def _shown(token: int, prompts: Prompts) -> str:
+    return f"{token} {prompts.special[token]}" if token in prompts.special else str(token)
+
+
+def _judge_stops(pairs: Sequence[Pair], prompts: Prompts, gate: float | None) -> Finding:
+    """Answers that stop within the budget on one side only; REGRESSION when nearly all of them are on the same side."""
+    by_reference, by_artifact = (
+        [_stopped(pair, said, prompts) for pair, said in zip(pairs, answers, strict=True)]
+        for answers in ([pair.reference for pair in pairs], [pair.artifact for pair in pairs])
+    )
+    both = list(zip(by_reference, by_artifact, strict=True))
+    if not any(by_reference) and not any(by_artifact):
+        detail = "no answer of either side ends within the budget; raise validation.behaviour.max_new_tokens"
+        return Finding(check=NAME, metric="stops", verdict=Verdict.SKIPPED, detail=detail)
+    missing, excess = both.count((True, False)), both.count((False, True))
+    detail = f"of {len(pairs)} answers {sum(by_reference)} end within the budget, here {sum(by_artifact)}"
+    if missing or excess:
+        detail += f"; {missing} end in the reference only, {excess} here only"
+    more = max(missing, excess)
+    chance = sum(math.comb(missing + excess, count) for count in range(more, missing + excess + 1)) / 2 ** (
+        missing + excess
+    )
+    tolerated = gate is None or abs(missing - excess) <= (1 - gate) * len(pairs)
+    systematic = more > 0 and chance < CHANCE and not tolerated
+    if systematic:
+        side = (
+            "does not end where the reference does"
+            if missing > excess
+            else "ends where the reference goes on"
+        )
+        detail += f": this artifact {side}, again and again (by chance with a probability of {chance:.1g})"
+    return Finding(
+        check=NAME,
+        metric="stops",
+        verdict=Verdict.REGRESSION if systematic else Verdict.PASS,
+        measured=sum(by_artifact) / len(pairs),
+        reference=sum(by_reference) / len(pairs),
+        detail=detail,
+    )
+
+
+def _stopped(pair: Pair, said: Said, prompts: Prompts) -> bool:
+    """Whether an answer ended; a source that does not stop where its own template ends a turn did so nevertheless."""
+    defect = prompts.turn_end if prompts.turn_end not in prompts.ends else None
+    return said.ended is not None or (defect is not None and defect in pair.turn(said))
+
+
+def _judge_calls(pairs: Sequence[Pair], gate: float | None) -> Finding:
+    """Tool calls of the reference that the artifact makes too."""
+    read = [
+        (pair, calls(pair.reference.text), calls(pair.artifact.text)) for pair in pairs if pair.prompt.tools
+    ]
+    called = [(pair, one[0], other[:1]) for pair, one, other in read if one]
+    if not called:
+        detail = (
+            f"the reference calls no function in {len(read)} prompts with tools, or in a format that is not known"
+            if read
+            else "there are no prompts with tools for this template"
+        )
+        return _share("tool_calls", 0, 0, gate, detail)
+    same = [(one, other[0]) for _, one, other in called if other and other[0].name == one.name]
+    exact = sum(one.arguments == other.arguments for one, other in same)
+    detail = f"{len(same)} of {len(called)} calls name the reference's function, {exact} with its arguments"
+    more = sum(bool(other) and not one for _, one, other in read)
+    if more:
+        detail += f"; {more} calls where the reference makes none"
+    wrong = [pair for pair, one, other in called if not other or other[0].name != one.name]
+    if wrong:
+        detail += f"; {min(wrong, key=lambda pair: len(pair.prompt.said)).explain()}"
+    return _share("tool_calls", len(same), len(called), gate, detail)
+
+
+def _common_prefix(pairs: Sequence[Pair], prompts: Prompts) -> Finding:
+    """How long answers agree, for the record; with the answer that parts first."""
+    tokens = sum(pair.common() for pair in pairs) / len(pairs)
+    share = sum(pair.share() for pair in pairs) / len(pairs)
+    same = sum(pair.share() == 1 for pair in pairs)
+    detail = f"{tokens:.1f} tokens on average; {same} of {len(pairs)} answers are the same to the end"
+    different = [pair for pair in pairs if pair.share() < 1]
+    if different:
+        first = min(different, key=lambda pair: (pair.common(), len(pair.prompt.said)))
+        detail += f"; after {first.common()} tokens: {first.explain()}"
+    return Finding(
+        check=NAME,
+        metric="common_prefix",
+        verdict=Verdict.PASS,
+        measured=share,
+        detail="; ".join((detail, *prompts.notes)),
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

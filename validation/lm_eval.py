@@ -1,0 +1,216 @@
+"""Tasks of EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on reference and artifact.
+
+Both answer the same documents through ``_adapter``: prompts without a chat template, as lm-eval has them by default, in
+token ids of the source's tokenizer. Tasks are judged by the answers to each document (``_paired``), a group by the
+documents of all its tasks together. Only when ``validation.lm_eval`` is configured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from statistics import stdev
+
+from quantool import process
+from quantool.config import Config, LmEval
+from quantool.errors import ConfigError, DependencyError
+from quantool.progress import Progress
+from quantool.records import Finding, Source, Verdict, fingerprint, sha256_of
+from quantool.registry import Case, check
+from quantool.validation._lm_eval import Series
+from quantool.validation._paired import FEWEST, Difference, error_of, mcnemar, of_means, verdicts
+from quantool.validation._sides import Questions, artifact, reference
+
+NAME = "lm_eval"
+NEED = "lm_eval"
+EXTRA = "lm-eval"
+PARTS_SHOWN = 60  # tasks of a group in the detail
+
+
+def require(config: Config, source: Source) -> None:
+    """Refuse what could not be judged hours later: lm-eval is not installed, or has no such task."""
+    del source
+    settings = config.validation.lm_eval
+    if settings is None:
+        return
+    if importlib.util.find_spec(NEED) is None:
+        raise DependencyError(f"validation.lm_eval needs {NEED}", hint=f"pip install 'quantool[{EXTRA}]'")
+    if settings.include_path is not None and not settings.include_path.is_dir():
+        raise ConfigError(f"validation.lm_eval.include_path is no folder: {settings.include_path}")
+    if settings.limit is not None and settings.limit < FEWEST:
+        raise ConfigError(
+            f"validation.lm_eval.limit is {settings.limit}: that many documents can be lost by chance, so nothing would ever fail",
+            hint=f"give {FEWEST} at least",
+        )
+    _look_up(settings.tasks, settings.include_path)
+
+
+@cache
+def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
+    """ConfigError for a name that lm-eval does not know; in a child, for its index of 14,000 takes seconds."""
+    request = {"tasks": tasks, "include_path": str(include_path) if include_path else None}
+    with tempfile.TemporaryDirectory(prefix="quantool-") as folder:  # a plan leaves nothing behind
+        process.call(
+            "quantool.validation._lm_eval:known", request, log=Path(folder) / "log", failure=ConfigError
+        )
+
+
+def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
+    """Refuse tasks before anything is judged."""
+    del progress
+    require(cases[0].config, cases[0].source)
+
+
+@check(NAME, prepare=prepare, require=require)
+def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
+    """Tasks of lm-eval (when configured): accuracy beside the reference, by McNemar's exact test."""
+    settings = case.settings.lm_eval
+    if settings is None:
+        return []
+    asked = _questions(case, settings)
+    theirs, ours = reference(case, asked, progress), artifact(case, asked, progress)
+    if (
+        not ours["failure"] and ours["asked"] != theirs["asked"]
+    ):  # data changed where the fingerprint does not see it
+        theirs = reference(case, asked, progress, anew=True)
+        ours = artifact(case, asked, progress, anew=True)
+    if ours["failure"]:
+        return [Finding(check=NAME, metric="answers", verdict=Verdict.REGRESSION, detail=ours["failure"])]
+    if ours["asked"] != theirs["asked"]:
+        raise ConfigError(
+            f"the documents of {', '.join(settings.tasks)} were not the same for {case.name} and its reference",
+            hint="a task that draws its documents or examples without a seed cannot be compared",
+        )
+    pairs = [
+        Pair(name, Series(**before), Series(**after))
+        for name in settings.tasks
+        for before, after in zip(theirs["series"][name], ours["series"][name], strict=True)
+    ]
+    notes = dict.fromkeys([*theirs["notes"], *ours["notes"]])
+    return _findings(pairs, settings.max_drop, list(notes))
+
+
+def _questions(case: Case, settings: LmEval) -> Questions:
+    folder, cache_dir = settings.include_path, case.config.dataset_cache_dir
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+    request = {
+        "tasks": settings.tasks,
+        "include_path": str(folder) if folder else None,
+        "num_fewshot": settings.num_fewshot,
+        "limit": settings.limit,
+        "context": case.source.facts.context,
+        "cache_dir": str(cache_dir) if cache_dir else None,
+    }
+    own = [(str(path), sha256_of(path)) for path in files if "__pycache__" not in path.parts]
+    key = fingerprint(request, own, version("lm_eval"), version("datasets"))
+    return Questions(NAME, "quantool.validation._lm_eval:ask", request, key)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One metric of a task or group by both."""
+
+    task: str
+    reference: Series
+    artifact: Series
+
+    def difference(self) -> Difference | None:
+        """How they differ by a test; None for a metric that is judged by nothing.
+
+        That is one which is no mean over documents, has other values than 0 to 1, or is better when it is smaller.
+        """
+        theirs, ours = self.reference, self.artifact
+        if not theirs.values or not ours.values or theirs.higher is False:
+            return None
+        by_document = dict(zip(ours.documents, ours.values, strict=True))
+        both = [
+            (before, by_document[document])
+            for document, before in zip(theirs.documents, theirs.values, strict=True)
+            if document in by_document
+        ]
+        grades = [grade for pair in both for grade in pair]
+        if not both or not all(0 <= grade <= 1 for grade in grades):
+            return None
+        before, after = [pair[0] for pair in both], [pair[1] for pair in both]
+        if set(grades) <= {0.0, 1.0}:
+            return mcnemar([grade > 0 for grade in before], [grade > 0 for grade in after])
+        return of_means(before, after)
+
+
+def _findings(pairs: Sequence[Pair], max_drop: float, notes: Sequence[str]) -> list[Finding]:
+    """One finding a metric; what is tested is tested together (``verdicts``)."""
+    differences = [pair.difference() for pair in pairs]
+    concluded = iter(verdicts([one for one in differences if one is not None], max_drop))
+    return [
+        _noted(pair, notes)
+        if difference is None
+        else _judged(pair, difference, next(concluded), max_drop, notes)
+        for pair, difference in zip(pairs, differences, strict=True)
+    ]
+
+
+def _judged(
+    pair: Pair, difference: Difference, verdict: Verdict, max_drop: float, notes: Sequence[str]
+) -> Finding:
+    change = difference.measured - difference.reference
+    said = {
+        Verdict.REGRESSION: f"; a loss beyond chance and beyond max_drop {max_drop:g}",
+        Verdict.ANOMALOUS: "; better than the reference beyond chance, so the comparison is probably broken",
+    }.get(verdict, "")
+    if not said and -change > max_drop:
+        said = f"; a loss beyond max_drop {max_drop:g} that chance explains"
+    detail = (
+        f"{pair.task}, {pair.artifact.metric}: {difference.measured:.4f} ± {difference.error:.2g} beside "
+        f"{difference.reference:.4f} ± {difference.error_reference:.2g} on {len(pair.artifact.documents)} documents; "
+        f"{difference.text}{said}"
+    )
+    return Finding(
+        check=NAME,
+        metric=pair.artifact.metric,
+        verdict=verdict,
+        corpus=pair.task,
+        measured=difference.measured,
+        reference=difference.reference,
+        error=difference.error,
+        threshold=difference.reference - max_drop,
+        detail="\n".join([detail, *_parts(pair), *notes]),
+    )
+
+
+def _noted(pair: Pair, notes: Sequence[str]) -> Finding:
+    """A metric for the record: nothing says how much of it may be lost."""
+    theirs, ours = pair.reference, pair.artifact
+    if ours.draws:
+        error = stdev(ours.draws)
+        between = stdev(after - before for before, after in zip(theirs.draws, ours.draws, strict=True))
+    else:
+        error = error_of(ours.values)
+        changes = [after - before for before, after in zip(theirs.values, ours.values, strict=False)]
+        between = error_of(changes)
+    detail = (
+        f"{pair.task}, {ours.metric}: {ours.value:.5g} ± {error:.2g} beside {theirs.value:.5g} on "
+        f"{len(ours.documents)} documents; difference {ours.value - theirs.value:+.3g} ± {between:.2g}; for the record"
+    )
+    return Finding(
+        check=NAME,
+        metric=ours.metric,
+        verdict=Verdict.PASS,
+        corpus=pair.task,
+        measured=ours.value,
+        reference=theirs.value,
+        error=error,
+        detail="\n".join([detail, *_parts(pair), *notes]),
+    )
+
+
+def _parts(pair: Pair) -> list[str]:
+    """Lines on the tasks of a group."""
+    theirs, ours = pair.reference.parts, pair.artifact.parts
+    lines = [f"  {name}: {ours[name]:.4f} beside {theirs[name]:.4f}" for name in ours if name in theirs]
+    left = len(lines) - PARTS_SHOWN
+    return [*lines[:PARTS_SHOWN], *([f"  and {left} more"] if left > 0 else [])]
