@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +34,7 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Convert a checkpoint to GGUF.
 
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
-    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null),
+    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null), ``named_templates`` (name to text),
     ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
@@ -161,7 +162,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
     except (NotImplementedError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise _explain(error, folder) from error
     _type_added_tokens(model.gguf_writer, gguf, folder)
-    _set_template(model.gguf_writer, gguf, request["chat_template"])
+    _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
@@ -236,13 +237,23 @@ def _type_added_tokens(writer: Any, gguf: Any, folder: Path) -> None:
             scores[number] = -1000.0
 
 
-def _set_template(writer: Any, gguf: Any, template: str | None) -> None:
-    """Make ``tokenizer.chat_template`` what transformers applies."""
-    key = gguf.Keys.Tokenizer.CHAT_TEMPLATE
+def _set_templates(writer: Any, gguf: Any, template: str | None, named: dict[str, str]) -> None:
+    """Make ``tokenizer.chat_template`` what transformers applies, and the named ones those it has.
+
+    Upstream takes them from tokenizer_config.json before the files, and lists their names in the order of a set, which is
+    another one in every process. A name keeps its letters and digits, as upstream writes it.
+    """
+    keys = gguf.Keys.Tokenizer
     for data in writer.kv_data:
-        data.pop(key, None)
+        for key in [key for key in data if key.startswith(keys.CHAT_TEMPLATE)]:
+            del data[key]
     if template is not None:
         writer.add_chat_template(template)
+    names = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in named.items()}
+    for name, text in sorted(names.items()):
+        writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), text)
+    if names:
+        writer.add_array(keys.CHAT_TEMPLATES, sorted(names))
 
 
 def _report_progress(writer: Any, report: Report) -> None:

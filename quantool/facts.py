@@ -18,7 +18,7 @@ from typing import Any
 
 from quantool.errors import SourceError, nearest
 from quantool.records import ModelCard, ModelFacts
-from quantool.template import end_of_turn, read_template
+from quantool.template import end_of_turn, read_named, read_template
 from quantool.weights import TensorHeader
 
 
@@ -221,6 +221,7 @@ def model_facts(
         bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
         eos_token_ids=eos,
         chat_template=template,
+        named_templates=read_named(tokenizer, tokenizer_config),
         has_sentencepiece=(tokenizer / "tokenizer.model").is_file(),
     )
     return facts, notes

@@ -36,16 +36,40 @@ def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> tuple[st
         if inline is not None:
             _check(inline, str(folder / "tokenizer_config.json"))
         return inline, []
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
+    text = _text_of(file)
     _check(text, str(file))
     if inline is None or inline == text:
         return text, []
     return text, [
         f"{FILE} and tokenizer_config.json hold different chat templates; {FILE} is used, as transformers does"
     ]
+
+
+def read_named(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates that have a name of their own (``tool_use``, ``rag``) by that name, as transformers has them.
+
+    The files of ``additional_chat_templates/``; without them and without ``chat_template.jinja`` the entries of the list in
+    tokenizer_config.json. Raises SourceError like ``read_template``.
+    """
+    files = sorted((folder / FOLDER).glob("*.jinja"))
+    if files or (folder / FILE).is_file():
+        places = {file.stem: str(file) for file in files}
+        found = {file.stem: _text_of(file) for file in files}
+    else:
+        place, value = str(folder / "tokenizer_config.json"), tokenizer_config.get("chat_template")
+        listed = value if isinstance(value, list) else []
+        found = {entry["name"]: str(entry["template"]) for entry in listed if entry["name"] != "default"}
+        places = dict.fromkeys(found, place)
+    for name, text in found.items():
+        _check(text, places[name])
+    return found
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _inline(value: Any, place: Path) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantool.errors import SourceError
-from quantool.template import end_of_turn, environment, read_template
+from quantool.template import end_of_turn, environment, read_named, read_template
 from tests.checkpoint import TEMPLATE
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_end|>x"]
@@ -74,3 +74,17 @@ def test_the_environment_has_what_templates_use() -> None:
 )
 def test_the_token_that_ends_an_answer(template: str, expected: str | None) -> None:
     assert end_of_turn(template, SPECIAL, {"bos_token": "<s>", "eos_token": "</s>"}) == expected
+
+
+def test_templates_with_a_name_are_those_of_transformers(tmp_path: Path) -> None:
+    listed = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    assert read_named(tmp_path, {"chat_template": listed}) == {"tool_use": "T"}
+    assert read_named(tmp_path, {"chat_template": "D"}) == read_named(tmp_path, {}) == {}
+    (tmp_path / "chat_template.jinja").write_text("NEW")
+    assert read_named(tmp_path, {"chat_template": listed}) == {}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert read_named(tmp_path, {"chat_template": listed}) == {"rag": "R"}
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{% for m in %}")
+    with pytest.raises(SourceError, match=r"rag\.jinja:1: the chat template does not parse"):
+        read_named(tmp_path, {})

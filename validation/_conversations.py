@@ -8,6 +8,7 @@ empty content, the text of special tokens in what a user wrote, and orders of ro
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ class Conversation:
     settings: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
     """Whether the engine has to reject it where the source's template does: roles in a wrong order."""
+    continued: bool = False
+    """Whether the assistant's message at the end is continued instead of closed."""
 
     def request(self) -> dict[str, Any]:
         """The conversation as a JSON value."""
@@ -41,6 +44,7 @@ class Conversation:
             "tools": list(self.tools),
             "generation_prompt": self.generation_prompt,
             "settings": self.settings,
+            "continued": self.continued,
         }
 
 
@@ -48,16 +52,24 @@ def _user(content: Any) -> Message:
     return {"role": "user", "content": content}
 
 
-def _assistant(content: Any, *calls: Message) -> Message:
-    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {})}
+def _assistant(content: Any, *calls: Message, reasoning: str | None = None) -> Message:
+    message = {"role": "assistant", "content": content}
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    return message | ({"tool_calls": list(calls)} if calls else {})
 
 
 def _system(content: str) -> Message:
     return {"role": "system", "content": content}
 
 
-def _tool(content: str, call: str = "call00001") -> Message:
-    return {"role": "tool", "tool_call_id": call, "name": "get_weather", "content": content}
+def _tool(content: Any, name: str | None = "get_weather", call: str = "call00001") -> Message:
+    named = {"name": name} if name is not None else {}
+    return {"role": "tool", "tool_call_id": call, **named, "content": content}
+
+
+def _continued(name: str, *messages: Message) -> Conversation:
+    return Conversation(name, messages, generation_prompt=False, continued=True)
 
 
 def _call(arguments: Any, name: str = "get_weather", call: str = "call00001") -> Message:
@@ -89,13 +101,27 @@ CLOCK: Message = {
 }
 PLACE = {"city": "L'Hospitalet de Llobregat", "unit": "celsius"}
 ANSWER = '{"temperature": 21.5, "sky": "núvols"}'
+ARGUMENTS = {"city": "Vic", "days": 3, "exact": True, "hours": [6, 12.5], "where": {"lat": 41.9}}
+REASONING = "The user wants a number.\nTwo and two make four."
 ENDED = "ends with the assistant"
 """Name of the conversation that shows how a turn ends, after LAST_WORD."""
 LAST_WORD = "Finis"
+NULL = "null argument"
 UNICODE = (
     "Привет 🚀\U0001f469\u200d\U0001f52c 你好、世界 \u200dŒuvre «col·legi» ¿ñandú? ﷽ \U0001f1e6\U0001f1e9"
 )
 MARKS = "cafe\u0301 man\u0303ana e\u0323\u0302 \u0e19\u0e49\u0e33 \u0928\u093f"
+
+FORGETFUL = {
+    "preserve_thinking": False,
+    "clear_thinking": True,
+    "truncate_history_thinking": True,
+    "drop_thinking": True,
+}
+"""What templates call dropping the reasoning of earlier turns. llama.cpp's server keeps it unless it is told otherwise
+(``preserve_reasoning``; ``caps_apply_preserve_reasoning`` in common/jinja/caps.cpp), transformers sets nothing."""
+SWITCHES = ("enable_thinking", "thinking")
+SWITCHED = ("one question", "several turns", "tool call", "reasoning", "reasoning before a tool call")
 
 SUITE: tuple[Conversation, ...] = (
     Conversation("one question", (_user("Hello"),)),
@@ -150,30 +176,117 @@ SUITE: tuple[Conversation, ...] = (
         (WEATHER,),
     ),
     Conversation(
+        "tools, no generation prompt",
+        (_user("Weather?"), _assistant("", _call(PLACE)), _tool(ANSWER), _assistant("21.5 °C.")),
+        (WEATHER,),
+        generation_prompt=False,
+    ),
+    Conversation(
+        "parallel tool calls",
+        (
+            _user("Weather and time?"),
+            _assistant("", _call(PLACE), _call({"zone": "CET"}, "get_time", "call00002")),
+            _tool(ANSWER),
+            _tool('{"time": "12:30"}', "get_time", "call00002"),
+        ),
+        (WEATHER, CLOCK),
+    ),
+    Conversation(
+        "tool results one after the other",
+        (
+            _user("Weather, then time?"),
+            _assistant("", _call(PLACE)),
+            _tool(ANSWER),
+            _assistant("", _call({}, "get_time", "call00002")),
+            _tool("12:30", "get_time", "call00002"),
+        ),
+        (WEATHER, CLOCK),
+    ),
+    Conversation(
+        "tool call without content",
+        (_user("Weather?"), _assistant(None, _call(PLACE)), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        "arguments of every type",
+        (_user("Weather?"), _assistant("", _call(ARGUMENTS)), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        NULL,
+        (_user("Weather?"), _assistant("", _call({"city": "Vic", "unit": None})), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    *(
+        Conversation(
+            f"tool result: {form}",
+            (_user("Weather?"), _assistant("", _call(PLACE)), _tool(content, name)),
+            (WEATHER,),
+        )
+        for form, content, name in (
+            ("text", '21.5 °C, <b>núvols</b> & "vent"\n', "get_weather"),
+            ("list", '[{"city": "Vic"}, 2, null]', "get_weather"),
+            ("number", "21.5", "get_weather"),
+            ("empty", "", "get_weather"),
+            ("without a name", ANSWER, None),
+            ("content parts", [{"type": "text", "text": ANSWER}], "get_weather"),
+        )
+    ),
+    _continued("continued answer", _user("Capital of Galicia?"), _assistant("The capital is")),
+    _continued(
+        "continued answer of several turns",
+        _system("Be brief."),
+        _user("a"),
+        _assistant("b"),
+        _user("Count."),
+        _assistant("1, 2,\n3"),
+    ),
+    Conversation(
         "content parts",
         (_user([{"type": "text", "text": "part one, "}, {"type": "text", "text": "part two"}]),),
     ),
     Conversation("two users in a row", (_user("a"), _user("b")), strict=True),
     Conversation("assistant first", (_assistant("b"), _user("a")), strict=True),
+    Conversation(
+        "two answers in a row", (_user("a"), _assistant("b"), _assistant("c"), _user("d")), strict=True
+    ),
+    Conversation("system message at the end", (_user("a"), _system("b")), strict=True),
     Conversation("unknown role", (_user("a"), {"role": "wizard", "content": "b"}), strict=True),
 )
 
+THINKING: tuple[Conversation, ...] = (
+    Conversation("reasoning", (_user("2 + 2?"), _assistant("4.", reasoning=REASONING), _user("Sure?"))),
+    Conversation(
+        "reasoning before a tool call",
+        (_user("Weather?"), _assistant("", _call(PLACE), reasoning=REASONING), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    _continued("continued answer after reasoning", _user("2 + 2?"), _assistant("It is", reasoning=REASONING)),
+)
+"""For templates that know of reasoning: to others llama.cpp's server may pass it on in a form that they cannot read."""
+
 
 def suite(template: str) -> tuple[Conversation, ...]:
-    """The conversations for a template: those of ``SUITE``, and thinking switched on where the template knows of it.
+    """The conversations for a template: those of ``SUITE``, and more where it can think.
 
-    Variables that llama.cpp's server sets by itself (``enable_thinking``, a date) are set for both sides.
+    Variables that llama.cpp's server sets by itself (thinking is on, the reasoning of earlier turns is kept, a date) are
+    set for both sides. A template that knows of thinking is tried with it on and off, by each name it has for that.
     """
-    settings: dict[str, Any] = {"enable_thinking": False}
+    settings: dict[str, Any] = {"enable_thinking": False, "preserve_reasoning": False}
+    settings |= {name: value for name, value in FORGETFUL.items() if name in template}
     if "date_string" in template:
         settings["date_string"] = DATE
     chosen = [_with(one, settings) for one in SUITE]
-    if "enable_thinking" in template:
-        chosen += [
-            _with(one, settings | {"enable_thinking": True}, f"{one.name}, thinking")
-            for one in SUITE
-            if one.name in ("one question", "several turns", "tool call")
-        ]
+    if any(word in template for word in ("reasoning", "thinking", "think>")):
+        chosen += [_with(one, settings) for one in THINKING]
+    for switch in SWITCHES:
+        if re.search(rf"\b{switch}\b", template):
+            chosen += [
+                _with(one, settings | {switch: on}, f"{one.name}, {switch} {'on' if on else 'off'}")
+                for on in (True, False)
+                for one in chosen[: len(SUITE) + len(THINKING)]
+                if one.name in SWITCHED and settings.get(switch) != on
+            ]
     return tuple(chosen)
 
 

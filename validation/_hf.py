@@ -14,7 +14,8 @@ from typing import Any
 from quantool.errors import SourceError
 from quantool.worker import Report
 
-SPECIALS = 24  # special tokens that text is put around; some tokenizers have hundreds of reserved ones
+RAISED = "TemplateError: "  # what raise_exception of a template becomes: a rejection that the template's author wrote
+SPECIALS = 64  # special tokens that text is put around; some tokenizers have thousands of reserved ones
 
 
 def load(folder: str, *, trust_remote_code: bool) -> Any:
@@ -33,19 +34,19 @@ def render(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Render conversations.
 
     Request: ``folder``, ``trust_remote_code``, ``conversations`` (``Conversation.request``). Result: ``facts``
-    (``describe``) and per conversation ``answers``: a list of acceptable renderings (``text``, ``ids``), or ``error``.
-    A conversation whose tool calls have their arguments as text has two: as given, and with them as objects.
+    (``describe``) and per conversation ``answers``: ``accepted``, a list of acceptable renderings (``text``, ``ids``), or
+    ``error``; ``given`` is why the messages as they are could not be rendered, or empty.
+    A conversation that engines hand to a template in several ways has several (``_readings``).
     """
     tokenizer = load(request["folder"], trust_remote_code=request["trust_remote_code"])
     answers = []
     for done, conversation in enumerate(request["conversations"]):
-        readings = [conversation["messages"]]
-        parsed = _parse_arguments(conversation["messages"])
-        if parsed != conversation["messages"]:
-            readings.append(parsed)
+        readings = _readings(conversation["messages"])
         rendered = [_render(tokenizer, conversation, messages) for messages in readings]
         good = [one for one in rendered if "error" not in one]
-        answers.append({"accepted": good, "error": "" if good else rendered[0]["error"]})
+        errors = [one.get("error", "") for one in rendered]
+        refused = next((error for error in errors if error.startswith(RAISED)), errors[0])
+        answers.append({"accepted": good, "error": "" if good else refused, "given": errors[0]})
         report(done + 1, len(request["conversations"]))
     return {"facts": describe(tokenizer), "answers": answers}
 
@@ -58,12 +59,56 @@ def _render(tokenizer: Any, conversation: dict[str, Any], messages: list[dict[st
             messages,
             tools=conversation["tools"] or None,
             add_generation_prompt=conversation["generation_prompt"],
+            continue_final_message=conversation["continued"],
             tokenize=False,
             **conversation["settings"],
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+def _readings(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages as given, and in the other forms in which llama.cpp's server may hand them to a template.
+
+    Arguments of tool calls that are text become objects (``func_args_not_string`` in common/chat.cpp), content that is
+    null becomes empty (``common_chat_msg::to_json_oaicompat``), and reasoning goes where families look for it: in a
+    field ``thinking`` (common/parsers/gpt-oss.cpp, lfm2.cpp) or among the content parts (ministral3.cpp).
+    """
+    readings = [messages]
+    for change in (_parse_arguments, _fill_content, _name_thinking, _part_thinking):
+        readings += [changed for one in readings if (changed := change(one)) != one]
+    return readings
+
+
+def _fill_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with empty content where it is null."""
+    return [one | {"content": ""} if one.get("content", "") is None else one for one in messages]
+
+
+def _name_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their reasoning in ``thinking`` too."""
+    return [
+        one | {"thinking": one["reasoning_content"]} if "reasoning_content" in one else one
+        for one in messages
+    ]
+
+
+def _part_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their reasoning as the first part of their content."""
+    return [
+        {
+            "role": one["role"],
+            **{key: value for key, value in one.items() if key == "tool_calls"},
+            "content": [
+                {"type": "thinking", "thinking": one["reasoning_content"]},
+                {"type": "text", "text": one["content"]},
+            ],
+        }
+        if "reasoning_content" in one
+        else one
+        for one in messages
+    ]
 
 
 def _parse_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,13 +197,21 @@ def describe(tokenizer: Any) -> dict[str, Any]:
         "pad": tokenizer.pad_token_id,
         "adds_bos": tokenizer.bos_token_id is not None and tokenizer.bos_token_id in first,
         "adds_eos": tokenizer.eos_token_id is not None and dressed[-1] == tokenizer.eos_token_id != plain[-1],
-        "special": sorted(set(tokenizer.all_special_tokens)),
+        "special": _ordered(tokenizer, template),
         "special_ids": _added(tokenizer),
-        "template": template.get("default") if isinstance(template, dict) else template,
+        "templates": template if isinstance(template, dict) else {"default": template} if template else {},
         "nfc": "NFC" in _kinds(saved.get("normalizer")),
         "prepend_scheme": _scheme(saved.get("pre_tokenizer")),
         "size": len(tokenizer),
     }
+
+
+def _ordered(tokenizer: Any, template: Any) -> list[str]:
+    """The special tokens and what looks like one: those that a template prints first, then the special ones."""
+    texts = "".join(template.values()) if isinstance(template, dict) else template or ""
+    special = set(tokenizer.all_special_tokens)
+    found = special.union(_added(tokenizer))
+    return sorted(found, key=lambda token: (token not in texts, token not in special, token))
 
 
 def _added(tokenizer: Any) -> dict[str, int]:

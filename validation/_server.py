@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import unicodedata
 import urllib.error
@@ -34,9 +37,13 @@ from quantool.validation._conversations import Conversation
 from quantool.validation._vocabulary import UnloadableError
 from quantool.worker import PR_SET_PDEATHSIG, Report
 
-START_SECONDS = 120.0
+START_SECONDS = (
+    600.0  # a large file on a slow disk, other work on every core; one that dies is noticed at once
+)
 ANSWER_SECONDS = 60.0
 HOST = "127.0.0.1"
+LISTENING = re.compile(rb"listening on (http://[0-9.]+:[0-9]+)")
+TOO_OLD = b"invalid argument"  # common/arg.cpp on an option that it does not know
 BINARY = "llama-server"
 
 
@@ -84,6 +91,8 @@ def _body(conversation: Conversation) -> dict[str, Any]:
         "add_generation_prompt": conversation.generation_prompt,
         "chat_template_kwargs": conversation.settings,
     }
+    if conversation.continued:
+        body["continue_final_message"] = True
     if conversation.tools:
         body["tools"] = list(conversation.tools)
     return body
@@ -96,7 +105,13 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
         properties = _post(address, "/props", None)
         answers = []
         for done, body in enumerate(request["bodies"]):
-            answers.append(_render(address, body))
+            try:
+                answers.append(_render(address, body))
+            except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+                said = body["messages"][-1]
+                raise QuantizationError(
+                    f"llama.cpp's server broke off at a chat that ends with {said}: {error}"
+                ) from error
             report(done + 1, len(request["bodies"]))
     return {
         "engine": f"{request['binary'] or 'xllamacpp'} {properties.get('build_info', '')}".strip(),
@@ -178,46 +193,53 @@ def _serve_wheel(request: dict[str, Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _serve_binary(request: dict[str, Any]) -> Iterator[str]:
-    """A llama-server child of this worker; it dies with it."""
-    port = _free_port()
+    """A llama-server child of this worker; it dies with it.
+
+    It chooses its port itself and says which, so no other program can take it in between. What it says goes to this
+    worker's log, also when it dies.
+    """
     arguments = f"-c 512 -np 1 -ngl 0 --no-warmup --offline --no-ui --no-repack --no-prefill-assistant --jinja --host {HOST}"
-    child = subprocess.Popen(
-        [request["binary"], "-m", request["model"], "--port", str(port), *arguments.split()],
-        stdin=subprocess.DEVNULL,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
-    )
-    try:
-        address = f"http://{HOST}:{port}"
-        _await(child, address)
-        yield address
-    finally:
-        child.kill()
-        child.wait()
+    with tempfile.NamedTemporaryFile() as said:
+        child = subprocess.Popen(
+            [request["binary"], "-m", request["model"], "--port", "0", *arguments.split()],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+        )
+        try:
+            yield _await(child, Path(said.name))
+        finally:
+            child.kill()
+            child.wait()
+            print(Path(said.name).read_text(encoding="utf-8", errors="replace"), flush=True)  # noqa: T201 - to the log
 
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind((HOST, 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
-def _await(child: subprocess.Popen[bytes], address: str) -> None:
-    """Wait until the server answers /health with ok."""
+def _await(child: subprocess.Popen[bytes], log: Path) -> str:
+    """The server's address, once it says where it listens and answers /health with ok."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
-        if child.poll() is not None:
-            raise QuantizationError(
-                f"llama.cpp's server does not start with this file (exit code {child.returncode})"
-            )
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, json.JSONDecodeError):
-            if _post(address, "/health", None).get("status") == "ok":
-                return
+        ended, said = child.poll(), log.read_bytes()
+        if ended is not None:
+            if TOO_OLD in said:
+                raise DependencyError(
+                    f"{child.args[0]!r} lacks an option that quantool needs: "  # type: ignore[index]
+                    + said.decode("utf-8", "replace").strip().splitlines()[0],
+                    hint="take a newer llama.cpp, or take it off PATH: the server of the xllamacpp wheel is used then",
+                )
+            raise QuantizationError(f"llama.cpp's server does not start with this file (exit code {ended})")
+        if (found := LISTENING.search(said)) is not None:
+            address = found[1].decode()
+            with contextlib.suppress(
+                urllib.error.URLError, ConnectionError, TimeoutError, json.JSONDecodeError
+            ):
+                if _post(address, "/health", None).get("status") == "ok":
+                    return address
         time.sleep(0.05)
-    raise QuantizationError(f"llama.cpp's server was not ready after {START_SECONDS:.0f} s")
+    raise QuantizationError(
+        f"llama.cpp's server was not ready after {START_SECONDS:.0f} s; what it said is in the log"
+    )

@@ -20,6 +20,7 @@ from quantool.worker import Report
 
 GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp's Python names for them are wrong
 SURROUNDINGS = 4  # tokens shown on each side of a difference
+TEMPLATE = "tokenizer.chat_template"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
@@ -52,7 +53,10 @@ class Vocabulary:
     """Whether llama.cpp puts a space before the text and before what follows a special token (SentencePiece only)."""
     ends: tuple[int, ...]
     """Ids at which generation stops (``llama_vocab_is_eog``)."""
-    template: str | None
+    templates: dict[str, str]
+    """The chat templates by name; the one without a name is ``default``."""
+    template_names: tuple[str, ...]
+    """What ``tokenizer.chat_templates`` lists."""
     keys: dict[str, str]
     """The single values of the file's ``tokenizer.ggml.`` keys, as text."""
     pieces: tuple[str, ...]
@@ -69,9 +73,8 @@ def of_gguf(case: Case, texts: Sequence[Text] = ()) -> tuple[Vocabulary, list[li
     if result["failure"]:
         raise UnloadableError(result["failure"])
     fields = result["vocabulary"]
-    return Vocabulary(**fields | {"ends": tuple(fields["ends"]), "pieces": tuple(fields["pieces"])}), result[
-        "ids"
-    ]
+    lists = {name: tuple(fields[name]) for name in ("ends", "pieces", "template_names")}
+    return Vocabulary(**fields | lists), result["ids"]
 
 
 def by_source(case: Case, name: str, target: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     for done, text in enumerate(request["texts"]):
         ids.append(_tokenize(llama_cpp, vocabulary, text))
         report(done + 1, len(request["texts"]))
-    described = _describe(llama_cpp, model, vocabulary)
+    described = _describe(llama_cpp, model, vocabulary, request["model"])
     llama_cpp.llama_model_free(model)
     return {"failure": "", "vocabulary": described, "ids": ids}
 
@@ -195,20 +198,35 @@ def _tokenize(library: Any, vocabulary: Any, text: dict[str, Any]) -> list[int]:
 
 
 def _keys(library: Any, model: Any) -> dict[str, str]:
+    """The single values of the file's ``tokenizer.`` keys, as text."""
     import ctypes
 
-    found = {}
-    value = ctypes.create_string_buffer(256)
-    for index in range(library.llama_model_meta_count(model)):
-        library.llama_model_meta_key_by_index(model, index, value, len(value))
-        key = value.value.decode("utf-8", "replace")
-        if key.startswith("tokenizer.ggml."):
-            library.llama_model_meta_val_str_by_index(model, index, value, len(value))
-            found[key] = value.value.decode("utf-8", "replace")
-    return found
+    def read(get: Any, index: int) -> str:
+        size = get(model, index, None, 0) + 1
+        value = ctypes.create_string_buffer(size)
+        get(model, index, value, size)
+        return value.value.decode("utf-8", "replace")
+
+    names = (
+        read(library.llama_model_meta_key_by_index, index)
+        for index in range(library.llama_model_meta_count(model))
+    )
+    return {
+        name: read(library.llama_model_meta_val_str_by_index, index)
+        for index, name in enumerate(names)
+        if name.startswith("tokenizer.")
+    }
 
 
-def _describe(library: Any, model: Any, vocabulary: Any) -> dict[str, Any]:
+def _template_names(model: str) -> list[str]:
+    """The list ``tokenizer.chat_templates``, which llama.cpp's own interface does not give."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(model).get_field(f"{TEMPLATE}s")
+    return list(field.contents()) if field is not None else []
+
+
+def _describe(library: Any, model: Any, vocabulary: Any, path: str) -> dict[str, Any]:
     def known(token: int) -> int | None:
         return token if token >= 0 else None
 
@@ -217,8 +235,12 @@ def _describe(library: Any, model: Any, vocabulary: Any) -> dict[str, Any]:
         return found.decode("utf-8", "replace")
 
     size = library.llama_vocab_n_tokens(vocabulary)
-    template = library.llama_model_chat_template(model, None)
     keys = _keys(library, model)
+    templates = {
+        name.removeprefix(TEMPLATE).removeprefix(".") or "default": text
+        for name, text in keys.items()
+        if name == TEMPLATE or name.startswith(f"{TEMPLATE}.")
+    }
     sentencepiece = library.llama_vocab_type(vocabulary) == library.LLAMA_VOCAB_TYPE_SPM
     return {
         "size": size,
@@ -230,7 +252,8 @@ def _describe(library: Any, model: Any, vocabulary: Any) -> dict[str, Any]:
         "adds_eos": bool(library.llama_vocab_get_add_eos(vocabulary)),
         "space_prefix": sentencepiece and keys.get("tokenizer.ggml.add_space_prefix") != "false",
         "ends": [token for token in range(size) if library.llama_vocab_is_eog(vocabulary, token)],
-        "template": template.decode("utf-8", "replace") if template is not None else None,
-        "keys": keys,
+        "templates": templates,
+        "template_names": _template_names(path) if templates.keys() - {"default"} else [],
+        "keys": {name: text for name, text in keys.items() if name.startswith("tokenizer.ggml.")},
         "pieces": [text_of(token) for token in range(size)],
     }

@@ -37,7 +37,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     reference = by_source(case, "chats", "_hf:render", asked)
     facts = reference["facts"]
     names = [conversation.name for conversation in conversations]
-    turn_end = _turn_end(reference["answers"][names.index(ENDED)], facts["special_ids"])
+    turn_end = end_of_turn(reference["answers"][names.index(ENDED)], facts["special_ids"])
     if case.engine != "llama.cpp":
         return _judge_folder(case, facts)
     try:
@@ -48,11 +48,12 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         _judge_eos(facts["eos"], vocabulary),
         _judge_ends(case, facts, turn_end, vocabulary),
         _judge_turn_end(case, turn_end, vocabulary),
+        _judge_lists(case, facts, turn_end, vocabulary),
         *_judge_others(facts, vocabulary),
     ]
 
 
-def _turn_end(answer: dict[str, Any], special: dict[str, int]) -> int | None:
+def end_of_turn(answer: dict[str, Any], special: dict[str, int]) -> int | None:
     """The special token that the template prints right after what the assistant said; None when there is none."""
     if not answer["accepted"]:
         return None
@@ -125,6 +126,42 @@ def _judge_turn_end(case: Case, turn_end: int | None, vocabulary: Vocabulary) ->
         detail=""
         if stops
         else "llama.cpp does not stop where the template ends a turn: answers would not end",
+    )
+
+
+def _judge_lists(case: Case, facts: dict[str, Any], turn_end: int | None, vocabulary: Vocabulary) -> Finding:
+    """The tokens that end something are the same for config.json, generation_config.json, tokenizer, template and GGUF.
+
+    Where the source's own files disagree that is said; a GGUF that names an EOT which none of them knows fails.
+    """
+    lists = {name: _eos_of(case.source.folder / name) for name in ("config.json", "generation_config.json")}
+    for name, token in (("tokenizer", facts["eos"]), ("template", turn_end)):
+        lists[name] = [token] if token is not None else None
+    named = {name: set(ids) for name, ids in lists.items() if ids}
+    if not named:
+        detail = "no file of the source names a token that ends something"
+        return Finding(check=NAME, metric="eos_lists", verdict=Verdict.SKIPPED, detail=detail)
+    every = set[int]().union(*named.values())
+    eot = _stored(vocabulary, "eot")
+    stray = eot is not None and eot not in every
+    stops = next((name for name in ("generation_config.json", "config.json") if name in named), None)
+    lacking = sorted(every - named[stops]) if stops is not None else []
+    if stray:
+        detail = f"tokenizer.ggml.eot_token_id is {_shown(eot or 0, vocabulary)}, which the source's files do not name"
+    elif lacking:
+        detail = f"defect of the source: {stops}, at whose ids transformers stops, lacks {_list(lacking, vocabulary)}"
+    else:
+        detail = ""
+    shown = {"eos": vocabulary.eos, "eot": eot}
+    return Finding(
+        check=NAME,
+        metric="eos_lists",
+        verdict=Verdict.REGRESSION if stray else Verdict.PASS,
+        measured=", ".join(
+            f"{name} {_shown(one, vocabulary)}" for name, one in shown.items() if one is not None
+        ),
+        reference="; ".join(f"{name}: {_list(sorted(ids), vocabulary)}" for name, ids in named.items()),
+        detail=detail,
     )
 
 

@@ -33,6 +33,8 @@ from quantool.validation._vocabulary import (
 NAME = "tokenizer"
 HEAD = 20_000  # characters of each corpus
 PLAIN = Text("plain text", "Hello world", add_special=True)
+BEGINNINGS = (PLAIN, Text("nothing", "", add_special=True), Text("a line end", "\n", add_special=True))
+"""Texts to which BOS and EOS are added as the tokenizer's settings say."""
 
 PROBES = tuple(
     Text(name, text)
@@ -69,6 +71,13 @@ PROBES = tuple(
         ("private use and astral", "\ue000 \U000f0000 \U0001d54f \U00020000"),
         ("replacement", "a\ufffdb"),
         ("long word", "abcdefghij" * 12),
+        ("digit scripts", "٣٤٥ ३४५ ３４５ Ⅷ ½ x² 1e-9 0xFF 1_000 12:30 +34-972"),  # noqa: RUF001
+        ("casing", "straße STRASSE İstanbul ıI ǅ ﬁ ß ẞ Ǆ"),  # noqa: RUF001
+        ("joiners and marks of direction", "a\u200cb \u200fאב\u200e c\u2060d \u202ee\u202c"),
+        ("line ends", "a\r\nb\rc\u2029d\x0be\x0cf"),
+        ("spaces of every kind", "a\u00a0b\u2003c\u3000d\u202fe \u00a0 f"),
+        ("nul", "a\x00b"),
+        ("marks of a chat", "<|im_start|>user\n[INST] <bos> </s> <think> {{ x }} <|fim_prefix|>"),
         ("long run", "=" * 70 + "a" * 40 + " " * 33 + "."),
         ("empty", ""),
     )
@@ -110,7 +119,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Token ids of probe texts, of text around special tokens and of each corpus; BOS of the plain path."""
     del progress  # a few seconds
     heads = {one.name: _head(one, case) for one in corpus.corpora(case.config)}
-    texts = [PLAIN, *PROBES, *(text for head in heads.values() for text in head)]
+    texts = [*BEGINNINGS, *PROBES, *(text for head in heads.values() for text in head)]
     asked = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
     reference = by_source(case, NAME, "_hf:encode", asked)
     try:
@@ -118,10 +127,13 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     except UnloadableError as error:
         return unloadable(NAME, error)
     pieces = vocabulary.pieces if vocabulary is not None else ()
-    plain, probes, rest = sides[0], sides[1 : 1 + len(PROBES)], sides[1 + len(PROBES) :]
+    known = len(BEGINNINGS) + len(PROBES)
+    probes, rest = sides[:known], sides[known:]
     findings = [
-        _judge_bos(plain, reference["facts"]["bos"] if vocabulary is None else vocabulary.bos),
-        _judge("probe_ids", [plain, *probes], pieces),
+        _judge_bos(
+            probes[: len(BEGINNINGS)], reference["facts"]["bos"] if vocabulary is None else vocabulary.bos
+        ),
+        _judge("probe_ids", probes, pieces),
     ]
     for name, head in heads.items():
         findings.append(_judge("corpus_ids", rest[: len(head)], pieces, name))
@@ -220,20 +232,21 @@ def _judge(
     )
 
 
-def _judge_bos(plain: Sides, bos: int | None) -> Finding:
-    """BOS tokens before a plain text: as many as the source's tokenizer adds."""
+def _judge_bos(beginnings: Sequence[Sides], bos: int | None) -> Finding:
+    """BOS tokens before a plain text, and before none: as many as the source's tokenizer adds."""
     if bos is None:
         return Finding(
             check=NAME, metric="bos_count", verdict=Verdict.SKIPPED, detail="there is no BOS token"
         )
-    measured, reference = plain.found.count(bos), plain.expected.count(bos)
+    counts = [(side.found.count(bos), side.expected.count(bos), side.text.name) for side in beginnings]
+    measured, reference, name = next((one for one in counts if one[0] != one[1] or one[1] > 1), counts[0])
     return Finding(
         check=NAME,
         metric="bos_count",
         verdict=Verdict.PASS if measured == reference <= 1 else Verdict.REGRESSION,
         measured=measured,
         reference=reference,
-        detail="BOS tokens before a plain text",
+        detail=f"BOS tokens before {name}",
     )
 
 

@@ -209,10 +209,14 @@ def with_both_templates() -> tuple[Path, str]:
 
 
 def stored_template(model: Path) -> Any:
+    return stored_keys(model)["tokenizer.chat_template"]
+
+
+def stored_keys(model: Path) -> dict[str, Any]:
     wanted = making.config(model, making.room() / "never-written", "F16")
     source = resolve(wanted, weights=False, progress=making.QUIET)
     options = _gguf.GgufOptions(pre_tokenizer="qwen2")
-    return _rehearsal.rehearse(source, options, "f16").keys["tokenizer.chat_template"]
+    return _rehearsal.rehearse(source, options, "f16").keys
 
 
 def test_template_file_wins_over_tokenizer_config() -> None:
@@ -226,6 +230,20 @@ def test_template_in_tokenizer_config_is_taken_where_there_is_no_file(tmp_path: 
     model = copy(with_both_templates()[0], tmp_path / "model")
     (model / "chat_template.jinja").unlink()
     assert stored_template(model) == "{{ 'the old one' }}"
+
+
+def test_named_templates_are_those_of_transformers_in_a_fixed_order(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = copy(with_both_templates()[0], tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag", "a-b"):
+        (model / "additional_chat_templates" / f"{name}.jinja").write_text(f"{{{{ '{name}' }}}}")
+    keys = stored_keys(model)
+    found = AutoTokenizer.from_pretrained(model).chat_template
+    assert keys["tokenizer.chat_template"] == found["default"]
+    for name in ("tool_use", "rag", "a-b"):
+        assert keys[f"tokenizer.chat_template.{name.replace('-', '_')}"] == found[name]
 
 
 def test_template_that_does_not_parse_is_refused_with_its_line() -> None:
@@ -273,7 +291,7 @@ def test_what_converts_and_does_not_load_is_refused(tmp_path: Path) -> None:
     request: dict[str, Any] = {
         "toolchain": str(toolchain.locate().folder), "model": str(making.model("spm_llama")), "type": "f16",
         "output": str(tmp_path / "out.gguf"), "metadata": str(metadata), "pre_tokenizer": None,
-        "chat_template": None, "add_space_prefix": None, "extra": {}, "split_bytes": 0, "rehearse": False,
+        "chat_template": None, "named_templates": {}, "add_space_prefix": None, "extra": {}, "split_bytes": 0, "rehearse": False,
     }  # fmt: skip
     process.call("quantool.methods._converter:convert", request, log=tmp_path / "log")
     loading = {"path": str(tmp_path / "out.gguf"), "vocabulary_only": False}

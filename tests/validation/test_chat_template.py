@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,18 @@ import pytest
 import tampering
 from tampering import altered, case, findings, gguf_of, regressions, source_of, tampered
 
+from quantool.errors import DependencyError
 from quantool.records import Verdict
 from quantool.registry import Case, find_check
 from quantool.toolchain import upstream_tool
-from quantool.validation import _server, chat_template
-from quantool.validation._conversations import SUITE, Conversation, of_case, suite
+from quantool.validation import _agreement, _server
+from quantool.validation._conversations import SUITE, THINKING, Conversation, of_case, suite
+from quantool.validation._renderings import Renderings, Tally, explain_text, without_reference
+from quantool.validation._vocabulary import UnloadableError
+from quantool.workspace import Workspace
 
 KEY = "tokenizer.chat_template"
-CHATML = (
+CHATML = (  # to the byte the template for which llama-cpp-python has a format of its own
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -36,13 +42,30 @@ def template(name: str) -> str:
     return text
 
 
+def of_folder(folder: Path, artifact: Path) -> Case:
+    """A case with the tokenizer of ``folder`` as its source's, beside the weights of gemma3."""
+    healthy = tampering.folder_of("gemma3") / "model.safetensors"
+    if not (folder / healthy.name).exists():
+        (folder / healthy.name).symlink_to(healthy)
+    return replace(
+        case("gemma3", artifact, output=f"given/{artifact.stem}"),
+        source=source_of(folder),
+        workspace=Workspace(folder.parent / "run"),
+    )
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_healthy(name: str) -> None:
     found = findings("chat_template", case(name))
     assert not regressions(found)
-    assert set(found) == {"template_text", "rendered_text", "rendered_ids", "bos_count"}
-    assert all(one.verdict == Verdict.PASS for one in found.values())
+    assert set(found) == {
+        *("template_text", "template_caps", "rendered_text", "rendered_ids", "bos_count"),
+        *("rendered_continuation", "rendered_text_python", "bos_count_python"),
+    }
+    passed = {metric for metric, one in found.items() if one.verdict == Verdict.PASS}
+    assert set(found) - passed <= {"rendered_continuation"}
+    assert "llama-cpp-python" in found["rendered_text_python"].detail
     assert "xllamacpp" in found["rendered_text"].detail
     assert int(str(found["rendered_text"].reference).split()[0]) >= 20
 
@@ -65,7 +88,7 @@ def test_swapped_template(tmp_path: Path) -> None:
         "chat_template", case("qwen3", tampered(gguf_of("qwen3"), tmp_path / "t.gguf", {KEY: CHATML}))
     )
     assert {"template_text", "rendered_text", "rendered_ids"} <= regressions(found)
-    assert "'one question'" in found["rendered_text"].detail
+    assert "'one question" in found["rendered_text"].detail
     assert "<think>" in found["rendered_text"].detail
 
 
@@ -73,7 +96,8 @@ def test_swapped_template(tmp_path: Path) -> None:
 def test_trailing_newline(tmp_path: Path) -> None:
     longer = tampered(gguf_of("qwen3"), tmp_path / "t.gguf", {KEY: template("qwen3") + "\n"})
     found = findings("chat_template", case("qwen3", longer))
-    assert regressions(found) == {"template_text"}
+    assert "template_text" in regressions(found)
+    assert not {"rendered_text", "rendered_ids", "rendered_text_python"} & regressions(found)
     assert found["template_text"].measured == len(template("qwen3").encode()) + 1
 
 
@@ -81,8 +105,70 @@ def test_trailing_newline(tmp_path: Path) -> None:
 def test_template_that_llama_cpp_cannot_parse(tmp_path: Path) -> None:
     broken = tampered(gguf_of("qwen3"), tmp_path / "t.gguf", {KEY: template("qwen3") + "{% if %}"})
     found = findings("chat_template", case("qwen3", broken))
-    assert regressions(found) == {"template_text", "rendered_text"}
+    assert regressions(found) == {"template_text", "rendered_text", "rendered_text_python"}
     assert "Unexpected token" in found["rendered_text"].detail
+    assert "TemplateSyntaxError" in found["rendered_text_python"].detail
+
+
+@pytest.mark.e2e
+def test_chatml_in_the_place_of_the_template_is_found_by_every_renderer(tmp_path: Path) -> None:
+    planted = tampered(gguf_of("gemma3"), tmp_path / "t.gguf", {KEY: CHATML})
+    found = findings("chat_template", case("gemma3", planted))
+    renderers = {"rendered_text", "rendered_ids", "rendered_continuation", "rendered_text_python"}
+    assert {"template_text", *renderers} <= regressions(found)
+    assert "its own format 'chatml'" in found["rendered_text_python"].detail
+    assert "im_start" in found["rendered_text"].detail
+
+
+@pytest.mark.e2e
+def test_format_that_llama_cpp_python_prefers_to_the_sources_template_is_skipped(tmp_path: Path) -> None:
+    folder = tampering.tokenizer_folder("gemma3", tmp_path / "source")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    same = tampered(gguf_of("gemma3"), tmp_path / "t.gguf", {KEY: CHATML})
+    found = findings("chat_template", of_folder(folder, same))
+    assert found["template_text"].verdict == found["rendered_text"].verdict == Verdict.PASS
+    assert found["rendered_text_python"].verdict == Verdict.SKIPPED
+    assert "its own format 'chatml'" in found["rendered_text_python"].detail
+
+
+@pytest.mark.e2e
+def test_named_templates_are_compared_one_by_one(tmp_path: Path) -> None:
+    tools = template("gemma3") + "{% for one in tools %}<tool>{{ one.function.name }}</tool>{% endfor %}"
+    folder = tampering.tokenizer_folder("gemma3", tmp_path / "source")
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in (("tool_use", tools), ("for-rag", "{{ documents }}")):
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    keys = {f"{KEY}.tool_use": tools, f"{KEY}.for_rag": "{{ documents }}"}
+    names = {f"{KEY}s": ["for_rag", "tool_use"]}
+    whole = tampered(gguf_of("gemma3"), tmp_path / "whole.gguf", keys | names)
+    found = findings("chat_template", of_folder(folder, whole))
+    assert not regressions(found)
+    named = {"template_text of tool_use", "template_text of for_rag", "template_names"}
+    assert all(found[metric].verdict == Verdict.PASS for metric in named)
+
+    partial = tampered(gguf_of("gemma3"), tmp_path / "part.gguf", {f"{KEY}.for_rag": "{{ documents }} "})
+    found = findings("chat_template", of_folder(folder, partial))
+    assert {*named, "rendered_text"} <= regressions(found)
+    assert "<tool>" in found["rendered_text"].detail
+    assert "no chat template tool_use" in found["template_text of tool_use"].detail
+    assert found["template_text"].verdict == Verdict.PASS
+
+    saved = tampering.tokenizer_folder("gemma3", tmp_path / "saved")
+    found = findings("chat_template", of_folder(folder, saved))
+    assert {"template_text of tool_use", "template_text of for-rag", "rendered_text"} <= regressions(found)
+
+
+@pytest.mark.e2e
+def test_wrong_eos_shows_in_what_the_template_prints(tmp_path: Path) -> None:
+    folder = tampering.tokenizer_folder("gemma3", tmp_path / "source")
+    text = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text)
+    keys = {KEY: text, "tokenizer.ggml.eos_token_id": 5}
+    found = findings(
+        "chat_template", of_folder(folder, tampered(gguf_of("gemma3"), tmp_path / "t.gguf", keys))
+    )
+    assert {"rendered_text", "rendered_text_python"} <= regressions(found)
+    assert "<eos>" in found["rendered_text"].detail
 
 
 @pytest.mark.e2e
@@ -196,29 +282,73 @@ def test_server_that_dies_is_a_regression_with_its_exit_code(
     assert "exit code 3" in found["rendered_text"].detail
 
 
+@pytest.mark.e2e
+def test_server_that_is_too_old_is_not_the_files_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = tmp_path / "llama-server"
+    old.write_text("#!/bin/sh\necho 'error: invalid argument: --no-repack' >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(DependencyError, match="invalid argument: --no-repack") as raised:
+        _server.render(case("qwen3"), ())
+    assert "xllamacpp" in raised.value.hint
+
+
+@pytest.mark.e2e
+def test_server_that_breaks_off_is_the_files_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A real server on a free port that answers once that it is well, and closes every other connection."""
+    flaky = tmp_path / "llama-server"
+    flaky.write_text(FLAKY.format(python=sys.executable))
+    flaky.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(UnloadableError, match="broke off at a chat that ends with"):
+        _server.render(case("qwen3"), SUITE[:2])
+
+
+FLAKY = """#!{python}
+import http.server, json
+
+class Once(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps(dict(status="ok")).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.connection.close()
+
+server = http.server.HTTPServer(("127.0.0.1", 0), Once)
+print("listening on http://127.0.0.1:%d" % server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
 def test_suite_is_given_what_the_server_would_set_by_itself() -> None:
     plain = suite("{{ messages }}")
     assert len(plain) == len(SUITE)
-    assert all(one.settings == {"enable_thinking": False} for one in plain)
-    rich = suite("{% if enable_thinking %}{{ date_string }}{% endif %}")
-    assert all("date_string" in one.settings for one in rich)
-    assert {one.settings["enable_thinking"] for one in rich} == {True, False}
+    assert all(one.settings == {"enable_thinking": False, "preserve_reasoning": False} for one in plain)
+    rich = suite("{% if enable_thinking and thinking and not clear_thinking %}{{ date_string }}{% endif %}")
+    assert len(rich) > len(SUITE) + len(THINKING)
+    assert all("date_string" in one.settings and one.settings["clear_thinking"] for one in rich)
+    for switch in ("enable_thinking", "thinking"):
+        assert {one.settings[switch] for one in rich if switch in one.settings} == {True, False}
     assert len({one.name for one in rich}) == len(rich)
 
 
 def test_parts_printed_as_python_are_no_reference() -> None:
     parts = Conversation("parts", ({"role": "user", "content": [{"type": "text", "text": "x"}]},))
     printed = {"accepted": [{"text": "[{'type': 'text', 'text': 'x'}]", "ids": []}], "error": ""}
-    assert "Python" in chat_template._without_reference(parts, printed)
+    assert "Python" in without_reference(parts, printed)
     dropped = {"accepted": [{"text": "<user></user>", "ids": []}], "error": ""}
-    assert "drops" in chat_template._without_reference(parts, dropped)
-    assert not chat_template._without_reference(
-        parts, {"accepted": [{"text": "<user>x</user>", "ids": []}], "error": ""}
-    )
+    assert "drops" in without_reference(parts, dropped)
+    assert not without_reference(parts, {"accepted": [{"text": "<user>x</user>", "ids": []}], "error": ""})
     failed = {"accepted": [], "error": "TypeError: can only concatenate"}
-    assert "TypeError" in chat_template._without_reference(parts, failed)
+    assert "TypeError" in without_reference(parts, failed)
     refused = {"accepted": [], "error": "TemplateError: roles must alternate"}
-    assert not chat_template._without_reference(parts, refused)
+    assert not without_reference(parts, refused)
 
 
 def test_only_a_wrong_order_of_roles_has_to_be_rejected() -> None:
@@ -229,8 +359,8 @@ def test_only_a_wrong_order_of_roles_has_to_be_rejected() -> None:
         answered = {"accepted": [rendered], "error": ""}
         reference = {"facts": {"bos_text": None}, "answers": [answered, refused]}
         chats = (Conversation("fine", said), Conversation("refused", said, strict=strict))
-        both = chat_template.Renderings(chats, reference, [rendered, rendered])
-        found = chat_template._judge_text(both, "an engine")
+        both = Renderings(chats, reference, [rendered, rendered])
+        found = _agreement.judge_text(both, "rendered_text")
         assert found.verdict == verdict
         assert "'refused': rejected by the source" in found.detail
 
@@ -239,12 +369,12 @@ def test_content_parts_that_the_engine_joins_are_not_compared() -> None:
     parts = Conversation("parts", ({"role": "user", "content": [{"type": "text", "text": "x"}]},))
     answered = {"accepted": [{"text": "x", "ids": [1]}], "error": ""}
     for typed, excuse in ((True, ""), (False, "llama.cpp joins content parts to a text for this template")):
-        both = chat_template.Renderings((parts,), {}, [], typed_content=typed)
+        both = Renderings((parts,), {}, [], typed_content=typed)
         assert both.excuse(parts, answered) == excuse
 
 
 def test_difference_without_a_generation_prompt_is_noted_only() -> None:
-    tally = chat_template.Tally()
+    tally = Tally()
     tally.count(True, "")
     tally.differ(Conversation("x", (), generation_prompt=False), "at character 1")
     noted = tally.finding("rendered_text")
@@ -256,7 +386,7 @@ def test_difference_without_a_generation_prompt_is_noted_only() -> None:
 
 
 def test_first_difference_is_shown_with_its_surroundings() -> None:
-    shown = chat_template._explain_text("a" * 100 + "b" + "c" * 100, "a" * 100 + "x" + "c" * 100)
+    shown = explain_text("a" * 100 + "b" + "c" * 100, "a" * 100 + "x" + "c" * 100)
     assert shown.startswith("at character 100: expected ")
     assert "ab" in shown
     assert "ax" in shown

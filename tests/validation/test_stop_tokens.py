@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.e2e
 def test_healthy(name: str) -> None:
     found = findings("stop_tokens", case(name))
     assert not regressions(found)
-    assert {"eos", "ends", "turn_end", "adds_bos", "adds_eos"} <= set(found)
+    assert {"eos", "ends", "turn_end", "eos_lists", "adds_bos", "adds_eos"} <= set(found)
+    assert found["eos_lists"].detail == ""
     assert all(one.verdict == Verdict.PASS for one in found.values())
 
 
@@ -62,6 +64,29 @@ def test_source_that_does_not_name_its_turn_end() -> None:
     assert found["ends"].verdict == Verdict.PASS
     assert "defect of the source" in found["ends"].detail
     assert "<|im_end|>" in found["ends"].detail
+
+
+def test_lists_of_the_sources_files_are_compared(tmp_path: Path) -> None:
+    folder = tampering.tokenizer_folder("gemma3", tmp_path / "source")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 1}))
+    chosen = case("gemma3")
+    source = chosen.source.model_copy(update={"folder": folder})
+    found = findings("stop_tokens", replace(chosen, source=source))
+    assert found["eos_lists"].verdict == Verdict.PASS
+    assert found["eos_lists"].detail.startswith("defect of the source: generation_config.json")
+    assert "<end_of_turn>" in found["eos_lists"].detail
+
+
+def test_stray_eot(tmp_path: Path) -> None:
+    key = b"tokenizer.ggml.eot_token_id"
+    stray = tampered(gguf_of("gemma3"), tmp_path / "t.gguf", {key.decode(): 9})
+    signed = stray.read_bytes()
+    assert signed.count(key + b"\x05\0\0\0") == 1
+    stray.write_bytes(signed.replace(key + b"\x05\0\0\0", key + b"\x04\0\0\0"))  # llama.cpp wants it unsigned
+    found = findings("stop_tokens", case("gemma3", stray))
+    assert "eos_lists" in regressions(found)
+    assert "tokenizer.ggml.eot_token_id is 9" in found["eos_lists"].detail
 
 
 def test_added_bos(tmp_path: Path) -> None:

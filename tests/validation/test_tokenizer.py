@@ -11,8 +11,9 @@ import tampering
 from tampering import altered, case, findings, gguf_of, regressions, tampered
 
 from quantool.records import Verdict
+from quantool.validation import _hf
 from quantool.validation._vocabulary import Text, differing, explain
-from quantool.validation.tokenizer import PROBES, Sides
+from quantool.validation.tokenizer import AROUND, BEGINNINGS, PROBES, Sides
 
 SAID = "Gaur euria ari du. Avui plou a Girona.\n\nHoxe chove en Lugo: 12,5 mm."
 
@@ -44,7 +45,7 @@ def test_nfc_is_skipped_but_visible(corpora: list[dict[str, Any]]) -> None:
     assert found["nfc"].verdict == Verdict.SKIPPED
     assert "'combining marks'" in found["nfc"].detail
     assert "nfc" not in findings("tokenizer", case("gemma3", corpora=corpora))
-    plain = sum(1 for _ in PROBES)  # with the plain text, less the one that is skipped
+    plain = len(PROBES) + len(BEGINNINGS) - 1  # less the one that is skipped
     assert found["probe_ids"].reference == f"{plain} of {plain}"
 
 
@@ -147,4 +148,14 @@ def test_first_difference() -> None:
 
 
 def test_probes_have_names_of_their_own() -> None:
-    assert len({probe.name for probe in PROBES}) == len(PROBES)
+    texts = [*BEGINNINGS, *PROBES, *AROUND]
+    assert len({probe.name for probe in texts}) == len(texts)
+
+
+def test_what_a_template_prints_is_tried_before_other_special_tokens() -> None:
+    tokenizer = _hf.load(str(tampering.folder_of("qwen3")), trust_remote_code=False)
+    facts = _hf.describe(tokenizer)
+    assert set(tokenizer.all_special_tokens) <= set(facts["special"])
+    printed = [token in facts["templates"]["default"] for token in facts["special"]]
+    assert printed == sorted(printed, reverse=True)
+    assert printed[0]
