@@ -1,31 +1,37 @@
-"""Structure models as GGUF files, and damaged copies of them.
+"""Structure models as GGUF files and quantized folders, and damaged copies of them.
 
-``gguf_of`` converts each structure once in a test session through llama.cpp's own converter; ``tampered`` copies a GGUF
-with keys changed or left out, tensors kept.
+``gguf_of`` converts each structure once in a test session through llama.cpp's own converter, ``fp8_of`` and ``packed_of``
+quantize it. ``tampered`` copies a GGUF with keys changed or left out, ``edited`` one with other numbers in it, ``spoilt`` a
+folder with other tensors or another config.json.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import making
 import structures
 
 from quantool.config import Config
+from quantool.methods._autoawq import convert as convert_to_autoawq
 from quantool.progress import Progress
-from quantool.records import Finding, Gates, Source, Verdict
+from quantool.records import Finding, Gates, OutputPlan, Source, Verdict
 from quantool.registry import Case, find_check
 from quantool.source import resolve
 from quantool.toolchain import locate
+from quantool.weights import INDEX, check_index
+from quantool.worker import Report
 from quantool.workspace import Workspace
 
 WRITERS = {
@@ -34,6 +40,8 @@ WRITERS = {
     "gemma3": structures.write_gemma3,
     "moe": structures.write_moe,
 }
+
+EMBEDDINGS = ("model.embed_tokens",)
 
 CONVERT = """
 import sys
@@ -84,8 +92,12 @@ def tampered(
     change: Mapping[str, Any] | None = None,
     drop: Collection[str] = (),
     without: Collection[str] = (),
+    more: Callable[[Any, Any], None] | None = None,
 ) -> Path:
-    """A copy of a GGUF with the values of ``change`` (new keys too), less the keys of ``drop``, the tensors ``without``."""
+    """A copy of a GGUF with the values of ``change`` (new keys too), less the keys of ``drop``, the tensors ``without``.
+
+    ``more`` may add to the writer; it is given the tensors of the original.
+    """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(original)
@@ -106,10 +118,88 @@ def tampered(
     for tensor in reader.tensors:
         if tensor.name not in without:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    if more is not None:
+        more(writer, reader.tensors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return target
+
+
+def edited(original: Path, target: Path, name: str, change: Callable[[Any], None]) -> Path:
+    """A copy of a GGUF in which ``change`` has edited, in place, the array of each tensor whose name holds ``name``."""
+    from gguf import GGUFReader
+
+    shutil.copyfile(original, target)
+    reader = GGUFReader(target, "r+")
+    found = [tensor for tensor in reader.tensors if name in tensor.name]
+    assert found, name
+    for tensor in found:
+        change(tensor.data)
+    reader.data.flush()
+    assert target.read_bytes() != original.read_bytes()
+    return target
+
+
+@cache
+def fp8_of(name: str, level: str = "FP8_DYNAMIC") -> tuple[Path, OutputPlan]:
+    """The structure as a folder of FP8 weights, made by the method fp8, and what its plan said."""
+    wanted = Config.model_validate(
+        {
+            "model_id": str(folder_of(name)),
+            "output_path": _room() / f"fp8-{name}-{level}",
+            "method": "fp8",
+            "quant_level": level,
+        }
+    )
+    plan, artifacts = making.make(wanted)
+    return artifacts[0].folder, plan.outputs[0]
+
+
+@cache
+def packed_of(name: str) -> Path:
+    """The structure in 4-bit integers with zero points, groups of 128, made by llmcompressor (W4A16_ASYM)."""
+    from llmcompressor.entrypoints.model_free import model_free_ptq
+
+    folder = _room() / f"{name}-W4A16-ASYM"
+    model_free_ptq(
+        str(folder_of(name)), str(folder), scheme="W4A16_ASYM", ignore=["lm_head", *EMBEDDINGS], device="cpu"
+    )
+    return folder
+
+
+@cache
+def autoawq_of(name: str) -> Path:
+    """The same in the layout of AutoAWQ."""
+    folder = _room() / f"{name}-awq-W4A16-ASYM"
+    shutil.copytree(packed_of(name), folder)
+    layers = [one.removesuffix(".weight_packed") for one in check_index(folder) if one.endswith("_packed")]
+    convert_to_autoawq(
+        {"folder": str(folder), "layers": layers, "ignore": ["lm_head"], "group": 128}, lambda *_: None
+    )
+    return folder
+
+
+def spoilt(
+    original: Path,
+    target: Path,
+    tensors: Callable[[dict[str, Any]], None] | None = None,
+    settings: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """A copy of a folder with one safetensors file whose tensors, and config.json, the callables have changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(original, target)
+    if tensors is not None:
+        found = load_file(target / "model.safetensors")
+        tensors(found)
+        save_file(found, target / "model.safetensors", metadata={"format": "pt"})
+        (target / INDEX).unlink(missing_ok=True)
+    if settings is not None:
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        settings(config)
+        (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return target
 
 
@@ -137,6 +227,14 @@ def findings(check: str, chosen: Case) -> dict[str, Finding]:
     """What a check finds, by metric (with the corpus behind a colon where there is one)."""
     found = find_check(check).judge(chosen, Progress(quiet=True))
     return {one.metric + (f":{one.corpus}" if one.corpus else ""): one for one in found}
+
+
+def headers(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: what ``_headers`` reads of each of ``paths``."""
+    from quantool.validation._headers import read_headers
+
+    asked = [{"paths": [path], "largest": None} for path in request["paths"]]
+    return {"headers": [read_headers(one, report) for one in asked]}
 
 
 def regressions(found: Mapping[str, Finding]) -> set[str]:

@@ -1,0 +1,98 @@
+"""Recommended sampling: one answer in generation_config.json, in the artifact and in the model card.
+
+``validation.generation`` of the configuration says what it should be; without it, generation_config.json of the source.
+llama.cpp takes ``general.sampling.*`` of a GGUF as its defaults, transformers and vLLM generation_config.json of a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantool.errors import QuantizationError, SourceError
+from quantool.facts import read_optional
+from quantool.process import call
+from quantool.progress import Progress
+from quantool.records import Finding
+from quantool.registry import Case, check
+from quantool.sampling import disagreements, listed, of_generation, recommended, stated
+from quantool.validation._verdicts import Voice
+
+NAME = "generation"
+GENERATION = "generation_config.json"
+CARD = "README.md"
+OURS = "quantized_by: quantool"
+KEYS = {  # gguf-py/gguf/metadata.py: names in generation_config.json and in a GGUF
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+
+
+@check(NAME)
+def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
+    """Recommended sampling: generation_config.json, the artifact and the model card say the same."""
+    del progress  # headers only
+    voice = Voice(NAME)
+    findings = [_judge_source(case, voice), _judge_artifact(case, voice)]
+    folder = case.artifact if case.artifact.is_dir() else case.artifact.parent
+    if case.output is None:  # a run writes its card after the checks, from the same function
+        findings += _judge_card(case, folder / CARD, voice)
+    return findings
+
+
+def _judge_source(case: Case, voice: Voice) -> Finding:
+    """What the user recommends is what generation_config.json of the source says, where it is given."""
+    wanted = recommended(case.source, case.config)
+    given = case.settings.generation
+    if given is None and not listed(wanted):
+        return voice.skip("sampling_source", f"{GENERATION} recommends no sampling")
+    wrong = disagreements(
+        wanted.model_dump(exclude_none=True),
+        of_generation(case.source.generation),
+        f"the source's {GENERATION}",
+        "validation.generation",
+    )
+    problem = f"{'; '.join(wrong)}: correct one of them" if wrong else ""
+    return voice.say("sampling_source", listed(wanted), problem)
+
+
+def _judge_artifact(case: Case, voice: Voice) -> Finding:
+    """The artifact carries the recommended sampling and no other."""
+    wanted = recommended(case.source, case.config)
+    gguf = case.engine == "llama.cpp"
+    where = "the GGUF's general.sampling keys" if gguf else f"the artifact's {GENERATION}"
+    try:
+        found = _of_gguf(case) if gguf else of_generation(read_optional(case.artifact / GENERATION))
+    except (QuantizationError, SourceError) as error:
+        return voice.say("sampling", None, error.message)
+    if not found and not listed(wanted):
+        return voice.skip("sampling", f"neither {GENERATION} nor the artifact recommends any")
+    origin = f"the source's {GENERATION}" if case.settings.generation is None else "validation.generation"
+    wrong = disagreements(wanted.model_dump(exclude_none=True), found, where, origin)
+    shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    return voice.say("sampling", shown or "none", "; ".join(wrong), listed(wanted))
+
+
+def _of_gguf(case: Case) -> dict[str, float]:
+    """``general.sampling.*`` by the names of generation_config.json."""
+    log = case.workspace.logs / f"headers-{case.name.replace('/', '-')}.log"
+    keys = call("quantool.validation._headers:read_keys", {"path": str(case.artifact)}, log=log)["keys"]
+    found = {name: keys.get(f"general.sampling.{key}") for name, key in KEYS.items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _judge_card(case: Case, path: Path, voice: Voice) -> list[Finding]:
+    """The card beside an artifact that somebody packed; nothing to say where there is none of ours."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if OURS not in text:
+        return []
+    wanted = recommended(case.source, case.config).model_dump(exclude_none=True)
+    found = stated(text)
+    if not found and not wanted:
+        return []
+    wrong = disagreements(wanted, found, f"the card ({CARD})", "the recommendation")
+    shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    return [voice.say("sampling_card", shown or "none", "; ".join(wrong))]
