@@ -1,10 +1,4 @@
-"""The AutoAWQ (GEMM) layout, written from a compressed-tensors W4A16 checkpoint without loss.
-
-Layout, as ``awq/modules/linear/gemm.py`` of AutoAWQ 0.2.9 reads it: weights and zero points are unsigned 4-bit numbers,
-the weight is transposed to [in, out], and eight neighbours along ``out`` share an int32, the one at position
-``ORDER[k]`` in bits ``4 k``. ``qweight`` [in, out / 8], ``qzeros`` [in / group, out / 8], ``scales`` [in / group, out]
-in float16.
-"""
+"""The AutoAWQ layout (``quantool.packing``), written from a compressed-tensors W4A16 checkpoint without loss."""
 
 from __future__ import annotations
 
@@ -15,15 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantizationError
 from quantool.methods._layout import Stored
+from quantool.packing import (
+    BITS,
+    COMPRESSED_PARTS,
+    PARTS,
+    PER_WORD,
+    dequantize,
+    dequantize_compressed,
+    numbers,
+    pack,
+)
 from quantool.weights import INDEX, TensorHeader, read_headers
 from quantool.worker import Report
 
 if TYPE_CHECKING:
     import torch
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-PER_WORD = 8
 NEW = ".converted"
 
 
@@ -66,51 +67,10 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"layers": compared}
 
 
-def pack(values: torch.Tensor) -> torch.Tensor:
-    """Numbers 0..15 [n, out] to int32 [n, out / 8]."""
-    import torch
-
-    ordered = values.to(torch.int64).view(len(values), -1, PER_WORD)[:, :, list(ORDER)]
-    words = (ordered << (4 * torch.arange(PER_WORD))).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def unpack(words: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``pack``, as int32."""
-    import torch
-
-    shifts = 4 * torch.arange(PER_WORD)
-    ordered = (words.to(torch.int64).unsqueeze(-1) >> shifts) & 15
-    inverse = torch.tensor(ORDER).argsort()
-    return ordered[:, :, inverse].reshape(len(words), -1).to(torch.int32)
-
-
-def dequantize(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weight [out, in] in float32 that ``qweight``, ``qzeros`` and ``scales`` stand for."""
-    weight, zeros, scales = unpack(parts["qweight"]), unpack(parts["qzeros"]), parts["scales"].float()
-    group = len(weight) // len(zeros)
-    return ((weight - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)).T
-
-
-def _numbers(parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [out, in] and zero points [out, groups] of a compressed-tensors layer as numbers 0..15."""
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ignore[import-untyped]
-        unpack_from_int32,
-    )
-
-    scale, shape = parts["weight_scale"], torch.Size(parts["weight_shape"].tolist())
-    weight = unpack_from_int32(parts["weight_packed"], 4, shape).to(torch.int32) + 8
-    if "weight_zero_point" not in parts:
-        return weight, torch.full(scale.shape, 8, dtype=torch.int32)
-    zeros = unpack_from_int32(parts["weight_zero_point"], 4, scale.shape, packed_dim=0)
-    return weight, zeros.to(torch.int32) + 8
-
-
 def _convert_layer(module: str, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     import torch
 
-    weight, zeros = _numbers(parts)
+    weight, zeros = numbers(parts)
     scales = parts["weight_scale"].to(torch.float16)
     if not torch.equal(scales.double(), parts["weight_scale"].double()):
         raise QuantizationError(
@@ -127,11 +87,7 @@ def _convert_layer(module: str, parts: dict[str, torch.Tensor]) -> dict[str, tor
 def _prove(module: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     import torch
 
-    weight, zeros = _numbers(theirs)
-    scales = theirs["weight_scale"].float()
-    group = weight.shape[1] // scales.shape[1]
-    expected = (weight - zeros.repeat_interleave(group, 1)) * scales.repeat_interleave(group, 1)
-    if not torch.equal(dequantize(ours), expected):
+    if not torch.equal(dequantize(ours), dequantize_compressed(theirs)):
         raise QuantizationError(f"{module}: the AutoAWQ layout does not give the numbers it was made from")
 
 
@@ -146,7 +102,7 @@ def _parts(folder: Path, located: Mapping[str, TensorHeader], module: str) -> di
     from safetensors import safe_open
 
     found = {}
-    for part in PARTS:
+    for part in COMPRESSED_PARTS:
         tensor = located.get(f"{module}.{part}")
         if tensor is not None:
             with safe_open(folder / tensor.file, framework="pt") as file:
@@ -158,7 +114,7 @@ def _converted_parts(path: Path, module: str) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {part: file.get_tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
+        return {part: file.get_tensor(f"{module}.{part}") for part in PARTS}
 
 
 def _write_shard(folder: Path, shard: str, located: Mapping[str, TensorHeader], layers: set[str]) -> None:
@@ -182,7 +138,7 @@ def _describe(folder: Path, shards: list[str], ignore: list[str], group: int) ->
     config["quantization_config"] = {
         "quant_method": "awq",
         "version": "gemm",
-        "bits": 4,
+        "bits": BITS,
         "group_size": group,
         "zero_point": True,
         "modules_to_not_convert": ignore,

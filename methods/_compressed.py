@@ -22,13 +22,17 @@ from quantool.methods._layout import Stored, file_size, index_bytes
 from quantool.methods._mappings import check
 from quantool.methods._schemes import (
     FLOATS,
+    HEAD,
+    Pattern,
     Scheme,
     Selection,
+    check_fusion,
     check_shapes,
     planned,
     select,
 )
 from quantool.methods._streaming import SLICE
+from quantool.packing import PER_WORD
 from quantool.plan import Request
 from quantool.records import (
     OutputPlan,
@@ -41,7 +45,7 @@ from quantool.source import identity
 from quantool.weights import INDEX, SINGLE, TensorHeader
 
 SHARD_BYTES = 5_000_000_000
-"""Where llmcompressor's calibrated checkpoints are split; streamed ones keep the source's shards."""
+"""Where calibrated checkpoints are cut; streamed ones keep the source's shards."""
 MAX_SEQ_LENGTH = 512
 LIBRARIES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
 GIB = 1 << 30
@@ -54,7 +58,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(_listed)]
 
 
 class CompressedOptions(Options):
@@ -98,6 +102,11 @@ class Task:
     kv_cache: bool = False
     """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
 
+    @property
+    def id(self) -> str:
+        """``awq/W4A16``; one level can be made in both layouts."""
+        return f"{self.recipe.method}/{self.level}{'-autoawq' if self.autoawq else ''}"
+
     def tensors(self, located: Mapping[str, TensorHeader]) -> list[Stored]:
         """All tensors of the checkpoint to be."""
         stored = planned(located, self.selection, self.scheme)
@@ -114,20 +123,21 @@ class Task:
         return stored
 
 
-def repo_name(source: str, recipe: Recipe, level: str) -> str:
+def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False) -> str:
     """Folder name as vendors name such repositories: ``X-FP8-dynamic``, ``X-AWQ-W4A16-ASYM``."""
     if recipe.label == "FP8":
         return "-".join((source, "FP8", *level.lower().split("_")[1:]))
-    return f"{source}-{recipe.label}-{level.replace('_', '-')}"
+    return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}"
 
 
 def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
     """Decide one level; raises what makes it impossible."""
     located = headers(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
-    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings)
     _check_source(source, located)
+    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings)
     check_shapes(selection, scheme)
+    check_fusion(selection, scheme)
     cache = getattr(options, "kv_cache", None) is not None
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
@@ -141,7 +151,12 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
 def _check_autoawq(level: str, scheme: Scheme, selection: Selection) -> None:
     if scheme.bits != 4:
         raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
-    odd = [layer.name for layer in selection.layers if layer.shape[0] % _autoawq.PER_WORD]
+    if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
+        raise ConfigError(
+            "format: autoawq keeps the output head in full precision",
+            hint="put lm_head into quantization_config.ignore",
+        )
+    odd = [layer.name for layer in selection.layers if layer.shape[0] % PER_WORD]
     if odd:
         raise ConfigError(
             f"format: autoawq packs eight outputs a word, which {', '.join(odd[:3])} cannot",
@@ -179,6 +194,9 @@ def outline(
     """
     source, config = request.source, request.config
     tasks = [task_of(recipe, level, options, source) for level in request.levels]
+    if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
+        levels = ", ".join(task.level for task in tasks)
+        raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
     located = headers(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
@@ -204,13 +222,13 @@ def _loading(task: Task) -> Iterator[str]:
     experts = any(".experts." in layer.name for layer in task.selection.layers)
     if task.autoawq:
         yield (
-            "transformers has no loader of its own for the AutoAWQ layout; its numbers are proven equal to the "
-            "compressed-tensors ones"
+            "transformers loads the AutoAWQ layout through AutoAWQ only, which is archived; vLLM, TGI and LMDeploy read "
+            "it, and it is judged with its weights unpacked"
         )
     elif experts and task.scheme.stored == "I32" and not task.scheme.symmetric:
         yield (
-            f"transformers {version('transformers')} cannot load packed experts with zero points, so {task.level} "
-            "cannot be judged through it; W4A16 can"
+            f"transformers {version('transformers')} cannot load packed experts with zero points; vLLM can, and "
+            f"{task.level} is judged with its weights unpacked"
         )
 
 
@@ -218,20 +236,20 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
-    output = f"{task.recipe.method}/{task.level}"
+    name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
     return OutputPlan(
-        id=output,
+        id=task.id,
         method=task.recipe.method,
         level=task.level,
         options=options.model_dump(mode="json"),
         engine="transformers",
-        repo=repo_id.rpartition("/")[2] if repo_id else repo_name(source.name, task.recipe, task.level),
+        repo=repo_id.rpartition("/")[2] if repo_id else name,
         repo_id=repo_id,
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
         gates=request.gates(task.level),
-        done=request.workspace.recall(output, key_of(task, request.config, options, source)) is not None,
+        done=request.workspace.recall(task.id, key_of(task, request.config, options, source)) is not None,
     )
 
 
@@ -240,14 +258,14 @@ def _files(
 ) -> list[PlannedFile]:
     """Weights and companions.
 
-    config.json grows by about 1.3 kB; recipe.yaml of calibrated levels is not counted, nor an index that they get.
+    config.json grows by about 1.3 kB; recipe.yaml of calibrated levels is not counted.
     """
     files = [
         PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
     ]
-    shards = _streamed(located, task) if not task.calibrated else _split(tensors)
+    shards = _streamed(located, task) if not task.calibrated else split(tensors)
     files += [PlannedFile(name=name, bytes=file_size(stored)) for name, stored in shards.items()]
-    if not task.calibrated and len(shards) > 1:
+    if len(shards) > 1:
         files.append(PlannedFile(name=INDEX, bytes=len(index_bytes(shards))))
     size = next(file.bytes for file in source.files if file.name == "config.json")
     files.append(PlannedFile(name="config.json", bytes=size + CONFIG_GROWTH))
@@ -267,8 +285,8 @@ def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list
     return shards
 
 
-def _split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
-    """Shards of at most 5 GB, filled in order; save_pretrained's order inside a model is its own."""
+def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
+    """Shards of at most 5 GB, filled in order: how calibrated levels are cut."""
     groups: list[list[Stored]] = [[]]
     size = 0
     for tensor in tensors:

@@ -6,8 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from quantool.weights import BITS
+from quantool.weights import BITS, INDEX, TensorHeader, check_index
+
+SLICE = 1 << 26
 
 # The order of the enum Dtype of safetensors' Rust library, which files are laid out by, largest first.
 _RANK = {
@@ -76,9 +79,44 @@ def file_size(tensors: Sequence[Stored]) -> int:
     return len(encode(tensors)[0]) + sum(tensor.bytes for tensor in tensors)
 
 
-def index_bytes(shards: Mapping[str, list[Stored]]) -> bytes:
+def index_bytes(shards: Mapping[str, Sequence[Stored]]) -> bytes:
     """``model.safetensors.index.json`` for shards of the given content."""
     weight_map = {tensor.name: shard for shard, stored in shards.items() for tensor in stored}
     total = sum(tensor.bytes for stored in shards.values() for tensor in stored)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def arrange(folder: Path, shards: Mapping[str, Sequence[Stored]]) -> None:
+    """Bring the tensors of the checkpoint in ``folder`` into ``shards``, byte for byte, with their index.
+
+    Libraries cut a checkpoint where they like; this makes it what was planned. A checkpoint with other tensors than
+    ``shards`` is left as it is. Takes the size of the checkpoint once more while it works.
+    """
+    found = check_index(folder)
+    wanted = {tensor.name: shard for shard, stored in shards.items() for tensor in stored}
+    if found.keys() != wanted.keys():
+        return
+    if {name: tensor.file for name, tensor in found.items()} != wanted:
+        for shard, stored in shards.items():
+            _gather(folder, f"{shard}.arranged", [found[tensor.name] for tensor in stored])
+        for name in {tensor.file for tensor in found.values()}:
+            (folder / name).unlink()
+        for shard in shards:
+            (folder / f"{shard}.arranged").rename(folder / shard)
+    if len(shards) > 1:
+        (folder / INDEX).write_bytes(index_bytes(shards))
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+
+
+def _gather(folder: Path, name: str, tensors: Sequence[TensorHeader]) -> None:
+    head, starts = encode([Stored(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
+    with (folder / name).open("wb") as writing:
+        writing.write(head)
+        for tensor in sorted(tensors, key=lambda tensor: starts[tensor.name]):
+            with (folder / tensor.file).open("rb") as reading:
+                reading.seek(tensor.start)
+                left = tensor.bytes
+                while left:
+                    left -= writing.write(reading.read(min(left, SLICE)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from quantool.methods._compressed import (
     is_companion,
     key_of,
     max_seq_length,
+    split,
     task_of,
     versions,
     workers,
 )
+from quantool.methods._layout import arrange
 from quantool.methods._proof import verify
 from quantool.progress import Progress
 from quantool.records import Artifact, FileRecord, Source, sha256_of
@@ -41,13 +43,17 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     located = headers(source)
     with written(job.folder) as part:
         part.mkdir()
-        target, request = _work(task, job, options, source, part)
-        with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
-            result = process.call(target, request, log=log, bar=bar)
+        result = _recalled(task, job, options, part)
+        if result is None:
+            target, request = _work(task, job, options, source, part)
+            with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
+                result = process.call(target, request, log=log, bar=bar)
         if task.autoawq:
             rewrite = _rewrite(task, source.facts.tied_embeddings, part)
             with progress.bar("AutoAWQ layout", "layers") as bar:
                 process.call("quantool.methods._autoawq:convert", rewrite, log=log, bar=bar)
+        if task.calibrated:
+            arrange(part, split(task.tensors(located)))
         _copy_companions(source, part)
         verify(part, task.tensors(located), task.selection, streamed=not task.calibrated)
     paths = sorted(path for path in job.folder.rglob("*") if path.is_file())
@@ -75,6 +81,25 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     )
     workspace.keep(output.id, key, paths, artifact.model_dump(mode="json"))
     return artifact
+
+
+def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] | None:
+    """Bring what the AutoAWQ layout is converted from, if the same level was made in the other layout; its details."""
+    if not task.autoawq:
+        return None
+    sibling = replace(task, autoawq=False)
+    plain = options.model_copy(update={"format": "compressed-tensors"})
+    kept = job.workspace.recall(sibling.id, key_of(sibling, job.config, plain, job.plan.source))
+    if kept is None:
+        return None
+    artifact = Artifact.model_validate(kept)
+    names = [file.name for file in artifact.files]
+    own = [name for name in names if not is_companion(name) or name == "recipe.yaml"]
+    if not all((artifact.folder / name).is_file() for name in own):  # published and deleted since
+        return None
+    for name in own:
+        shutil.copyfile(artifact.folder / name, part / name)
+    return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored", "versions"}}
 
 
 def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tuple[str, dict[str, Any]]:

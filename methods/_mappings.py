@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from quantool.errors import ConfigError, SourceError
-from quantool.methods._schemes import matches
+from quantool.methods._schemes import Pattern, matches
 
 TRANSFORM = "llmcompressor/modifiers/transform"
 AWQ_REGISTRIES = (
@@ -28,10 +28,10 @@ class Mapping(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    smooth_layer: str = Field(
+    smooth_layer: Pattern = Field(
         description="Name or re: pattern of the layer before, e.g. re:.*input_layernorm$."
     )
-    balance_layers: tuple[str, ...] = Field(
+    balance_layers: tuple[Pattern, ...] = Field(
         min_length=1, description="Names or re: patterns of the layers it feeds."
     )
 

@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from quantool.errors import ConfigError, SourceError
+from quantool.fusion import fused
 from quantool.methods._layout import Stored
 from quantool.weights import TensorHeader
 
@@ -28,8 +31,12 @@ ROUTERS = (
 )
 """Routers of a mixture of experts: small, decisive, and held in full precision by every engine."""
 
+GROUPS = (32, 64, 128)
+"""Group sizes that vLLM's Marlin multiplies (``marlin_utils.py``, MARLIN_SUPPORTED_GROUP_SIZES); Machete takes the last two."""
+
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*embeddings?)$")
 SUFFIX = ".weight"
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,19 @@ class Selection:
     warnings: tuple[str, ...]
 
 
+def _readable(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_readable)]
+"""A name of a layer, or ``re:`` and a regular expression."""
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a module name is meant by a pattern of compressed-tensors: ``re:`` and a regex, or the exact name."""
     if pattern.startswith("re:"):
@@ -159,8 +179,8 @@ def select(
             hint="a checkpoint with a tensor per expert can be quantized",
         )
     found = linears(headers)
-    wanted = ("lm_head",) if ignore is None else tuple(ignore)
-    modules = [*found, *(["lm_head"] if tied else [])]
+    wanted = (HEAD,) if ignore is None else tuple(ignore)
+    modules = [*found, *([HEAD] if tied else [])]
     lost = [p for p in wanted if not any(matches(m, p) for m in modules)] if ignore is not None else []
     lost += [t for t in targets if t != "Linear" and not any(matches(m, t) for m in modules)]
     if lost:
@@ -168,7 +188,7 @@ def select(
             f"quantization_config: {', '.join(map(repr, lost))} in targets or ignore matches no linear layer",
             hint=f"layers are named like {', '.join(list(found)[:3])}; a regular expression starts with re:",
         )
-    if tied and not any(matches("lm_head", p) for p in wanted):
+    if tied and not any(matches(HEAD, p) for p in wanted):
         raise ConfigError(
             "lm_head shares its weights with the embeddings and cannot be quantized alone",
             hint="keep lm_head in quantization_config.ignore",
@@ -184,6 +204,10 @@ def select(
         (layers if hit and not skip else left).append(tensor)
     if not layers:
         raise ConfigError("quantization_config: targets and ignore together leave no layer to quantize")
+    if any(t.name.removesuffix(SUFFIX) == HEAD for t in layers) and not any(
+        matches(HEAD, t) for t in targets
+    ):
+        targets = (*targets, HEAD)  # vLLM's output head is of no class that Linear means
     warnings = (
         (f"routers of the experts stay in full precision ({', '.join(added)})",)
         if added and ignore is not None
@@ -210,6 +234,32 @@ def check_shapes(selection: Selection, scheme: Scheme) -> None:
             if fits and scheme.strategy == "group"
             else "put those layers into quantization_config.ignore, or choose another level",
         )
+    if scheme.strategy == "group" and size not in GROUPS:
+        raise ConfigError(
+            f"no kernel of vLLM multiplies groups of {size}",
+            hint=f"quantization_config.group_size: {' or '.join(map(str, GROUPS))}",
+        )
+
+
+def check_fusion(selection: Selection, scheme: Scheme) -> None:
+    """ConfigError where vLLM, which runs some layers as one, would refuse what is selected."""
+    chosen = [layer.name.removesuffix(SUFFIX) for layer in selection.layers]
+    rows = {layer.name.removesuffix(SUFFIX): layer.shape[0] for layer in selection.layers}
+    for parts in fused([*chosen, *selection.left]).values():
+        out = [part for part in parts if part not in rows]
+        if out and len(out) < len(parts):
+            quantized = next(part for part in parts if part in rows)
+            raise ConfigError(
+                f"{quantized} would be quantized and {out[0]} would not, but vLLM runs them as one",
+                hint="let quantization_config.ignore name all of them or none",
+            )
+        odd = [part for part in parts[:-1] if scheme.strategy == "block" and rows.get(part, 0) % BLOCK]
+        if odd and ".experts." not in odd[0]:
+            raise ConfigError(
+                f"{scheme.preset}: {odd[0]} has {rows[odd[0]]} outputs, which blocks of {BLOCK} do not fill, and "
+                "vLLM runs it as one with others",
+                hint="choose FP8_DYNAMIC, or put these layers into quantization_config.ignore",
+            )
 
 
 def planned(headers: Mapping[str, TensorHeader], selection: Selection, scheme: Scheme) -> list[Stored]:

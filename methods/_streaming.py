@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool.errors import SourceError
+from quantool.errors import QuantizationError, SourceError
 from quantool.methods._layout import Stored, encode, index_bytes
 from quantool.methods._schemes import BLOCK, Scheme
 from quantool.methods._worker import choose_device, peak_memory, write_config
@@ -38,6 +38,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     ``peak_cuda`` (bytes).
     """
     device = choose_device(request["device"])
+    import torch
     from compressed_tensors.quantization import (  # type: ignore[import-untyped]
         QuantizationConfig,
         QuantizationStatus,
@@ -63,8 +64,15 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
         source, output, headers, frozenset(request["layers"]), scheme, ModelFreePtqConverter(config), device
     )
     meter = _Meter(sum(tensor.bytes for tensor in headers.values()), report)
-    with ThreadPoolExecutor(request["workers"]) as pool:
-        written = list(pool.map(lambda shard: job.convert(shard, meter), request["shards"]))
+    try:
+        with ThreadPoolExecutor(request["workers"]) as pool:
+            written = list(pool.map(lambda shard: job.convert(shard, meter), request["shards"]))
+    except torch.OutOfMemoryError as error:
+        raise QuantizationError(
+            f"CUDA ran out of memory: {str(error).splitlines()[0]}",
+            hint=f"lower quantization_config.workers (now {request['workers']}), free the GPU of other work, or set "
+            "device: cpu",
+        ) from error
     if len(request["shards"]) > 1:
         (output / INDEX).write_bytes(index_bytes(dict(written)))
     (output / "config.json").write_bytes((source / "config.json").read_bytes())

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from quantool.errors import ConfigError
 from quantool.methods import _compressed
 from quantool.methods._making import make
 from quantool.methods._mappings import AWQ_REGISTRIES, Mappings
@@ -36,8 +37,18 @@ class Options(_compressed.CompressedOptions):
     )
 
 
+LEAST = {"both": 4, True: 3, False: 2}
+"""Fewest points of llmcompressor's grid by ``duo_scaling``; it divides by zero below (``AWQModifier``)."""
+
+
 def outline(request: Request, options: Options) -> Outline:
     """Plan the levels."""
+    least = LEAST[options.duo_scaling]
+    if options.n_grid < least:
+        raise ConfigError(
+            f"quantization_config.n_grid is {options.n_grid}, too few with duo_scaling: {options.duo_scaling}",
+            hint=f"set n_grid to {least} or more",
+        )
     return _compressed.outline(RECIPE, request, options, registries=AWQ_REGISTRIES)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from quantool.errors import ConfigError
 from quantool.methods import _compressed
 from quantool.methods._making import make
 from quantool.methods._mappings import SMOOTHQUANT_REGISTRIES, Mappings
@@ -42,6 +43,11 @@ class Options(_compressed.CompressedOptions):
 
 def outline(request: Request, options: Options) -> Outline:
     """Plan the levels."""
+    if options.mappings is not None and options.smoothing_strength is None:
+        raise ConfigError(
+            "quantization_config.mappings says what to smooth, but smoothing_strength is not set",
+            hint="set quantization_config.smoothing_strength (0.8 is usual), or drop mappings",
+        )
     registries = SMOOTHQUANT_REGISTRIES if options.smoothing_strength is not None else ()
     return _compressed.outline(RECIPE, request, options, registries=registries)
 

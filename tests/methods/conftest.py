@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import structures
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from quantool import plan, registry, source
 from quantool.config import Config
 from quantool.progress import Progress
-from quantool.records import Artifact, Plan
+from quantool.records import Artifact, Finding, Plan
 from quantool.workspace import Workspace
 
 Planned = Callable[..., Plan]
@@ -56,16 +57,12 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return structures.write_qwen3(tmp_path_factory.mktemp("checkpoints") / "toy-qwen3")
 
 
-def _config(checkpoint: Path, output: Path, method: str, level: str | list[str], **keys: Any) -> Config:
+def _config(
+    checkpoint: Path, output: Path, method: str | None, level: str | list[str] | None, **keys: Any
+) -> Config:
+    asked = {} if method is None else {"method": method, "quant_level": level}
     return Config.model_validate(
-        {
-            "model_id": str(checkpoint),
-            "output_path": str(output),
-            "method": method,
-            "quant_level": level,
-            "validation": WIDE,
-            **keys,
-        }
+        {"model_id": str(checkpoint), "output_path": str(output), "validation": WIDE, **asked, **keys}
     )
 
 
@@ -111,3 +108,16 @@ def logits() -> Callable[[Path], Any]:
             return model(ids).logits[0].float()
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[[Path], list[Finding]]:
+    """``served(folder)``: what the check of the same meaning finds in an artifact."""
+    from quantool.validation.serving import judge
+
+    def look(folder: Path) -> list[Finding]:
+        facts = SimpleNamespace(heads=4, kv_heads=2)
+        case = SimpleNamespace(artifact=folder, source=SimpleNamespace(facts=facts))
+        return list(judge.judge(cast("registry.Case", case), Progress(quiet=True)))
+
+    return look

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantool.errors import QuantizationError
-from quantool.methods._autoawq import convert, dequantize, pack, unpack
+from quantool.methods._autoawq import convert
+from quantool.packing import dequantize
 
 ROWS, COLUMNS, GROUP = 16, 64, 32
 
@@ -42,17 +43,6 @@ def write(folder: Path, *, symmetric: bool, scale: float = 0.01) -> dict[str, to
 
 def request(folder: Path, **changes: Any) -> dict[str, Any]:
     return {"folder": str(folder), "layers": ["a.q_proj"], "ignore": ["lm_head"], "group": GROUP, **changes}
-
-
-def test_the_word_is_autoawqs() -> None:
-    # AutoAWQ 0.2.9, awq/utils/packing_utils.py: AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7], four bits each from below
-    assert pack(torch.arange(8).view(1, 8)).item() == 0x75316420
-    assert pack(torch.full((1, 8), 15)).item() == -1
-
-
-def test_unpack_undoes_pack() -> None:
-    values = torch.randint(0, 16, (5, 24))
-    assert torch.equal(unpack(pack(values)), values.to(torch.int32))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from quantool.methods import _autoawq
-from quantool.records import Artifact, Plan
+from quantool.errors import SourceError
+from quantool.packing import PARTS, dequantize
+from quantool.records import Artifact, Finding, Plan, Verdict
+from quantool.validation._reference import load
 from quantool.weights import check_index
 
 Made = Callable[..., Artifact]
@@ -66,19 +68,89 @@ def test_transformers_loads_it_and_it_answers_alike(
     assert agreement(logits(llama), logits(asymmetric.folder)) > 0.9
 
 
+@pytest.fixture(scope="module")
+def converted(llama: Path, asymmetric: Artifact, made: Made) -> Artifact:
+    """The same level in the AutoAWQ layout, in the same output folder."""
+    options = {**QUICK, "format": "autoawq"}
+    return made(llama, asymmetric.folder.parent, "awq", "W4A16_ASYM", quantization_config=options)
+
+
+def test_the_autoawq_layout_is_converted_from_the_level_that_is_there(
+    asymmetric: Artifact, converted: Artifact
+) -> None:
+    logs = asymmetric.folder.parent / "logs"
+    assert (
+        not (logs / "awq-W4A16_ASYM-autoawq.log").read_text().count("sequential")
+    )  # nothing calibrated again
+    assert converted.folder.name == "toy-llama-AWQ-W4A16-ASYM-AutoAWQ"
+    assert converted.details["samples"] == asymmetric.details["samples"] == 4
+    names = {path.name for path in asymmetric.folder.iterdir()}
+    assert {path.name for path in converted.folder.iterdir()} == names
+
+
+def test_the_autoawq_layout_is_judged_on_the_same_weights(asymmetric: Artifact, converted: Artifact) -> None:
+    models = [
+        load(folder, "auto", "cpu", trust_remote_code=False)
+        for folder in (asymmetric.folder, converted.folder)
+    ]
+    ids = torch.arange(3, 67).view(1, -1)
+    with torch.no_grad():
+        expected, found = (model(ids).logits for model in models)
+    assert torch.equal(found, expected)
+    assert models[1].dtype == torch.bfloat16
+    assert models[1].generation_config.eos_token_id == models[0].generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"version": "gemv"}, "version 'gemv' cannot be unpacked"), ({"bits": 8}, "8-bit AutoAWQ weights")],
+)
+def test_other_layouts_of_autoawq_are_refused(
+    converted: Artifact, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    settings = json.loads((converted.folder / "config.json").read_text())
+    settings["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(SourceError, match=said):
+        load(tmp_path, "auto", "cpu", trust_remote_code=False)
+
+
+def test_a_layer_without_its_zero_points_is_refused(converted: Artifact, tmp_path: Path) -> None:
+    tensors = load_file(converted.folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith(".qzeros"))
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != lost}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_bytes((converted.folder / "config.json").read_bytes())
+    with pytest.raises(SourceError, match=f"{lost.removesuffix('.qzeros')} lacks qzeros"):
+        load(tmp_path, "auto", "cpu", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("layout", ["asymmetric", "converted"])
+def test_vllm_would_serve_it(
+    layout: str, request: pytest.FixtureRequest, served: Callable[[Path], list[Finding]]
+) -> None:
+    artifact: Artifact = request.getfixturevalue(layout)
+    found = served(artifact.folder)
+    assert {finding.verdict for finding in found} == {Verdict.PASS}
+    assert next(one.measured for one in found if one.metric == "kernel") == "Machete"
+
+
 def test_nothing_but_the_weights_depends_on_this_machine(asymmetric: Artifact) -> None:
     for name in ("config.json", "recipe.yaml"):
         assert str(asymmetric.folder.parent) not in (asymmetric.folder / name).read_text()
 
 
-def test_autoawq_layout_of_a_mixture_of_experts(moe: Path, made: Made, tmp_path: Path) -> None:
+def test_autoawq_layout_of_a_mixture_of_experts(
+    moe: Path, made: Made, tmp_path: Path, served: Callable[[Path], list[Finding]]
+) -> None:
     options = {**QUICK, "n_grid": 2, "format": "autoawq", "ignore": ["lm_head"]}
     artifact = made(moe, tmp_path, "awq", "W4A16", quantization_config=options)
+    assert load(artifact.folder, "auto", "cpu", trust_remote_code=False).config.model_type == "qwen3_moe"
+    assert {finding.verdict for finding in served(artifact.folder)} == {Verdict.PASS}
     tensors = load_file(artifact.folder / "model.safetensors")
     module = "model.layers.1.mlp.experts.3.up_proj"
-    weight = _autoawq.dequantize(
-        {part: tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales")}
-    )
+    weight = dequantize({part: tensors[f"{module}.{part}"] for part in PARTS})
     original = load_file(moe / "model.safetensors")[f"{module}.weight"].float()
     assert weight.shape == original.shape
     rows = torch.nn.functional.cosine_similarity(

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from quantool import config
 from quantool.errors import ConfigError, DependencyError, SourceError
@@ -86,6 +88,67 @@ def test_a_group_size_that_does_not_divide_is_refused(llama: Path, tmp_path: Pat
 def test_autoawq_holds_four_bits_only(llama: Path, tmp_path: Path, planned: Planned) -> None:
     with pytest.raises(ConfigError, match="4-bit"):
         planned(llama, tmp_path, "awq", "W8A16", quantization_config={"format": "autoawq"}, **TEXT)
+
+
+def test_autoawq_keeps_the_head(llama: Path, tmp_path: Path, planned: Planned) -> None:
+    options = {"format": "autoawq", "ignore": []}
+    with pytest.raises(ConfigError, match="keeps the output head"):
+        planned(llama, tmp_path, "awq", "W4A16", quantization_config=options, **TEXT)
+
+
+def test_one_level_can_be_made_in_both_layouts(llama: Path, tmp_path: Path, planned: Planned) -> None:
+    entries = [
+        {"method": "awq", "quant_level": "W4A16", "quantization_config": options}
+        for options in ({}, {"format": "autoawq"}, {"format": "compressed-tensors"})
+    ]
+    drawn = planned(llama, tmp_path, None, None, quantizations=entries[:2], **TEXT)
+    assert [(output.id, output.repo) for output in drawn.outputs] == [
+        ("awq/W4A16", "toy-llama-AWQ-W4A16"),
+        ("awq/W4A16-autoawq", "toy-llama-AWQ-W4A16-AutoAWQ"),
+    ]
+    assert any("unpacked" in warning for warning in drawn.warnings)
+    with pytest.raises(ConfigError, match="awq/W4A16 is asked for twice"):
+        planned(llama, tmp_path, None, None, quantizations=entries, **TEXT)
+
+
+@pytest.mark.parametrize(("n_grid", "duo_scaling"), [(3, "both"), (2, True)])
+def test_a_search_over_too_few_points_is_refused(
+    llama: Path, tmp_path: Path, planned: Planned, n_grid: int, duo_scaling: str | bool
+) -> None:
+    options = {"n_grid": n_grid, "duo_scaling": duo_scaling}
+    with pytest.raises(ConfigError, match=f"n_grid is {n_grid}, too few") as error:
+        planned(llama, tmp_path, "awq", "W4A16", quantization_config=options, **TEXT)
+    assert error.value.hint == f"set n_grid to {n_grid + 1} or more"
+
+
+def test_options_that_would_be_dropped_are_refused(llama: Path, tmp_path: Path, planned: Planned) -> None:
+    with pytest.raises(ConfigError, match="group_size means nothing to W8A8"):
+        planned(llama, tmp_path, "gptq", "W8A8", quantization_config={"group_size": 64}, **TEXT)
+    mappings = [{"smooth_layer": "re:.*input_layernorm$", "balance_layers": ["re:.*[qkv]_proj$"]}]
+    with pytest.raises(ConfigError, match="smoothing_strength is not set"):
+        planned(llama, tmp_path, "gptq", "W4A16", quantization_config={"mappings": mappings}, **TEXT)
+
+
+@pytest.mark.parametrize("key", ["targets", "ignore"])
+def test_a_pattern_that_is_no_regular_expression_is_told_by_line(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "job.yaml"
+    entry = f"method: fp8\nquant_level: FP8_DYNAMIC\nquantization_config: {{{key}: ['re:.*(x']}}\n"
+    path.write_text(f"model_id: x\n{entry}")
+    with pytest.raises(
+        ConfigError, match=rf"job\.yaml:4:\d+: quantization_config\.{key}.* no regular expression"
+    ):
+        config.load(path)
+
+
+def test_a_checkpoint_that_is_quantized_without_saying_so_is_refused(
+    llama: Path, tmp_path: Path, planned: Planned
+) -> None:
+    made = copied(llama, tmp_path / "made")
+    for path in made.glob("*.safetensors"):
+        tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"already quantized: .* is F8_E4M3"):
+        planned(made, tmp_path / "out", "awq", "W4A16", **TEXT)
 
 
 def test_an_architecture_without_mappings_is_refused(llama: Path, tmp_path: Path, planned: Planned) -> None:

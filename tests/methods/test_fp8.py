@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from quantool import process
-from quantool.methods import _streaming
+from quantool.errors import QuantizationError
+from quantool.methods import _compressed, _streaming
 from quantool.records import Artifact, Plan
 from quantool.weights import check_index
 
@@ -156,9 +157,24 @@ def test_experts_are_quantized_and_routers_are_not(moe: Path, made: Made, tmp_pa
 
 
 def test_static_scales_and_the_attention_cache_are_calibrated(
-    llama: Path, made: Made, tmp_path: Path, logits: Callable[[Path], Any]
+    llama: Path,
+    made: Made,
+    planned: Callable[..., Plan],
+    tmp_path: Path,
+    logits: Callable[[Path], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    artifact = made(llama, tmp_path, "fp8", "FP8", quantization_config={"kv_cache": "fp8"})
+    monkeypatch.setattr(_compressed, "SHARD_BYTES", 400_000)
+    options = {"kv_cache": "fp8"}
+    artifact = made(llama, tmp_path, "fp8", "FP8", quantization_config=options)
+    (output,) = planned(
+        llama, tmp_path, "fp8", "FP8", quantization_config=options, dataset_id="python-docs"
+    ).outputs
+    sizes = {file.name: file.bytes for file in artifact.files}
+    assert sizes.keys() - {file.name for file in output.files} == {"recipe.yaml"}
+    weights = {file.name: file.bytes for file in output.files if "safetensors" in file.name}
+    assert len(weights) > 3
+    assert {name: sizes[name] for name in weights} == weights  # shards and index, as planned
     found = check_index(artifact.folder)
     assert found["model.layers.1.self_attn.k_scale"].shape == (1,)
     assert found["model.layers.1.mlp.down_proj.input_scale"].shape == (1,)
@@ -166,3 +182,32 @@ def test_static_scales_and_the_attention_cache_are_calibrated(
     assert saved["kv_cache_scheme"]["num_bits"] == 8
     assert divergence(logits(llama), logits(artifact.folder)) < 0.05
     assert artifact.details["samples"] == 4
+
+
+def test_out_of_memory_says_what_to_lower(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import asdict
+
+    import torch
+
+    from quantool.methods._schemes import FP8
+
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+
+    monkeypatch.setattr(_streaming._Job, "convert", fail)
+    request = {
+        "source": str(llama),
+        "output": str(tmp_path),
+        "shards": ["model-00001-of-00003.safetensors"],
+        "layers": [],
+        "scheme": asdict(FP8["FP8_DYNAMIC"]),
+        "targets": ["Linear"],
+        "ignore": ["lm_head"],
+        "workers": 2,
+        "device": "cpu",
+    }
+    with pytest.raises(QuantizationError, match=r"Tried to allocate 2\.00 GiB") as error:
+        _streaming.quantize(request, lambda done, total: None)
+    assert "workers (now 2)" in error.value.hint

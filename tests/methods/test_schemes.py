@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 
 from quantool.errors import ConfigError, SourceError
-from quantool.methods._schemes import FP8, W4A16, W4A16_ASYM, W8A8, check_shapes, linears, planned, select
+from quantool.methods._schemes import (
+    FP8,
+    W4A16,
+    W4A16_ASYM,
+    W8A8,
+    check_fusion,
+    check_shapes,
+    linears,
+    planned,
+    select,
+)
 from quantool.weights import TensorHeader
 
 
@@ -110,3 +120,47 @@ def test_planned_tensors_of_a_packed_layer() -> None:
         f"{module}.weight_zero_point": ("I32", (32, 4)),
         f"{module}.weight_shape": ("I64", (2,)),
     }
+
+
+def test_groups_that_no_kernel_multiplies_are_refused() -> None:
+    chosen = select(DENSE, ["Linear"], None, tied=False)
+    with pytest.raises(ConfigError, match="no kernel of vLLM multiplies groups of 256") as error:
+        check_shapes(chosen, W4A16.grouped(256))
+    assert error.value.hint == "quantization_config.group_size: 32 or 64 or 128"
+
+
+def test_a_head_that_is_quantized_becomes_a_target_by_name() -> None:
+    assert select(DENSE, ["Linear"], [], tied=False).targets == ("Linear", "lm_head")
+    assert select(DENSE, ["Linear"], None, tied=False).targets == ("Linear",)
+    assert select(DENSE, ["re:.*"], [], tied=False).targets == ("re:.*",)
+
+
+ATTENTION = headers(a__q_proj__weight=(256, 256), a__k_proj__weight=(64, 256), a__v_proj__weight=(64, 256))
+
+
+@pytest.mark.parametrize(
+    ("ignore", "left"),
+    [(["re:.*q_proj$"], "a.q_proj"), (["a.k_proj", "a.q_proj"], "a.q_proj"), (["a.v_proj"], "a.v_proj")],
+)
+def test_layers_that_run_as_one_are_quantized_together_or_not_at_all(ignore: list[str], left: str) -> None:
+    chosen = select(ATTENTION | DENSE, ["Linear"], ignore, tied=False)
+    with pytest.raises(ConfigError, match=f"quantized and {left} would not"):
+        check_fusion(chosen, W8A8)
+    check_fusion(select(ATTENTION | DENSE, ["Linear"], ["re:a.[qkv]_proj$"], tied=False), W8A8)
+
+
+def test_experts_of_a_layer_are_quantized_together_or_not_at_all() -> None:
+    shapes = {
+        f"e__experts__{n}__{part}__weight": (64, 64) for n in range(2) for part in ("up_proj", "down_proj")
+    }
+    experts = headers(**shapes)
+    with pytest.raises(ConfigError, match=r"e\.experts\.1\.down_proj would not"):
+        check_fusion(select(experts, ["Linear"], ["e.experts.1.down_proj"], tied=False), W8A8)
+    check_fusion(select(experts, ["Linear"], None, tied=False), FP8["FP8_BLOCK"])
+
+
+def test_blocks_must_fill_all_but_the_last_of_the_layers_that_run_as_one() -> None:
+    with pytest.raises(ConfigError, match=r"a\.k_proj has 64 outputs"):
+        check_fusion(select(ATTENTION, ["Linear"], None, tied=False), FP8["FP8_BLOCK"])
+    wide = ATTENTION | headers(a__k_proj__weight=(128, 256))
+    check_fusion(select(wide, ["Linear"], None, tied=False), FP8["FP8_BLOCK"])

@@ -1,0 +1,336 @@
+"""Whether vLLM would load and run a quantized folder: its quantization_config against its tensors, without a GPU.
+
+vLLM joins modules (q, k and v; gate and up; all experts of a layer) and gives each joined one a single scheme. What a
+checkpoint quantizes in parts only, names otherwise, or leaves without scales is refused there, or read as noise. Rules
+of vLLM 0.24, below ``vllm/model_executor/layers/quantization``: ``compressed_tensors/utils.py``
+(``should_ignore_layer``, ``find_matched_target``), ``compressed_tensors/compressed_tensors.py`` (the attention cache),
+``utils/quant_utils.py`` (``is_layer_skipped``, for AutoAWQ); see ``_kernels`` for what multiplies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from quantool.progress import Progress
+from quantool.records import Finding, Verdict
+from quantool.registry import Case, check
+from quantool.validation import _dequantized
+from quantool.validation._kernels import Heads, kernel, unsplittable
+from quantool.validation._modules import (
+    HEAD,
+    ROUTER,
+    Group,
+    Module,
+    Promise,
+    Scheme,
+    groups,
+    modules,
+    promise,
+)
+from quantool.weights import TensorHeader, check_index, some
+
+NAME = "serving"
+SPLITS = (1, 2, 4, 8)
+CLASSES = (
+    "QKVParallelLinear",
+    "MergedColumnParallelLinear",
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "ReplicatedLinear",
+)
+"""vLLM's linear layers, which a target such as ``Linear`` is looked for in."""
+EXPERTS = "RoutedExperts"
+FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A group of modules as vLLM would take it: its scheme, None for full precision; or why it could not."""
+
+    group: Group
+    scheme: Scheme | None
+    problem: str = ""
+
+
+@check(NAME)
+def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
+    """Fused modules, names, scales and kernels of a quantized folder, by the rules of vLLM; no GPU is needed."""
+    del progress  # headers only
+    found = _dequantized.quantization(case.artifact) if case.artifact.is_dir() else {}
+    if not found:
+        return []
+    try:
+        promised = promise(found)
+    except ValueError as error:
+        return [_finding("quantization_config", None, [str(error)])]
+    if promised is None or not all(scheme.known for scheme in promised.schemes):
+        reason = f"quant_method {found.get('quant_method')!r} with a scheme that this check does not know"
+        return [Finding(check=NAME, metric="quantization_config", verdict=Verdict.SKIPPED, detail=reason)]
+    headers = check_index(case.artifact)
+    layers = modules(headers)
+    served = [serve(promised, group, layers) for group in groups(layers)]
+    findings = [
+        _finding("quantization_config", promised.method, list(promised.problems)),
+        _judge_fusion(served),
+        _judge_names(promised, served, layers),
+        _judge_parts(served),
+        _judge_kernels(served),
+    ]
+    if promised.cache is not None:
+        findings.append(_judge_cache(promised, headers))
+    if not any(finding.verdict is Verdict.REGRESSION for finding in findings):
+        facts = case.source.facts
+        findings.append(_judge_splits(served, Heads(facts.heads, facts.kv_heads)))
+    return findings
+
+
+def _finding(metric: str, measured: str | None, problems: Sequence[str], note: str = "") -> Finding:
+    """PASS without ``problems``, REGRESSION with the first of them."""
+    verdict = Verdict.REGRESSION if problems else Verdict.PASS
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return Finding(
+        check=NAME,
+        metric=metric,
+        verdict=verdict,
+        measured=measured,
+        detail="; ".join(problems[:3]) + more or note,
+    )
+
+
+# --- which scheme a module gets
+
+
+def serve(promised: Promise, group: Group, layers: Sequence[Module]) -> Served:
+    """The scheme that vLLM would give ``group``; ``layers`` are all modules of the checkpoint."""
+    if promised.method == "awq":
+        return _serve_autoawq(promised, group, layers)
+    names = [module.name for module in group.modules]
+    if group.name in promised.ignore:
+        return Served(group, None)
+    ignored = [any(_matches(name, pattern) for pattern in promised.ignore) for name in names]
+    if any(ignored):
+        return Served(group, None, "" if all(ignored) else _partly("ignored", names, ignored))
+    whole = _target(promised, group)
+    own = [_named(promised, name) or whole for name in names]
+    if whole is None:
+        if any(own) and not all(own):
+            return Served(group, None, _partly("targeted", names, [scheme is not None for scheme in own]))
+        whole = own[0]
+    if any(scheme != whole for scheme in own):
+        return Served(
+            group, whole, f"{group.name}: its parts have different schemes, and vLLM gives them one"
+        )
+    return Served(group, whole)
+
+
+def _target(promised: Promise, group: Group) -> Scheme | None:
+    """By the group's own name, else by the class that it has in vLLM."""
+    if (found := _named(promised, group.name)) is not None:
+        return found
+    classes = (EXPERTS, *CLASSES) if group.experts else () if group.name == HEAD else CLASSES
+    for scheme in promised.schemes:
+        for target in scheme.targets:
+            if any(_of_class(name, target) for name in classes):
+                return scheme
+    return None
+
+
+def _named(promised: Promise, name: str) -> Scheme | None:
+    for scheme in promised.schemes:
+        if any(_matches(name, target) for target in scheme.targets):
+            return scheme
+    return None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+def _of_class(name: str, target: str) -> bool:
+    return _matches(name, target) if target.startswith("re:") else target.lower() in name.lower()
+
+
+def _partly(how: str, names: Sequence[str], hit: Sequence[bool]) -> str:
+    those = [name for name, yes in zip(names, hit, strict=True) if yes]
+    others = [name for name, yes in zip(names, hit, strict=True) if not yes]
+    return f"{some(those)} are {how}, {some(others)} are not, and vLLM runs them as one"
+
+
+def _serve_autoawq(promised: Promise, group: Group, layers: Sequence[Module]) -> Served:
+    """A part of a name in ``modules_to_not_convert`` leaves a module alone; an empty list means what is not packed."""
+    left = promised.ignore or tuple(module.name for module in layers if not module.quantized)
+    (scheme,) = promised.schemes
+    if group.name == HEAD and not promised.head:
+        return Served(group, None)
+    if any(part in group.name for part in left):
+        return Served(group, None)
+    if group.experts:
+        return Served(group, scheme)
+    names = [module.name for module in group.modules]
+    hit = [any(part in name for part in left) for name in names]
+    if any(hit):
+        return Served(group, None, "" if all(hit) else _partly("left alone", names, hit))
+    return Served(group, scheme)
+
+
+# --- findings
+
+
+def _judge_fusion(served: Sequence[Served]) -> Finding:
+    """Every joined module has one scheme, in the configuration and in the files."""
+    joined = [one for one in served if len(one.group.modules) > 1]
+    problems = [one.problem for one in joined if one.problem]
+    for one in joined:
+        stored = [module.quantized for module in one.group.modules]
+        if not one.problem and any(stored) and not all(stored):
+            problems.append(_partly("quantized", [module.name for module in one.group.modules], stored))
+    return _finding("fused_modules", f"{len(joined)} joined", problems)
+
+
+def _judge_names(promised: Promise, served: Sequence[Served], layers: Sequence[Module]) -> Finding:
+    """Targets and ignore mean the modules that the files hold, quantized or not as these are."""
+    problems = []
+    for one in served:
+        for module in one.group.modules:
+            if one.problem or module.quantized == (one.scheme is not None):
+                continue
+            if module.quantized:
+                problems.append(f"{module.name} is quantized, but vLLM would read it as full precision")
+            elif not ROUTER.search(module.name):  # vLLM never quantizes these, whatever the targets
+                problems.append(f"{module.name} is not quantized, but no entry of ignore says so")
+    names = [module.name for module in layers] + [one.group.name for one in served] + [HEAD]
+    if promised.method == "awq":
+        lost = [part for part in promised.ignore if not any(part in name for name in names)]
+    else:
+        lost = [one for one in promised.ignore if not one.startswith("re:") and one not in names]
+        lost += [
+            target for scheme in promised.schemes for target in scheme.targets if not _known(target, names)
+        ]
+    problems += [f"{name!r} in targets or ignore is neither a module nor a class of vLLM" for name in lost]
+    count = sum(module.quantized for module in layers)
+    return _finding("names", f"{count} of {len(layers)} modules quantized", problems)
+
+
+def _known(target: str, names: Sequence[str]) -> bool:
+    classes = (*CLASSES, EXPERTS, "ParallelLMHead", "VocabParallelEmbedding")
+    return any(_matches(name, target) for name in names) or any(_of_class(name, target) for name in classes)
+
+
+def _judge_parts(served: Sequence[Served]) -> Finding:
+    """Scales, zero points and packed weights are there, no others, in shapes that fit."""
+    problems: list[str] = []
+    count = 0
+    for one in served:
+        if one.scheme is None:
+            continue
+        for module in one.group.modules:
+            if module.quantized:
+                count += 1
+                problems += _odd_parts(one.scheme, module)
+    return _finding("scales", f"{count} modules", problems)
+
+
+def _odd_parts(scheme: Scheme, module: Module) -> Iterator[str]:
+    wanted = _parts(scheme)
+    absent = [part for part in wanted if part not in module.parts]
+    extra = [part for part in module.parts if part not in wanted and part != "weight_shape"]
+    if absent or extra:
+        yield f"{module.name} lacks {' and '.join(absent) or 'nothing'}" + (
+            f" and has {' and '.join(extra)}, which vLLM has no place for" if extra else ""
+        )
+        return
+    outputs, inputs = module.shape(scheme.weights.bits)
+    size = scheme.weights.group
+    if size is not None and inputs % size:
+        yield f"{module.name}: groups of {size} do not divide its {inputs} inputs"
+        return
+    for part in ("weight_scale", "scales", "input_scale"):
+        tensor = module.parts.get(part)
+        if tensor is not None and tensor.dtype not in FLOATS:
+            yield f"{module.name}.{part} is {tensor.dtype}, not one of {', '.join(FLOATS)}"
+    tensor = module.parts["scales" if scheme.form == "awq" else "weight_scale"]
+    shape = _scale_shape(scheme, outputs, inputs)
+    if tensor.elements != shape[0] * shape[1]:
+        yield f"{tensor.name} has {list(tensor.shape)}, but {scheme.weights.strategy} means {list(shape)}"
+
+
+def _parts(scheme: Scheme) -> tuple[str, ...]:
+    """What a module of ``scheme`` is made of; weight_shape, which vLLM does not need, may come along."""
+    if scheme.form == "awq":
+        return ("qweight", "qzeros", "scales")
+    names = ["weight_packed" if scheme.form == "pack-quantized" else "weight", "weight_scale"]
+    if not scheme.weights.symmetric:
+        names.append("weight_zero_point")
+    if scheme.weights.actorder in ("group", "dynamic"):
+        names.append("weight_g_idx")
+    if scheme.inputs is not None and not scheme.inputs.dynamic:
+        names += ["input_scale"] if scheme.inputs.symmetric else ["input_scale", "input_zero_point"]
+    return tuple(names)
+
+
+def _scale_shape(scheme: Scheme, outputs: int, inputs: int) -> tuple[int, int]:
+    weights = scheme.weights
+    if weights.strategy == "tensor":
+        return 1, 1
+    if weights.strategy == "block" and len(weights.block) == 2:
+        return -(-outputs // weights.block[0]), -(-inputs // weights.block[1])
+    columns = inputs // weights.group if weights.group else 1
+    return (columns, outputs) if scheme.form == "awq" else (outputs, columns)
+
+
+def _judge_kernels(served: Sequence[Served]) -> Finding:
+    """Every quantized module has a kernel in vLLM; says which, and the GPUs that run it."""
+    problems: list[str] = []
+    names: dict[str, list[str]] = {}
+    for one in served:
+        if one.scheme is None or not all(module.quantized for module in one.group.modules):
+            continue
+        found = kernel(one.scheme, one.group)
+        if found.problem:
+            problems.append(f"{one.group.name}: {found.problem}")
+        else:
+            names.setdefault(f"{found.name} (compute capability {found.gpus})", []).append(one.group.name)
+    said = ", ".join(f"{name}: {len(those)} modules" for name, those in names.items())
+    return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, said)
+
+
+def _judge_cache(promised: Promise, headers: dict[str, TensorHeader]) -> Finding:
+    """The attention cache's numbers are FP8, and every layer has its scales."""
+    cache = promised.cache
+    if cache is None:
+        raise AssertionError
+    problems = []
+    if (cache.kind, cache.bits) != ("float", 8):
+        problems.append(f"the attention cache in {cache.bits}-bit {cache.kind}; vLLM takes 8-bit float")
+    if cache.strategy not in ("tensor", "attn_head") or not cache.symmetric:
+        problems.append(
+            f"scales of the attention cache by {cache.strategy}; vLLM takes symmetric ones by tensor"
+        )
+    places = {name.rpartition(".")[0].rpartition(".")[0] for name in headers if ".k_proj." in name}
+    bare = [
+        place for place in sorted(places) if not {f"{place}.k_scale", f"{place}.v_scale"} <= headers.keys()
+    ]
+    if bare and not cache.dynamic:
+        problems.append(f"no k_scale and v_scale in {some(bare)}: vLLM would take 1")
+    return _finding("kv_cache", f"{len(places) - len(bare)} of {len(places)} layers", problems)
+
+
+def _judge_splits(served: Sequence[Served], heads: Heads) -> Finding:
+    """Over how many GPUs the layers can be split (tensor parallelism); never a regression."""
+    fits, notes = [], []
+    for gpus in SPLITS:
+        why = ""
+        if heads.queries % gpus or (heads.keys % gpus and gpus % heads.keys):
+            why = f"{heads.queries} heads and {heads.keys} of keys cannot be shared out"
+        for one in served if not why else ():
+            if one.scheme is not None:
+                why = why or unsplittable(one.scheme, one.group, gpus, heads)
+        if why:
+            notes.append(f"not over {gpus}: {why}")
+        else:
+            fits.append(str(gpus))
+    return _finding("tensor_parallel", ", ".join(fits), [], "; ".join(notes))
