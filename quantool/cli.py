@@ -40,6 +40,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key: a.b=value. Repeatable."),
 ]
+AllowRegression = Annotated[
+    bool,
+    typer.Option(
+        "--allow-regression",
+        help="Publish artifacts that did not pass as well; the card says so, and the exit code stays 5.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, only warnings, errors and the result.")
@@ -116,12 +123,18 @@ def _root(
 
 @app.command()
 @reported
-def run(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    allow_regression: AllowRegression = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Quantize, judge and package what CONFIG asks for; a rerun redoes only what changed."""
     from quantool import pipeline
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    outcome = pipeline.run(loaded, progress)
+    outcome = pipeline.run(loaded, progress, allow_regression=allow_regression)
     _show(outcome, progress, as_json=as_json)
     errors: list[QuantoolError] = list(outcome.refused)
     if outcome.failed:
@@ -150,20 +163,35 @@ def publish(
             help="Of a new repository; default: as the configuration said, else private.",
         ),
     ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="commit or pull_request; default: as the configuration said.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; made when it is missing.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag of the commit, set once it is verified.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Slug of a collection to add it to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    allow_regression: AllowRegression = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Push FOLDER to the Hub in one commit, after comparing its files with what was judged; verify it there."""
-    from quantool import pipeline
+    from quantool import delivery
     from quantool.progress import Progress
 
-    made = pipeline.publish(folder, repo_id, private, Progress(quiet=quiet))
+    order = delivery.Order(repo_id, private, None, allow_regression)
+    given = {
+        "mode": mode, "revision": revision, "tag": tag, "collection": collection, "commit_message": message,
+    }  # fmt: skip
+    made = delivery.publish(folder, delivery.overridden(folder, order, given), Progress(quiet=quiet))
     typer.echo(made.model_dump_json(indent=1) if as_json else _published(made))
+    if made.allow_regression:
+        raise GateError("what is published did not all pass", hint=f"findings: {folder / 'README.md'}")
 
 
 def _published(made: Publication) -> str:
     sent = f"{len(made.sent)} of {len(made.files)} files sent" if made.sent else "nothing was new"
-    return f"{made.url}: {sent}, all compared"
+    tag = f", tagged {made.tag}" if made.tag else ""
+    return f"{made.url}: {sent}, all compared{tag}"
 
 
 @app.command()
@@ -185,7 +213,9 @@ def plan(
 @app.command()
 @reported
 def validate(
-    artifact: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that transformers loads.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="A .gguf file, a folder of them, or one that transformers loads.")
+    ],
     reference: Annotated[str, typer.Option(help="The bf16 checkpoint: folder or Hub id.")],
     config: Annotated[Path | None, typer.Option(help="YAML file whose validation section applies.")] = None,
     level: Annotated[
@@ -194,29 +224,52 @@ def validate(
     output: Annotated[Path, typer.Option(help="Folder for reference scores, logs and report.")] = Path(
         "validation-output"
     ),
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The unquantized GGUF that it was made from, to tell the conversion's damage apart."
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="llama.cpp, transformers or vllm; default: by the kind of artifact."),
+    ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Judge an artifact that exists, whoever made it."""
+    """Judge artifacts that exist, whoever made them: a file, or all those of a downloaded repository."""
     from quantool import gates, pipeline
     from quantool.progress import Progress
     from quantool.records import Verdict
-    from quantool.subject import artifact_of
+    from quantool.subject import artifacts_of
     from quantool.table import failures, table, write_step_summary
 
     settings = _validation_config(config, overrides, reference, output)
-    found, engine = artifact_of(artifact, level)
-    limits = gates.resolve(found.level, settings.validation.gates)
-    report = pipeline.validate(found, engine, settings, limits, Progress(quiet=quiet))
-    write_step_summary([report])
+    found = artifacts_of(artifact, level)
+    engine = _engine(engine, found[0][1])
+    if base is not None and not base.is_file():
+        raise ConfigError(f"--base {base} is no file")
+    limits = [gates.resolve(one.level, settings.validation.gates) for one, _ in found]
+    artifacts = [one for one, _ in found]
+    reports = pipeline.validate(artifacts, engine, settings, limits, Progress(quiet=quiet), base)
+    write_step_summary(reports)
     if as_json:
-        typer.echo(json.dumps(report.model_dump(mode="json") | {"verdict": report.verdict()}, indent=1))
+        told = [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports]
+        typer.echo(json.dumps(told if len(told) > 1 else told[0], indent=1))
     else:
-        typer.echo(table([report]))
-    if report.verdict() is not Verdict.PASS:
-        _complain(failures([report]) or "nothing could be judged")
+        typer.echo(table(reports))
+    if any(report.verdict() is not Verdict.PASS for report in reports):
+        _complain(failures(reports) or "nothing could be judged")
         raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")
+
+
+def _engine(asked: str | None, native: str) -> str:
+    """The engine to judge with: what the artifact is made for, or vLLM in the place of transformers."""
+    fitting = [native, "vllm"] if native == "transformers" else [native]
+    if asked is not None and asked not in fitting:
+        raise ConfigError(f"--engine {asked} cannot load this artifact; {' and '.join(fitting)} can")
+    return asked or native
 
 
 def _validation_config(

@@ -1,85 +1,124 @@
 """Publishing to the Hub through huggingface_hub: the large files first, one commit, then a look at what is there.
 
-Nothing can be seen before the commit, and the Hub refuses it when ``main`` has moved since it was listed. What ``main``
-has already is not sent again; what else it has stays. The calls are the same in huggingface_hub 1.33 and 2.4.
+Nothing can be seen before the commit, and the Hub refuses it when the branch has moved since it was listed. What the
+branch has already is not sent again; what else it has stays. A pull request leaves its branch alone: it is opened by
+that one commit, and closed again when the upload was damaged. Tag and collection come last, when all was compared. The
+calls are the same in huggingface_hub 1.33 and 2.4.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from quantool import __version__
+from quantool import refs
+from quantool.comparison import compare, is_same, listed
 from quantool.errors import PublicationError
-from quantool.preflight import BRANCH, check_privacy, connect, find
-from quantool.progress import Progress, amount
-from quantool.publication import Parcel, hash_files, read_parcel
+from quantool.preflight import check_privacy, connect
+from quantool.progress import Progress
+from quantool.publication import Parcel, hash_files
 from quantool.records import FileRecord, Publication
+from quantool.refs import BRANCH
 from quantool.refusal import asking, retold
+from quantool.uploads import announced, operation, send
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
     from huggingface_hub.hf_api import RepoFile
 
-HEAVY_ENDS = (".gguf", ".safetensors")
-HEAVY = 10_000_000
-"""Bytes from which the Hub takes a file as a large one only."""
-HEAD, TAIL = 1 << 20, 1 << 16
-"""Bytes read back from the beginning and the end of a large file."""
-IGNORE_NOTHING = "# every file of this commit is wanted\n"
+LOST = "LFS pointer pointed to a file that does not exist"
+"""What the Hub says of a commit that names a large file it does not have."""
 
 
-def publish(folder: Path, repo_id: str, *, private: bool | None, progress: Progress) -> Publication:
-    """Make ``main`` of ``repo_id`` hold the files of a packed folder, by one commit, and compare them there.
+class SpoiledError(PublicationError):
+    """The Hub does not have what was uploaded, or has it otherwise: it must be sent again.
 
-    The repository is created when missing: private unless ``private`` is False. A second call commits nothing. Raises
-    GateError and PublicationError (``publication.read_parcel``) for a folder that must not be published, and
-    PublicationError when the Hub refuses or stores something else; ``main`` then is what it was.
+    ``names`` are the files, as far as they are known; none stands for all.
     """
-    parcel = read_parcel(folder)
+
+    def __init__(self, message: str, *, hint: str = "", names: Sequence[str] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.names = names
+
+
+@dataclass(frozen=True)
+class Push:
+    """One push: the folder, and where it goes."""
+
+    api: HfApi
+    repo_id: str
+    parcel: Parcel
+    progress: Progress
+    parent: str
+    """The commit of the branch that ours is made on."""
+    has_branch: bool
+    """Whether the branch is there; if not, it is made from ``main`` at the moment of the commit."""
+    before: Mapping[str, RepoFile]
+    """The files of ``parent``."""
+    new: tuple[FileRecord, ...]
+    """Files that ``parent`` lacks or has otherwise."""
+
+    @property
+    def branch(self) -> str:
+        """The branch that is published to."""
+        return self.parcel.settings.revision
+
+    @property
+    def as_request(self) -> bool:
+        """Whether a pull request is to be opened."""
+        return self.parcel.settings.mode == "pull_request"
+
+
+@dataclass(frozen=True)
+class Landed:
+    """Where the files are: a commit, and the branch or pull request that shows it."""
+
+    commit: str
+    revision: str
+    request: int | None = None
+
+
+def publish(parcel: Parcel, repo_id: str, *, private: bool | None, progress: Progress) -> Publication:
+    """Make a branch of ``repo_id``, or a pull request against it, hold the files of a parcel, and compare them there.
+
+    The repository is created when missing: private unless ``private`` is False. A second call commits nothing, opens
+    no second pull request, and does what the first one did not come to. Raises PublicationError when the folder is not
+    what was judged, or the Hub refuses or stores something else; the branch then is what it was.
+    """
     files = hash_files(parcel, progress)
     api = connect()
     with retold(progress):
-        info = _opened(api, repo_id, private)
-        parent = str(info.sha)
-        before = _listed(api, repo_id, parent)
-        new = [file for file in files if not _is_same(before.get(file.name), file, folder)]
-        commit = parent
-        if new:
-            additions = _upload(api, repo_id, folder, new, progress)
-            commit = _commit(api, repo_id, parcel, additions, parent, new)
-        try:
-            with _announced(progress, f"verify {repo_id}"):
-                read_back = _verify(api, repo_id, commit, files, folder)
-        except PublicationError as error:
-            raise PublicationError(
-                f"{repo_id} is at {commit} now, but could not be verified: {error.message}",
-                hint="run again: that only verifies, nothing is sent twice",
-            ) from error
-        if isinstance(read_back, str):
-            raise _withdraw(api, repo_id, commit, parent, before, new, read_back)
+        info = opened(api, repo_id, private)
+        push = _prepared(api, repo_id, info, parcel, files, progress)
+        landed = _land(push)
+        read_back = _proven(push, landed, files)
+        _finish(push, landed)
+    place = f"discussions/{landed.request}" if landed.request else f"tree/{landed.commit}"
     return Publication(
         repo_id=repo_id,
-        commit=commit,
-        parent=parent,
-        url=f"{api.endpoint}/{repo_id}/tree/{commit}",
+        revision=landed.revision,
+        commit=landed.commit,
+        parent=push.parent,
+        url=f"{api.endpoint}/{repo_id}/{place}",
         private=bool(info.private),
+        tag=parcel.settings.tag,
+        collection=parcel.settings.collection,
+        allow_regression=bool(parcel.failed),
         files=files,
-        sent=tuple(file.name for file in new),
+        sent=tuple(file.name for file in push.new),
         read_back=read_back,
     )
 
 
-def _opened(api: HfApi, repo_id: str, private: bool | None) -> ModelInfo:
+def opened(api: HfApi, repo_id: str, private: bool | None) -> ModelInfo:
     """The repository, created when missing."""
-    info = find(api, repo_id)
+    info = refs.find(api, repo_id)
     if info is None:
         with asking(f"create {repo_id}"):
             api.create_repo(repo_id, private=private is not False, exist_ok=True)
-        info = find(api, repo_id)
+        info = refs.find(api, repo_id)
     check_privacy(repo_id, info, private)
     if info is None or info.sha is None:
         raise PublicationError(
@@ -88,186 +127,189 @@ def _opened(api: HfApi, repo_id: str, private: bool | None) -> ModelInfo:
     return info
 
 
-def _listed(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    from huggingface_hub.hf_api import RepoFile
-
-    with asking(f"list {repo_id} at {revision[:12]}"):
-        entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _is_same(entry: RepoFile | None, file: FileRecord, folder: Path) -> bool:
-    """Whether the Hub's file has the size and the hash of ours (SHA-256 of large files, git's of the others)."""
-    if entry is None or entry.size != file.bytes:
-        return False
-    if entry.lfs is not None:
-        return entry.lfs.sha256 == file.sha256
-    content = (folder / file.name).read_bytes()  # small: the Hub takes nothing over 10 MB into git
-    return (
-        entry.blob_id
-        == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    )
-
-
-def _is_heavy(file: FileRecord) -> bool:
-    return file.bytes >= HEAVY or file.name.endswith(HEAVY_ENDS)
-
-
-def _upload(
-    api: HfApi, repo_id: str, folder: Path, new: Sequence[FileRecord], progress: Progress
-) -> list[CommitOperationAdd]:
-    """Send the large files, one after the other (many at once often hang), and ready the small ones for the commit."""
-    from huggingface_hub import CommitOperationAdd
-
-    def send(files: Sequence[FileRecord]) -> list[CommitOperationAdd]:
-        additions = [CommitOperationAdd(file.name, folder / file.name) for file in files]
-        with asking(f"upload {files[0].name} to {repo_id}"):
-            api.preupload_lfs_files(
-                repo_id,
-                additions,
-                revision=BRANCH,
-                num_threads=1,
-                free_memory=False,
-                gitignore_content=IGNORE_NOTHING,
-            )
-        return additions
-
-    additions: list[CommitOperationAdd] = []
-    heavy = [file for file in new if _is_heavy(file)]
-    for number, file in enumerate(heavy, start=1):
-        with _announced(progress, f"upload {number}/{len(heavy)} {file.name} ({amount(file.bytes, 'B')})"):
-            additions += send([file])
-    if light := [file for file in new if not _is_heavy(file)]:
-        additions += send(light)
-    return additions
-
-
-@contextmanager
-def _announced(progress: Progress, label: str) -> Iterator[None]:
-    """A line on a terminal, where the client draws bars of its own; elsewhere a bar of ours."""
-    if progress.terminal:
-        progress.say(label)
-        yield
-        return
-    with progress.bar(label):
-        yield
-
-
-def _commit(
+def _prepared(
     api: HfApi,
     repo_id: str,
+    info: ModelInfo,
     parcel: Parcel,
-    additions: Sequence[CommitOperationAdd],
-    parent: str,
-    new: Sequence[FileRecord],
-) -> str:
-    """One commit on ``parent``. When its answer is lost or late, what ``main`` holds tells whether it was made."""
+    files: Sequence[FileRecord],
+    progress: Progress,
+) -> Push:
+    """List what is there and tell what is new."""
+    at = (
+        str(info.sha)
+        if parcel.settings.revision == BRANCH
+        else refs.head(api, repo_id, parcel.settings.revision)
+    )
+    parent = at or str(info.sha)
+    before = listed(api, repo_id, parent)
+    new = tuple(file for file in files if not is_same(before.get(file.name), file, parcel.folder))
+    if parcel.settings.tag is not None:
+        there = refs.tag_at(api, repo_id, parcel.settings.tag)
+        refs.require_tag_at(parcel.settings.tag, there, None if new else parent, repo_id)
+    return Push(api, repo_id, parcel, progress, parent, at is not None, before, new)
+
+
+def _land(push: Push) -> Landed:
+    """Upload what is new and make the one commit; an open pull request that shows the same files is taken as it is."""
+    if not push.new:
+        if not push.has_branch and not push.as_request:
+            refs.make_branch(push.api, push.repo_id, push.branch, push.parent)
+        return Landed(push.parent, push.branch)
+    if push.as_request and (found := _earlier_request(push)) is not None:
+        return found
+    uploads = push.parcel.uploads
+    here = [file for file in push.new if file.name not in uploads]
+    target = (push.branch if push.has_branch else BRANCH, push.as_request)
+    additions = send(push.api, push.repo_id, push.parcel.folder, here, target, push.progress)
+    additions += [operation(uploads[file.name]) for file in push.new if file.name in uploads]
+    if not push.has_branch:
+        refs.make_branch(push.api, push.repo_id, push.branch, push.parent)
+    return _commit(push, additions)
+
+
+def _earlier_request(push: Push) -> Landed | None:
+    """The open pull request of an earlier try: one with our title whose files are ours."""
+    for number in refs.open_requests(push.api, push.repo_id, push.parcel.title):
+        revision = f"refs/pr/{number}"
+        commit = refs.head(push.api, push.repo_id, revision)
+        there = listed(push.api, push.repo_id, commit) if commit else {}
+        if commit and all(is_same(there.get(file.name), file, push.parcel.folder) for file in push.new):
+            push.progress.say(f"pull request {number} of {push.repo_id} has these files already")
+            return Landed(commit, revision, number)
+        push.progress.warn(
+            f"{push.repo_id}: the open pull request {number} has the same title and other files; it is left alone"
+        )
+    return None
+
+
+def _commit(push: Push, additions: Sequence[CommitOperationAdd]) -> Landed:
+    """One commit on the parent. When its answer is lost or late, what the Hub holds tells whether it was made."""
     try:
-        with asking(f"commit to {repo_id}"):
-            made = api.create_commit(
-                repo_id,
+        with asking(f"commit to {push.repo_id}"):
+            made = push.api.create_commit(
+                push.repo_id,
                 additions,
-                commit_message=f"{', '.join(parcel.levels)} by quantool {__version__}",
-                commit_description=f"Made from {parcel.source}.",
-                revision=BRANCH,
-                parent_commit=parent,
+                commit_message=push.parcel.title,
+                commit_description=push.parcel.description,
+                revision=push.branch,
+                parent_commit=push.parent,
+                create_pr=push.as_request,
                 num_threads=1,
             )
-        return str(made.oid)
-    except PublicationError:
+        return Landed(str(made.oid), made.pr_revision or push.branch, made.pr_num)
+    except PublicationError as error:
         with suppress(PublicationError):  # the first error is the one to tell
-            head = str(getattr(find(api, repo_id), "sha", parent))
-            there = _listed(api, repo_id, head) if head != parent else {}
-            if all(_is_same(there.get(file.name), file, parcel.folder) for file in new):
-                return head
+            if found := _earlier_request(push) if push.as_request else _made_all_the_same(push):
+                return found
+        if LOST in error.message and push.parcel.uploads:
+            raise SpoiledError(
+                error.message, hint="run again: what is missing is made and sent again"
+            ) from error
         raise
 
 
-def _verify(
-    api: HfApi, repo_id: str, commit: str, files: Sequence[FileRecord], folder: Path
-) -> tuple[str, ...] | str:
-    """Compare every file at ``commit``; the names of those read back in part, or what differs."""
-    there = _listed(api, repo_id, commit)
-    differing = [
-        f"{file.name}: {_told(there.get(file.name), file)}"
-        for file in files
-        if not _is_same(there.get(file.name), file, folder)
-    ]
-    heavy = [file for file in files if _is_heavy(file)]
-    if not differing:
-        damaged = _read_back(api, f"{repo_id}@{commit}", heavy, folder)
-        differing = [f"{name}: the bytes read back differ" for name in damaged]
-    return "; ".join(differing) if differing else tuple(file.name for file in heavy)
+def _made_all_the_same(push: Push) -> Landed | None:
+    at = refs.head(push.api, push.repo_id, push.branch)
+    there = listed(push.api, push.repo_id, at) if at not in (None, push.parent) else {}
+    if at and all(is_same(there.get(file.name), file, push.parcel.folder) for file in push.new):
+        return Landed(at, push.branch)
+    return None
 
 
-def _told(entry: RepoFile | None, file: FileRecord) -> str:
-    if entry is None:
-        return "missing"
-    if entry.size != file.bytes:
-        return f"{entry.size} bytes instead of {file.bytes}"
-    return "another hash"
-
-
-def _read_back(api: HfApi, place: str, heavy: Sequence[FileRecord], folder: Path) -> list[str]:
-    """Names of large files whose beginning (a GGUF's header) or end is not ours; asks for these bytes alone."""
-    from huggingface_hub import HfFileSystem
-
-    remote = HfFileSystem(endpoint=api.endpoint, token=True, skip_instance_cache=True)
-    damaged = []
-    for file in heavy:
-        parts = [(0, min(file.bytes, HEAD))]
-        if file.bytes > HEAD:
-            parts.append((max(file.bytes - TAIL, HEAD), min(file.bytes - HEAD, TAIL)))
-        with (
-            (folder / file.name).open("rb") as ours,
-            asking(f"read {place}/{file.name} back"),
-            remote.open(f"{place}/{file.name}", "rb", cache_type="none") as theirs,
-        ):
-            if not all(_bytes_at(theirs, *part) == _bytes_at(ours, *part) for part in parts):
-                damaged.append(file.name)
-    return damaged
-
-
-def _bytes_at(file: IO[bytes], start: int, length: int) -> bytes:
-    file.seek(start)
-    return file.read(length)
-
-
-def _withdraw(
-    api: HfApi,
-    repo_id: str,
-    commit: str,
-    parent: str,
-    before: Mapping[str, RepoFile],
-    new: Sequence[FileRecord],
-    differing: str,
-) -> PublicationError:
-    """Put the files that the commit touched back to what they were; the error to raise."""
-    from huggingface_hub import CommitOperationCopy, CommitOperationDelete
-
-    told = f"{repo_id}: the Hub does not hold what was sent: {differing}"
-    if not new:
-        return PublicationError(told, hint=f"main is at {commit}; delete these files there and publish again")
-    operations = [
-        CommitOperationCopy(file.name, file.name, src_revision=parent)
-        if file.name in before
-        else CommitOperationDelete(file.name)
-        for file in new
-    ]
+def _proven(push: Push, landed: Landed, files: Sequence[FileRecord]) -> tuple[str, ...]:
+    """Names of the files read back in part; what is not what was sent is taken back."""
     try:
-        with asking(f"take {commit} back"):
-            api.create_commit(
-                repo_id,
-                operations,
-                commit_message="Take back: the upload was damaged",
-                revision=BRANCH,
-                parent_commit=commit,
+        with announced(push.progress, f"verify {push.repo_id}"):
+            read_back = compare(push.api, push.repo_id, landed.commit, files, push.parcel)
+    except PublicationError as error:
+        shown = f"pull request {landed.request} of {push.repo_id}" if landed.request else push.repo_id
+        raise PublicationError(
+            f"{shown} is at {landed.commit} now, but could not be verified: {error.message}",
+            hint=f"run again: that only verifies, nothing is sent twice{_open_ends(push)}",
+        ) from error
+    if isinstance(read_back, str):
+        raise _withdraw(push, landed, read_back)
+    return read_back
+
+
+def _open_ends(push: Push) -> str:
+    settings = push.parcel.settings
+    waiting = [name for name, value in (("tag", settings.tag), ("collection", settings.collection)) if value]
+    return f"; then {' and '.join(waiting)} follow" if waiting else ""
+
+
+def _finish(push: Push, landed: Landed) -> None:
+    """Tag, then collection; each error says how far it went."""
+    settings, done = push.parcel.settings, f"{push.repo_id} is at {landed.commit} and verified"
+    if settings.tag is not None:
+        try:
+            refs.set_tag(push.api, push.repo_id, settings.tag, landed.commit)
+        except PublicationError as error:
+            missing = ", nor is it in the collection" if settings.collection else ""
+            raise PublicationError(
+                f"{done}, but the tag {settings.tag} is not set{missing}: {error.message}",
+                hint=f"{error.hint}. Run again afterwards: nothing is sent twice",
+            ) from error
+        done += f" and tagged {settings.tag}"
+    if settings.collection is not None:
+        try:
+            refs.add_to_collection(push.api, push.repo_id, settings.collection)
+        except PublicationError as error:
+            raise PublicationError(
+                f"{done}, but not in the collection: {error.message}",
+                hint=f"{error.hint}. Run again afterwards: nothing is sent twice",
+            ) from error
+
+
+def _withdraw(push: Push, landed: Landed, differing: str) -> PublicationError:
+    """Put the files that the commit touched back to what they were, or close the request; the error to raise."""
+    told = f"{push.repo_id}: the Hub does not hold what was sent: {differing}"
+    again = "run again; if it happens twice, tell the Hub"
+    names = [file.name for file in push.new if f"{file.name}: " in differing]
+    if landed.request is not None:
+        try:
+            refs.close_request(push.api, push.repo_id, landed.request, f"The upload was damaged: {differing}")
+        except PublicationError as error:
+            return PublicationError(
+                f"{told}. Pull request {landed.request} could not be closed: {error.message}",
+                hint=f"close it on the Hub and do not merge it; {push.branch} is what it was",
             )
+        return SpoiledError(
+            f"{told}. Pull request {landed.request} is closed, {push.branch} is what it was",
+            hint=again,
+            names=names,
+        )
+    if not push.new:
+        return PublicationError(
+            told, hint=f"{landed.revision} is at {landed.commit}; delete these files there and publish again"
+        )
+    try:
+        _put_back(push, landed.commit)
     except PublicationError as error:
         return PublicationError(
             f"{told}. It could not be taken back: {error.message}",
-            hint=f"main shows the damaged commit {commit}: revert it there at once",
+            hint=f"{landed.revision} shows the damaged commit {landed.commit}: revert it there at once",
         )
-    return PublicationError(
-        f"{told}. main shows the files of {parent} again", hint="run again; if it happens twice, tell the Hub"
+    return SpoiledError(
+        f"{told}. {landed.revision} shows the files of {push.parent} again", hint=again, names=names
     )
+
+
+def _put_back(push: Push, commit: str) -> None:
+    from huggingface_hub import CommitOperationCopy, CommitOperationDelete
+
+    operations = [
+        CommitOperationCopy(file.name, file.name, src_revision=push.parent)
+        if file.name in push.before
+        else CommitOperationDelete(file.name)
+        for file in push.new
+    ]
+    with asking(f"take {commit} back"):
+        push.api.create_commit(
+            push.repo_id,
+            operations,
+            commit_message="Take back: the upload was damaged",
+            revision=push.branch,
+            parent_commit=commit,
+        )

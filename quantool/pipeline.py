@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantool import hub, process, registry
-from quantool.config import Config
+from quantool import ahead, process, registry
+from quantool.config import Config, Corpus
+from quantool.delivery import Order, private_of, publish_passed
 from quantool.errors import PublicationError, SourceError
 from quantool.package import SUMS, pack
 from quantool.plan import check_disk, make_plan, versions
 from quantool.plots import draw
 from quantool.preflight import preflight
 from quantool.progress import Progress
-from quantool.publication import destination, read_parcel
 from quantool.records import (
     Artifact,
     Finding,
@@ -55,81 +54,88 @@ class Outcome:
 
 def plan(config: Config, progress: Progress) -> Plan:
     """What ``run`` would do. Weights are neither read nor downloaded, the output folder stays as it is."""
-    workspace = Workspace(config.output_path)
+    workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     source = resolve(config, weights=False, progress=progress)
     missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
     source = _recalled(source, workspace)
     return make_plan(config, source, workspace, downloads=sum(missing))
 
 
-def run(config: Config, progress: Progress) -> Outcome:
+def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> Outcome:
     """Do everything that ``config`` asks for; a rerun redoes only what changed.
 
-    With ``push_to_hub`` each folder whose artifacts all passed is published, whatever became of the others.
+    With ``push_to_hub`` each folder whose artifacts all passed is published, whatever became of the others; with
+    ``allow_regression`` those with artifacts that did not pass as well. With ``disk_bounded`` a level is made, judged,
+    uploaded and deleted before the next one, and the commit names them all.
     """
-    workspace = Workspace(config.output_path)
+    workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     if config.push_to_hub:
-        preflight({wanted.repo_id or "": _private(config) for wanted in config.requested()})
+        preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
-        made, artifacts = _make_all(config, workspace, progress)
-        _drop_sums(artifacts)
-        reports = tuple(
-            judge(_case(config, made.source, output, artifact, workspace), artifact, progress)
-            for output, artifact in zip(made.outputs, artifacts, strict=True)
-        )
+        made = _planned(config, workspace, progress)
+        if config.disk_bounded:
+            reports = _one_by_one(config, made, workspace, progress, allow_regression=allow_regression)
+        else:
+            reports = _all_at_once(config, made, workspace, progress)
         folders = pack(made, reports, workspace)
         write_report(reports, workspace.root, folders)
         outcome = Outcome(made, reports)
-        return _publish_passed(config, outcome, folders, progress) if config.push_to_hub else outcome
+        if not config.push_to_hub:
+            return outcome
+        order = Order(private=private_of(config), allow_regression=allow_regression)
+        done, refused = publish_passed(config, reports, folders, order, progress)
+        return replace(outcome, publications=done, refused=refused)
 
 
-def _private(config: Config) -> bool | None:
-    """What the user said; None (create as private, take an existing repository as it is) when nothing."""
-    return config.private if "private" in config.model_fields_set else None
+def _all_at_once(config: Config, made: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
+    artifacts = [_make(config, made, output, workspace, progress) for output in made.outputs]
+    _drop_sums(artifacts)
+    cases = [
+        _case(config, made.source, output, artifact, workspace)
+        for output, artifact in zip(made.outputs, artifacts, strict=True)
+    ]
+    return judge(cases, artifacts, progress)
 
 
-def _publish_passed(config: Config, outcome: Outcome, folders: Sequence[Path], progress: Progress) -> Outcome:
-    """Publish the folders without a failed artifact; one that the Hub refuses does not keep the next one back."""
-    failed = {report.artifact.folder for report in outcome.failed}
-    done, refused = [], []
-    for folder in folders:
-        if folder in failed:
-            progress.warn(f"{folder.name} is not published: an artifact in it did not pass")
-            continue
-        try:
-            done.append(_publish(folder, None, _private(config), progress))
-        except PublicationError as error:
-            refused.append(error)
-    return replace(outcome, publications=tuple(done), refused=tuple(refused))
+def _one_by_one(
+    config: Config, made: Plan, workspace: Workspace, progress: Progress, *, allow_regression: bool
+) -> tuple[Report, ...]:
+    """Make, judge, upload and delete one level after the other.
 
-
-def _publish(folder: Path, repo_id: str | None, private: bool | None, progress: Progress) -> Publication:
-    repo_id = destination(read_parcel(folder), repo_id)
-    made = hub.publish(folder, repo_id, private=private, progress=progress)
-    record = folder.parent / "records" / f"{folder.name}.publication.json"
-    write_text(record, made.model_dump_json(indent=1))
-    return made
-
-
-def publish(folder: Path, repo_id: str | None, private: bool | None, progress: Progress) -> Publication:
-    """Publish a folder that a run packed; None stands for what that run's configuration said."""
-    folder = folder.absolute()
-    parcel = read_parcel(folder)
-    private = parcel.private if private is None else private
-    preflight({destination(parcel, repo_id): private})
-    workspace = Workspace(folder.parent)
-    with workspace.lock() if workspace.state.is_dir() else nullcontext():  # elsewhere no run can be writing
-        return _publish(folder, repo_id, private, progress)
+    One that an earlier run was done with is left alone as long as its report holds and the Hub has its files. One that
+    did not pass is deleted as well; its report stays.
+    """
+    reports = []
+    for output in made.outputs:
+        target = ahead.Target(output.repo_id or "", private_of(config), config.publish)
+        artifact = _make(config, made, output, workspace, progress)
+        case = _case(config, made.source, output, artifact, workspace)
+        if gone := ahead.missing(artifact):
+            known = _known_report(case, artifact)
+            goes_out = known is not None and (allow_regression or known.verdict() is Verdict.PASS)
+            if known is None or (goes_out and not ahead.is_whole(workspace, target, artifact, progress)):
+                ahead.forget(workspace, target.repo_id, artifact.folder, gone)
+                artifact = _make(config, made, output, workspace, progress)
+        _drop_sums([artifact])
+        (report,) = judge([case], [artifact], progress)
+        if allow_regression or report.verdict() is Verdict.PASS:
+            ahead.ship(workspace, target, artifact, progress)
+        else:
+            ahead.drop(workspace, artifact)
+        reports.append(report)
+    return tuple(reports)
 
 
 def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     """The artifacts alone, not judged and not to be published: what a benchmark of the methods needs."""
     workspace = Workspace(config.output_path)
     with workspace.lock():
-        return _make_all(config, workspace, progress)[1]
+        made = _planned(config, workspace, progress)
+        return tuple(_make(config, made, output, workspace, progress) for output in made.outputs)
 
 
-def _make_all(config: Config, workspace: Workspace, progress: Progress) -> tuple[Plan, tuple[Artifact, ...]]:
+def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
+    """The plan, with the source fetched and looked at."""
     source = resolve(config, weights=True, progress=progress)
     source = overlay(source, workspace.work / "source")
     check_disk(make_plan(config, _recalled(source, workspace), workspace), workspace.root)
@@ -138,7 +144,7 @@ def _make_all(config: Config, workspace: Workspace, progress: Progress) -> tuple
     for note in made.warnings:
         progress.warn(note)
     write_text(workspace.root / "plan.json", made.model_dump_json(indent=1))
-    return made, tuple(_make(config, made, output, workspace, progress) for output in made.outputs)
+    return made
 
 
 def _drop_sums(artifacts: Sequence[Artifact]) -> None:
@@ -216,32 +222,77 @@ def _case(
     path = artifact.folder
     if output.engine == "llama.cpp":
         path = path / artifact.files[0].name
-    return Case(path, output.engine, output.id, source, config, output.gates, workspace)
+    base = workspace.root / artifact.made_from if artifact.made_from else None
+    return Case(
+        path,
+        output.engine,
+        output.id,
+        source,
+        config,
+        output.gates,
+        workspace,
+        output,
+        base if base is not None and base.is_file() else None,
+    )
 
 
-def judge(case: Case, artifact: Artifact, progress: Progress) -> Report:
-    """Run every check on one artifact; kept under the hashes of its files and all that the checks depend on."""
-    names = case.settings.checks or tuple(registry.names("checks"))
-    texts = _texts(case.config)
-    key = fingerprint(
+def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progress) -> tuple[Report, ...]:
+    """Run every check on the artifacts; kept under the hashes of their files and all that the checks depend on.
+
+    What a check can do for several artifacts at once (``Check.prepare``) is done once for those still to judge.
+    """
+    if not cases:
+        return ()
+    names = _checks(cases[0])
+    kept = [_known_report(case, artifact) for case, artifact in zip(cases, artifacts, strict=True)]
+    missing = [case for case, found in zip(cases, kept, strict=True) if found is None]
+    if missing:
+        for name in names:
+            if (prepare := registry.find_check(name).prepare) is not None:
+                prepare(missing, progress)
+    reports = []
+    for case, artifact, found in zip(cases, artifacts, kept, strict=True):
+        report = found
+        if report is None:
+            report = _judged(case, names, artifact, progress)
+            files = [artifact.folder / file.name for file in artifact.files]
+            key = _report_key(case, artifact)
+            case.workspace.keep(f"report/{case.name}", key, files, report.model_dump(mode="json"))
+        write_text(_record(case.workspace, "report", case.name), report.model_dump_json(indent=1))
+        reports.append(report)
+    return tuple(reports)
+
+
+def _checks(case: Case) -> tuple[str, ...]:
+    return case.settings.checks or tuple(registry.names("checks"))
+
+
+def _known_report(case: Case, artifact: Artifact) -> Report | None:
+    """The report of an earlier run that still holds.
+
+    A text that is a data set on the Hub may have changed unseen: it is measured again, unless the artifact was
+    uploaded and deleted after it was judged.
+    """
+    sure = all(identity is not None for _, identity in _texts(case.config))
+    if not sure and not ahead.missing(artifact):
+        return None
+    found = case.workspace.recall(f"report/{case.name}", _report_key(case, artifact))
+    return None if found is None else Report.model_validate(found).model_copy(update={"artifact": artifact})
+
+
+def _report_key(case: Case, artifact: Artifact) -> str:
+    """What the report depends on, as far as it can be known."""
+    return fingerprint(
         [file.model_dump() for file in artifact.files],
         {file.name: file.sha256 for file in case.source.files},
         case.settings.model_copy(update={"gates": {}}),  # those of other levels do not matter
         case.gates,
-        texts,
-        names,
+        case.engine,
+        case.base is not None,
+        _texts(case.config),
+        _checks(case),
         versions(),
     )
-    stage = f"report/{case.name}"
-    known = all(identity is not None for _, identity in texts)  # a data set on the Hub may have changed
-    if known and (kept := case.workspace.recall(stage, key)) is not None:
-        report = Report.model_validate(kept).model_copy(update={"artifact": artifact})
-    else:
-        report = _judged(case, names, artifact, progress)
-        files = [artifact.folder / file.name for file in artifact.files]
-        case.workspace.keep(stage, key, files, report.model_dump(mode="json"))
-    write_text(_record(case.workspace, "report", case.name), report.model_dump_json(indent=1))
-    return report
 
 
 def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Progress) -> Report:
@@ -262,23 +313,51 @@ def _texts(config: Config) -> list[tuple[str, str | None]]:
     """Name and identity of every evaluation text: a changed file is another corpus; None where nothing tells."""
     from quantool import corpus
 
-    return [(entry.name, corpus.identity(entry)) for entry in corpus.corpora(config)]
+    settings = config.validation
+    texts = [*corpus.corpora(config)]
+    for name, path in (("conversations", settings.conversations), ("prompts", settings.behaviour.prompts)):
+        if path is not None:
+            texts.append(Corpus(name=name, path=path))
+    if settings.needle is not None and settings.needle.haystack is not None:
+        texts.append(Corpus(name="haystack", path=settings.needle.haystack))
+    found = [(entry.name, corpus.identity(entry)) for entry in texts]
+    return found if settings.lm_eval is None else [*found, ("lm_eval", None)]  # its data lies anywhere
 
 
 def _record(workspace: Workspace, kind: str, name: str) -> Path:
     return workspace.root / "records" / f"{name.replace('/', '-')}.{kind}.json"
 
 
-def validate(artifact: Artifact, engine: str, config: Config, gates: Gates, progress: Progress) -> Report:
-    """Judge an artifact that somebody made, against ``config.model_id``, working in ``config.output_path``."""
+def validate(
+    artifacts: Sequence[Artifact],
+    engine: str,
+    config: Config,
+    limits: Sequence[Gates],
+    progress: Progress,
+    base: Path | None = None,
+) -> tuple[Report, ...]:
+    """Judge artifacts that somebody made, against ``config.model_id``, working in ``config.output_path``.
+
+    ``limits`` are the gates of each. ``base`` is the unquantized GGUF that they were made from: with it, damage done
+    by the conversion is told apart.
+    """
     workspace = Workspace(config.output_path)
     with workspace.lock():
         source = resolve(config, weights=True, progress=progress)
         source = overlay(source, workspace.work / "source")
         source = scan(source, workspace, progress)
-        path = artifact.folder / artifact.files[0].name if engine == "llama.cpp" else artifact.folder
-        case = Case(path, engine, f"given/{path.name}", source, config, gates, workspace)
-        report = judge(case, judged_by(artifact, engine, source.facts.parameters), progress)
-        draw([report], workspace.root, path.name, workspace)
-        write_report([report], workspace.root, [workspace.root])
-        return report
+        cases = [
+            Case(path, engine, f"given/{path.name}", source, config, gates, workspace, base=base)
+            for path, gates in zip((_loaded(one, engine) for one in artifacts), limits, strict=True)
+        ]
+        counted = [judged_by(artifact, engine, source.facts.parameters) for artifact in artifacts]
+        reports = judge(cases, counted, progress)
+        title = cases[0].artifact.name if len(cases) == 1 else source.name
+        draw(reports, workspace.root, title, workspace)
+        write_report(reports, workspace.root, [workspace.root])
+        return reports
+
+
+def _loaded(artifact: Artifact, engine: str) -> Path:
+    """What the engine is given: a GGUF file (the first shard), or the folder."""
+    return artifact.folder / artifact.files[0].name if engine == "llama.cpp" else artifact.folder

@@ -15,14 +15,15 @@ from quantool.errors import ConfigError, DependencyError
 from quantool.progress import amount
 from quantool.records import Gates, OutputPlan, Plan, Source, StagePlan
 from quantool.registry import Outline
+from quantool.sandbox import read_card_template
 from quantool.workspace import Workspace
 
 JUDGED_FROM = 1_000_000_000
 """Parameters from which the default gates hold."""
 
 DISTRIBUTIONS = (
-    "compressed-tensors", "datasets", "gguf", "huggingface-hub", "llama-cpp-python", "llmcompressor", "numpy",
-    "safetensors", "tokenizers", "torch", "transformers", "xllamacpp",
+    "compressed-tensors", "datasets", "gguf", "huggingface-hub", "llama-cpp-python", "llmcompressor", "lm_eval",
+    "numpy", "safetensors", "tokenizers", "torch", "transformers", "xllamacpp",
 )  # fmt: skip
 """Libraries whose version is recorded."""
 
@@ -48,10 +49,14 @@ def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads
     """Ask every method for its outline and add up what the run needs.
 
     ``downloads`` is the bytes of weights still to fetch. Raises ConfigError for outputs that would overwrite each
-    other or the checkpoint, for texts and windows that the checks would refuse hours later, and what the methods raise. Nothing is
+    other or the checkpoint, for texts and windows that the checks would refuse hours later, for a card template that
+    is no template, and what the methods raise. Nothing is
     written to the output folder.
     """
     _refuse_texts(config, source)
+    if config.card.template is not None:
+        read_card_template(config.card.template)
+    _ask_checks(config, source)
     outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     _refuse_collisions(outputs)
@@ -68,7 +73,7 @@ def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads
         source=source,
         outputs=outputs,
         stages=stages,
-        peak_disk=sum(stage.writes for stage in stages if not stage.done),
+        peak_disk=_peak_disk(stages, outputs, bounded=config.disk_bounded),
         free_disk=free,
         seed=config.seed,
         versions=versions(),
@@ -103,7 +108,18 @@ def _refuse_texts(config: Config, source: Source) -> None:
         )
 
 
+def _ask_checks(config: Config, source: Source) -> None:
+    """Let each check that has a section of the configuration say what it cannot judge."""
+    settings = config.validation
+    for name in settings.checks or registry.names("checks"):
+        if name in settings.model_fields_set and (require := registry.find_check(name).require) is not None:
+            require(config, source)
+
+
 def _refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
+    names = [output.id for output in outputs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{', '.join(twice)} is asked for twice", hint="drop one of the entries")
     owners: dict[tuple[str, str], str] = {}
     repositories: dict[str, str | None] = {}
     for output in outputs:
@@ -156,8 +172,24 @@ def _stages(
     return tuple(stages)
 
 
+def _peak_disk(stages: Sequence[StagePlan], outputs: Sequence[OutputPlan], *, bounded: bool) -> int:
+    """Bytes that the steps still to do write; of levels that are deleted one after the other the largest alone."""
+    waiting = sum(stage.writes for stage in stages if not stage.done)
+    heavy = [
+        sum(file.bytes for file in output.files if file.name.endswith((".gguf", ".safetensors")))
+        for output in outputs
+        if not output.done
+    ]
+    return waiting - sum(heavy) + max(heavy, default=0) if bounded else waiting
+
+
 def _advice(source: Source, config: Config) -> list[str]:
-    notes = []
+    settings = config.validation
+    notes = [
+        f"validation.{name} has no effect: validation.checks leaves {name} out"
+        for name in registry.names("checks")
+        if settings.checks is not None and name in settings.model_fields_set and name not in settings.checks
+    ]
     if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
         notes.append(
             f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "

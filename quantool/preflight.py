@@ -7,21 +7,26 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantool import __version__
+from quantool.config import Publish
 from quantool.errors import PublicationError
+from quantool.refs import check_collection, check_names, check_refs, find
 from quantool.refusal import asking
 from quantool.snapshot import LOG_IN
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
-BRANCH = "main"
+EXCHANGE = "HF_OIDC_RESOURCE"
+"""Names the repository that a CI job gets a token for without having a secret (Hub: trusted publishers)."""
 
 
-def preflight(wanted: Mapping[str, bool | None]) -> None:
+def preflight(wanted: Mapping[str, bool | None], settings: Publish | None = None) -> None:
     """Refuse what could not be published in the end, before any work: repository ids, and whether each is private.
 
-    Asks who the token belongs to and what it may do. Raises PublicationError.
+    Asks who the token belongs to and what it may do, and whether branch, tag and collection can be as ``settings`` have
+    them. Raises PublicationError.
     """
+    settings = settings or Publish()
     from huggingface_hub import get_token, is_offline_mode
 
     if is_offline_mode():
@@ -30,24 +35,52 @@ def preflight(wanted: Mapping[str, bool | None]) -> None:
             hint="unset it, or set push_to_hub to false and run `quantool publish` later",
         )
     _check_names(tuple(wanted))
-    with asking("log in to the Hub"):
-        token = get_token()
-    if not token:
-        raise PublicationError("there is no token to publish with", hint=f"{LOG_IN}; it needs write access")
-    api = connect()
-    if not os.environ.get(
-        "HF_OIDC_RESOURCE"
-    ):  # a token of that exchange belongs to a repository, not to a person
+    check_names(settings)
+    api, who = connect(), None
+    if os.environ.get(EXCHANGE):  # such a token belongs to a repository, not to a person
+        _exchange(tuple(wanted))
+    else:
+        with asking("log in to the Hub"):
+            token = get_token()
+        if not token:
+            raise PublicationError(
+                "there is no token to publish with", hint=f"{LOG_IN}; it needs write access"
+            )
         with asking("ask the Hub what the token may do"):
             who = api.whoami()
-        for repo_id in wanted:
-            if why := lacks(who, repo_id):
-                raise PublicationError(
-                    f"the token cannot write to {repo_id}: {why}",
-                    hint="make one with write access to it at Settings, Access Tokens, and set HF_TOKEN",
-                )
     for repo_id, private in wanted.items():
-        check_privacy(repo_id, find(api, repo_id), private)
+        found = find(api, repo_id)
+        as_guest = settings.mode == "pull_request" and found is not None
+        if who is not None and (why := lacks_for_request(who) if as_guest else lacks(who, repo_id)):
+            raise PublicationError(
+                f"the token cannot write to {repo_id}: {why}",
+                hint="make one with write access to it at Settings, Access Tokens, and set HF_TOKEN",
+            )
+        check_privacy(repo_id, found, private)
+        check_refs(api, repo_id, found, settings)
+    if settings.collection is not None:
+        check_collection(api, settings.collection, who)
+
+
+def _exchange(repo_ids: Sequence[str]) -> None:
+    """Get the token of a CI job from the Hub; it can write to the one repository that the job names."""
+    from huggingface_hub import get_token
+
+    resource = os.environ[EXCHANGE]
+    if others := [repo_id for repo_id in repo_ids if repo_id.lower() != resource.lower()]:
+        raise PublicationError(
+            f"{EXCHANGE} is {resource}, which gives no access to {', '.join(others)}",
+            hint="set it to the repository that is published, one a job; or unset it and set HF_TOKEN",
+        )
+    try:
+        with asking(f"exchange the job's identity for a token ({EXCHANGE})"):
+            get_token()
+    except PublicationError as error:
+        raise PublicationError(
+            error.message,
+            hint=f"{resource} must trust this workflow (its settings, trusted publishers), and the job needs "
+            "`permissions: id-token: write` on GitHub or an HF_OIDC_ID_TOKEN elsewhere",
+        ) from error
 
 
 def _check_names(repo_ids: Sequence[str]) -> None:
@@ -104,22 +137,24 @@ def lacks(who: Mapping[str, Any], repo_id: str) -> str:
     return ""
 
 
+def lacks_for_request(who: Mapping[str, Any]) -> str:
+    """What speaks against opening a pull request, which needs no write access to the repository."""
+    token = who.get("auth", {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        return "it is a read token"
+    if token.get("role") == "fineGrained":
+        granted = token.get("fineGrained", {})
+        lists = [granted.get("global", ()), *(scope["permissions"] for scope in granted.get("scoped", ()))]
+        if not any({"repo.write", "discussion.write"} & set(permissions) for permissions in lists):
+            return "it is a fine-grained one without discussion.write"
+    return ""
+
+
 def connect() -> HfApi:
     """The client; it looks the token up at every request, since that of a long run may be renewed."""
     from huggingface_hub import HfApi
 
     return HfApi(token=True, library_name="quantool", library_version=__version__)
-
-
-def find(api: HfApi, repo_id: str) -> ModelInfo | None:
-    """The repository at the head of ``main``; None when there is none."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    with asking(f"look at {repo_id}"):
-        try:
-            return api.model_info(repo_id, revision=BRANCH)
-        except RepositoryNotFoundError:
-            return None
 
 
 def check_privacy(repo_id: str, found: ModelInfo | None, private: bool | None) -> None:

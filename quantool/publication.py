@@ -1,21 +1,27 @@
-"""What may be published: a packed folder whose artifacts all passed and whose files are still what was judged."""
+"""What may be published: a packed folder whose artifacts all passed and whose files are still what was judged.
+
+Files that were uploaded ahead of the commit need not be there any more (``ahead``). Artifacts that did not pass go out
+only when the user says so this very time; what an earlier time wrote into the folder counts for nothing.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
 
+from quantool import __version__
+from quantool.config import Publish
 from quantool.errors import GateError, PublicationError
 from quantool.package import CARD, RECORD, SUMS
 from quantool.plots import CAPTIONS
 from quantool.progress import Bar, Progress
-from quantool.records import FileRecord, Report, Verdict, sha256_of
+from quantool.records import FileRecord, Report, Upload, Verdict, sha256_of
 
 AGAIN = "run `quantool run` again: it packages the folder anew and redoes only what changed"
 HIJACKING = frozenset({"preset.ini", "template", "system", "params", ".gitignore", ".gitattributes"})
@@ -35,27 +41,76 @@ class Parcel:
     """What the configuration said about it; None when nothing."""
     levels: tuple[str, ...]
     source: str
+    settings: Publish = field(default_factory=Publish)
+    """What the configuration said about branch, tag and so on."""
+    failed: tuple[Report, ...] = ()
+    """Reports of artifacts that did not pass and are to be published all the same."""
+    uploads: Mapping[str, Upload] = field(default_factory=dict)
+    """Files that the Hub has already and this folder no longer, by name."""
+
+    @property
+    def title(self) -> str:
+        """First line of the commit's message and title of the pull request."""
+        given = (self.settings.commit_message or "").strip()
+        return given.splitlines()[0] if given else f"{', '.join(self.levels)} by quantool {__version__}"
+
+    @property
+    def description(self) -> str:
+        """The rest of the message."""
+        lines = (self.settings.commit_message or "").strip().splitlines()[1:]
+        lines.append(f"Made from {self.source}.")
+        if self.failed:
+            levels = ", ".join(report.artifact.level for report in self.failed)
+            lines.append(f"Published with --allow-regression: {levels} did not pass.")
+        return "\n".join(lines).strip()
 
 
-def read_parcel(folder: Path) -> Parcel:
+Recorded = Callable[[str, Sequence[FileRecord]], Mapping[str, Upload]]
+"""Which of some files were uploaded to a repository already, by name."""
+
+
+def read_parcel(
+    folder: Path,
+    *,
+    repo_id: str | None = None,
+    allow_regression: bool = False,
+    recorded: Recorded | None = None,
+) -> Parcel:
     """Read what ``package.pack`` wrote; the artifacts themselves are not read.
 
-    Raises GateError when an artifact did not pass, PublicationError when the folder is not complete.
+    ``recorded`` is asked for files that are gone. Raises GateError when an artifact did not pass, unless that is
+    allowed, and PublicationError when the folder is not complete.
     """
     record, sums = _record(folder), _sums(folder)
     plan, reports = record["plan"], _reports(folder, record)
-    _require_passed(folder, plan, reports)
+    failed = tuple(report for report in reports if report.verdict() is not Verdict.PASS)
+    _require_passed(folder, plan, reports, allow_regression=allow_regression)
     _require_judged(folder, sums, reports, _plots(folder, record))
-    if missing := [name for name in sums if not (folder / name).is_file()]:
+    repo_ids = tuple(dict.fromkeys(output["repo_id"] for output in plan["outputs"] if output["repo_id"]))
+    gone = {name for name in sums if not (folder / name).is_file()}
+    files = [file for report in reports for file in report.artifact.files if file.name in gone]
+    target = repo_id or (repo_ids[0] if len(repo_ids) == 1 else None)
+    uploads = recorded(target, files) if recorded and target and files else {}
+    if missing := [name for name in sums if name in gone - uploads.keys()]:
         raise PublicationError(f"{folder}: missing: {', '.join(missing)}", hint=AGAIN)
     return Parcel(
         folder=folder,
         sums=sums,
-        repo_ids=tuple(dict.fromkeys(output["repo_id"] for output in plan["outputs"] if output["repo_id"])),
+        repo_ids=repo_ids,
         private=plan["config"].get("private"),
         levels=tuple(report.artifact.level for report in reports),
         source=reports[0].reference,
+        settings=_settings(folder, plan["config"]),
+        failed=failed,
+        uploads=uploads,
     )
+
+
+def _settings(folder: Path, config: Mapping[str, Any]) -> Publish:
+    try:
+        return Publish.model_validate(config.get("publish") or {})
+    except ValidationError as error:
+        raise PublicationError(f"{folder / RECORD}: the key publish cannot be read", hint=AGAIN) from error
 
 
 def destination(parcel: Parcel, repo_id: str | None) -> str:
@@ -76,7 +131,10 @@ def hash_files(parcel: Parcel, progress: Progress) -> tuple[FileRecord, ...]:
     """All files to publish, SHA256SUMS among them, read now; PublicationError when one is not what was judged."""
     folder, names = parcel.folder, [*sorted(parcel.sums), SUMS]
     with progress.bar(f"check {folder.name}", "B") as bar:
-        files = tuple(_hashed(folder, names, bar))
+        here = {
+            file.name: file for file in _hashed(folder, [n for n in names if n not in parcel.uploads], bar)
+        }
+    files = tuple(here[name] if name in here else parcel.uploads[name].file for name in names)
     changed = [file.name for file in files if file.sha256 != parcel.sums.get(file.name, file.sha256)]
     if changed:
         raise PublicationError(
@@ -144,19 +202,21 @@ def _plots(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     return {file.name: file.sha256 for file in drawn}
 
 
-def _require_passed(folder: Path, plan: Mapping[str, Any], reports: Sequence[Report]) -> None:
+def _require_passed(
+    folder: Path, plan: Mapping[str, Any], reports: Sequence[Report], *, allow_regression: bool
+) -> None:
     verdicts = {report.artifact.output: report.verdict() for report in reports}
     failed = [
-        f"{output['id']}: {verdicts.get(output['id'], 'not judged')}"
-        for output in plan["outputs"]
-        if verdicts.get(output["id"]) is not Verdict.PASS
-    ]
-    failed += [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict is not Verdict.PASS]
+        f"{output['id']}: not judged" for output in plan["outputs"] if output["id"] not in verdicts
+    ]  # nothing allows that
+    if not allow_regression:
+        failed += [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict is not Verdict.PASS]
     if failed or not reports:
         told = "; ".join(dict.fromkeys(failed)) or "nothing in it was judged"
         raise GateError(
             f"{folder} is not published: {told}",
-            hint=f"findings: {folder / CARD}; drop the level, or change what validation.gates asks for",
+            hint=f"findings: {folder / CARD}; drop the level, change what validation.gates asks for, or publish it "
+            "with a warning in the card: --allow-regression",
         )
 
 

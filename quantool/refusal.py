@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -19,17 +20,20 @@ ADVICE = {
     401: f"the token is not valid (any more), or there is no such repository: check repo_id; {LOG_IN}",
     402: "the account's plan or storage does not allow it; see the billing page of the account",
     403: "the token may not do this: give it write access to this repository, or ask the organization's admin",
-    404: "no such repository, or this token cannot see it: check repo_id and HF_ENDPOINT",
+    404: "no such repository, branch or collection, or this token cannot see it: check the names and HF_ENDPOINT",
     409: f"another operation on this repository is under way: run again in a minute; {KEPT}",
-    412: f"somebody pushed to main meanwhile, nothing of it was overwritten: look at it, then run again; {KEPT}",
-    413: "the Hub takes no files of this size",
+    412: f"somebody pushed meanwhile, nothing of it was overwritten: look at the branch, then run again; {KEPT}",
+    413: "the Hub takes no files or commits of this size: ask for max_shard_size, or fewer levels a repository",
     422: f"the Hub received other bytes than were sent: run again; {KEPT}",
     429: f"the Hub limits how often it is asked: wait some minutes, then run again; {KEPT}",
+    507: f"the storage of the account is full: free some or see its billing page, then run again; {KEPT}",
 }
 """What to do, by status."""
 TROUBLE = f"the Hub has trouble of its own: run again later; {KEPT}"
 UNREACHABLE = f"check the network and HF_ENDPOINT, then run again; {KEPT}"
 SHOWN = 300  # characters of the Hub's own words
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
+"""Variables of the environment whose values are shown to nobody."""
 
 
 @contextmanager
@@ -63,12 +67,14 @@ def _explained(error: BaseException, what: str) -> PublicationError:
         return PublicationError(f"{what}: there is no token", hint=LOG_IN)
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return PublicationError(f"{what}: the connection failed ({type(error).__name__})", hint=UNREACHABLE)
+    if isinstance(error, json.JSONDecodeError):  # some answers are read before their status is
+        return PublicationError(f"{what}: the Hub's answer cannot be read", hint=TROUBLE)
     return PublicationError(f"{what}: {plain(str(error)) or type(error).__name__}", hint=f"run again; {KEPT}")
 
 
 def plain(text: str) -> str:
     """One short line without tokens and without the query part of addresses, which may be signed."""
-    if own := os.environ.get("HF_TOKEN"):
+    for own in filter(None, map(os.environ.get, SECRETS)):
         text = text.replace(own, "…")
     text = re.sub(r"\b(?:hf_|api_org_|eyJ)[\w.-]{8,}", "…", text)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)

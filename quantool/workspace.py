@@ -28,10 +28,14 @@ PART = ".part"  # marks a file that is being written
 
 
 class Workspace:
-    """One output folder. Creates nothing until something is written."""
+    """One output folder. Creates nothing until something is written.
 
-    def __init__(self, root: Path) -> None:
+    ``bounded`` is for runs that keep one level at a time on disk: what was released counts as being there.
+    """
+
+    def __init__(self, root: Path, *, bounded: bool = False) -> None:
         self.root = root
+        self.bounded = bounded
         self.state = root / ".quantool"
         self.stages = self.state / "stages"
         self.work = self.state / "work"
@@ -78,7 +82,11 @@ class Workspace:
             raise DependencyError(f"cannot read {self.stages}: {error.strerror}") from error
         match saved:
             case {"key": found, "files": dict(files), "result": dict(result)} if found == key:
-                intact = all(_stamp(self.root / path) == stamp for path, stamp in files.items())
+                released = saved.get("released", []) if self.bounded else []
+                intact = all(
+                    _stamp(self.root / path) in ((stamp, None) if path in released else (stamp,))
+                    for path, stamp in files.items()
+                )
                 return result if intact else None
         return None
 
@@ -97,6 +105,30 @@ class Workspace:
             files, result = produce()
             self.keep(name, key, files, result)
         return result
+
+    def release(self, paths: Iterable[Path]) -> None:
+        """Delete files whose stages stay finished without them, for a ``bounded`` workspace."""
+        paths = list(paths)
+        self._mark({str(self._relative(path)) for path in paths}, released=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def reclaim(self, paths: Iterable[Path]) -> None:
+        """Take ``release`` back: the stages of files that are gone have to be done again."""
+        self._mark({str(self._relative(path)) for path in paths}, released=False)
+
+    def _mark(self, names: set[str], *, released: bool) -> None:
+        """Note in the record of every stage that has one of these files whether it may be missing."""
+        for record in sorted(self.stages.glob("*.json")):
+            try:
+                saved = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError:  # damaged: no stage is recalled from it
+                continue
+            files = saved.get("files") if isinstance(saved, dict) else None
+            if isinstance(files, dict) and (concerned := names & files.keys()):
+                before = set(saved.get("released", []))
+                saved["released"] = sorted(before | concerned if released else before - concerned)
+                write_text(record, json.dumps(saved, indent=1))
 
     def _relative(self, path: Path) -> Path:
         """Relative to the output folder, which may be moved; absolute where it lies elsewhere."""

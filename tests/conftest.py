@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint import write_checkpoint
+from tests.loopback import folder, hub, packed, publish  # noqa: F401 - fixtures of the tests that publish
 
 # A shell starts background jobs, which CI may be, with Ctrl-C ignored, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,13 +35,13 @@ wrong = quantool_fake:levels
 @pytest.fixture(scope="session")
 def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for sys.path with the fake plug-in as an installed distribution."""
-    folder = tmp_path_factory.mktemp("plugin")
-    shutil.copyfile(Path(__file__).with_name("plugin.py"), folder / "quantool_fake.py")
-    metadata = folder / "quantool_fake-1.0.dist-info"
+    site = tmp_path_factory.mktemp("plugin")
+    shutil.copyfile(Path(__file__).with_name("plugin.py"), site / "quantool_fake.py")
+    metadata = site / "quantool_fake-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: quantool-fake\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
-    return folder
+    return site
 
 
 @pytest.fixture

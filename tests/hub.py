@@ -28,6 +28,12 @@ class Repository:
     files: dict[str, bytes]
     commit: str = "1" * 40
     branches: set[str] = field(default_factory=lambda: {"main"})
+    """Names of the newest commit."""
+    heads: dict[str, str] = field(default_factory=dict)
+    """Commits of further branches and of pull requests, ``refs/pr/1``."""
+    tags: dict[str, str] = field(default_factory=dict)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    """Pull requests, as listings have them."""
     gated: bool = False
     """Its listing is public, its files need the token."""
     broken: int = 0
@@ -36,21 +42,31 @@ class Repository:
     history: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def holds(self, revision: str) -> bool:
-        return revision == self.commit or revision in self.branches or revision in self.history
+        known = (self.commit, *self.branches, *self.heads, *self.tags, *self.history)
+        return revision in known
 
     def at(self, revision: str) -> dict[str, bytes]:
         """The files of a revision that it holds."""
-        return self.history.get(revision, self.files)
+        commit = self.commit_of(revision)
+        return self.files if commit == self.commit else self.history[commit]
 
     def commit_of(self, revision: str) -> str:
+        for names in (self.heads, self.tags):
+            if revision in names:
+                return names[revision]
         return revision if revision in self.history else self.commit
 
-    def advance(self, files: dict[str, bytes]) -> str:
-        """Make ``files`` the newest commit."""
-        self.history[self.commit] = self.files
+    def advance(self, files: dict[str, bytes], branch: str = "main") -> str:
+        """Make ``files`` the newest commit of a branch."""
+        parent = self.commit_of(branch)
         listing = "".join(f"{name} {_git_id(content)}\n" for name, content in sorted(files.items()))
-        self.files, self.commit = files, hashlib.sha1((self.commit + listing).encode()).hexdigest()  # noqa: S324
-        return self.commit
+        new = hashlib.sha1((parent + branch + listing).encode()).hexdigest()  # noqa: S324
+        self.history |= {self.commit: self.files, new: files}
+        if branch in self.branches:
+            self.files, self.commit = files, new
+        else:
+            self.heads[branch] = new
+        return new
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class Asked:
     range: str | None
     token: str | None
     body: bytes = b""
+    query: str = ""
 
 
 @dataclass
@@ -79,6 +96,8 @@ class Fault:
     times: int = 1
     before: Callable[[], None] = lambda: None
     """Called first, when the request arrived."""
+    after: Callable[[], None] = lambda: None
+    """Called when it was carried out and is not answered yet."""
 
 
 @dataclass
@@ -208,11 +227,12 @@ def resolve(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
 
 
 ID = r"(?P<id>[\w.-]+(?:/[\w.-]+)?)"
+REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 ROUTES: list[tuple[tuple[str, ...], str, Route]] = [
-    (("GET",), rf"/api/models/{ID}/revision/(?P<revision>[^/]+)", model_info),
-    (("GET",), rf"/api/models/{ID}/tree/(?P<revision>[^/]+)", tree),
+    (("GET",), rf"/api/models/{ID}/revision/{REVISION}", model_info),
+    (("GET",), rf"/api/models/{ID}/tree/{REVISION}", tree),
     (("GET",), rf"/api/models/{ID}", model_info),
-    (("GET", "HEAD"), rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
+    (("GET", "HEAD"), rf"/{ID}/resolve/{REVISION}/(?P<path>.+)", resolve),
 ]
 
 
@@ -246,9 +266,11 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if fault.kind == "drop":
                 self._hang_up()
                 return
-            asked = Asked(self.command, path, self.headers.get("Range"), token, body)
+            query = urlsplit(self.path).query
+            asked = Asked(self.command, path, self.headers.get("Range"), token, body, query)
             hub.asked.append(asked)
             answer = hub.answer(asked, fault)
+            fault.after()
             if fault.kind == "lose":
                 self._hang_up()
                 return

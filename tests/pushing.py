@@ -13,7 +13,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from tests.hub import ID, LFS_ENDS, Answer, Asked, Hub, Repository, Route, entry, reply, sha256
+from tests.hub import (
+    ID,
+    LFS_ENDS,
+    REVISION,
+    Answer,
+    Asked,
+    Hub,
+    Repository,
+    Route,
+    entry,
+    refusal,
+    reply,
+    sha256,
+)
 
 SIGNATURE = "signature-of-an-upload-address"
 """Upload addresses carry their own right to write: as secret as a token."""
@@ -29,11 +42,17 @@ class WritableHub(Hub):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.part_size: int | None = None
         """Bytes from which a file is uploaded in parts of that size."""
+        self.quota: int | None = None
+        """Bytes that the account may store; larger files are refused one by one."""
         self.cas: Path | None = None
         """Folder that stands for the store of Xet."""
         self.xet: dict[str, str] = {}
         """Xet hash by SHA-256: what the Hub reads in the shards that hf_xet registers."""
         self.who: dict[str, Any] = account()
+        self.collections: dict[str, list[str]] = {}
+        """Repositories by slug."""
+        self.trusted: dict[str, str] = {}
+        """Identities of CI jobs, with the repository that trusts them."""
 
     def put(self, name: str) -> int:
         """How often a content was received whole."""
@@ -93,10 +112,11 @@ def preupload(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
     if isinstance(found, Answer):
         return found
     wanted = json.loads(asked.body)
-    ignored = wanted.get("gitIgnore") or found.files.get(".gitignore", b"").decode()
+    there = found.at(match["revision"])
+    ignored = wanted.get("gitIgnore") or there.get(".gitignore", b"").decode()
     files = []
     for file in wanted["files"]:
-        name, content = file["path"], found.files.get(file["path"])
+        name, content = file["path"], there.get(file["path"])
         mode = "lfs" if name.endswith(LFS_ENDS) else "regular"
         listed = entry(name, content) if content is not None else {}
         oid = listed.get("lfs", listed).get("oid")
@@ -112,7 +132,9 @@ def batch(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
     for wanted in json.loads(asked.body)["objects"]:
         oid, size = wanted["oid"], wanted["size"]
         answer: dict[str, Any] = {"oid": oid, "size": size}
-        if sha256(hub.objects.get(oid, b"")) != oid:
+        if hub.quota is not None and size > hub.quota:
+            answer["error"] = {"code": 507, "message": "Storage limit of the account reached"}
+        elif sha256(hub.objects.get(oid, b"")) != oid:
             upload = {"href": f"{hub.url}/objects/{oid}?X-Amz-Signature={SIGNATURE}"}
             if hub.part_size and size > hub.part_size:
                 upload = _in_parts(hub, oid, size, hub.part_size)
@@ -173,26 +195,154 @@ def commit(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
         if isinstance(found, Answer):
             return found
         lines = [json.loads(line) for line in asked.body.splitlines()]
-        if lines[0]["value"].get("parentCommit") not in (None, found.commit):
+        branch, header = match["revision"], lines[0]["value"]
+        as_request = "create_pr=1" in asked.query
+        if branch not in (*found.branches, *found.heads):
+            return refusal(404, "RevisionNotFound")
+        if not as_request and header.get("parentCommit") not in (None, found.commit_of(branch)):
             return reply({"error": "A commit has happened since. Please refresh and try again."}, 412)
-        files = dict(found.files)
-        for line in lines[1:]:
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                if hub.cas is not None:
-                    hub.objects[value["oid"]] = _rebuilt(hub.cas, hub.xet[value["oid"]], value["size"])
-                if value["oid"] not in hub.objects:
-                    return reply(
-                        {"error": f"LFS pointer pointed to a file that does not exist: {value['path']}"}, 400
-                    )
-                files[value["path"]] = hub.objects[value["oid"]]
-            else:
-                assert line["key"] == "deletedFile"
-                del files[value["path"]]
-        new = found.advance(files)
-    return reply({"commitUrl": f"{hub.url}/{match['id']}/commit/{new}", "commitOid": new, "success": True})
+        files = _changed(hub, dict(found.at(header.get("parentCommit") or branch)), lines[1:])
+        if isinstance(files, Answer):
+            return files
+        answer: dict[str, Any] = {"success": True}
+        if as_request:
+            number = len(found.requests) + 1
+            found.requests.append(_request(match["id"], number, header))
+            branch = f"refs/pr/{number}"
+            found.heads[branch] = header.get("parentCommit") or found.commit
+            answer["pullRequestUrl"] = f"{hub.url}/{match['id']}/discussions/{number}"
+        new = found.advance(files, branch)
+    return reply(answer | {"commitUrl": f"{hub.url}/{match['id']}/commit/{new}", "commitOid": new})
+
+
+def _changed(
+    hub: WritableHub, files: dict[str, bytes], lines: list[dict[str, Any]]
+) -> dict[str, bytes] | Answer:
+    """The files with the changes of a commit."""
+    for line in lines:
+        value = line["value"]
+        if line["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            if hub.cas is not None and value["oid"] in hub.xet:
+                hub.objects[value["oid"]] = _rebuilt(hub.cas, hub.xet[value["oid"]], value["size"])
+            if value["oid"] not in hub.objects:
+                return reply(
+                    {"error": f"LFS pointer pointed to a file that does not exist: {value['path']}"}, 400
+                )
+            files[value["path"]] = hub.objects[value["oid"]]
+        else:
+            assert line["key"] == "deletedFile"
+            del files[value["path"]]
+    return files
+
+
+def _request(repo_id: str, number: int, header: dict[str, Any]) -> dict[str, Any]:
+    """A pull request as listings have it; ``text`` is its description."""
+    return {
+        "num": number, "title": header["summary"], "text": header["description"], "status": "open",
+        "author": {"name": "someone"}, "createdAt": "2026-01-01T00:00:00.000Z", "isPullRequest": True,
+        "repo": {"name": repo_id, "type": "model"},
+    }  # fmt: skip
+
+
+def discussions(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    """Two a page."""
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    wanted = parse_qs(asked.query)
+    start = 2 * int(wanted["p"][0])
+    listed = [request for request in found.requests if request["status"] == wanted["status"][0]]
+    return reply({"count": len(listed), "start": start, "discussions": listed[start : start + 2]})
+
+
+def set_status(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    if refused := _allowed(hub, asked):
+        return refused
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    found.requests[int(match["number"]) - 1]["status"] = json.loads(asked.body)["status"]
+    event: dict[str, Any] = {"id": "1", "type": "status-change", "createdAt": "2026-01-01T00:00:00.000Z"}
+    event |= {"author": {"name": "someone"}, "data": {"status": "closed"}}
+    return reply({"newStatus": event})
+
+
+def refs(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    heads = {name: at for name, at in found.heads.items() if not name.startswith("refs/")}
+    heads |= dict.fromkeys(found.branches, found.commit)
+    listed = {
+        kind: [
+            {"name": name, "ref": f"refs/{at}/{name}", "targetCommit": commit}
+            for name, commit in names.items()
+        ]
+        for kind, at, names in (("branches", "heads", heads), ("tags", "tags", found.tags))
+    }
+    return reply({"converts": [], **listed})
+
+
+def make_branch(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    if refused := _allowed(hub, asked):
+        return refused
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    if match["branch"] in (*found.branches, *found.heads):
+        return reply({"error": "Reference already exists"}, 409)
+    found.heads[match["branch"]] = found.commit_of(json.loads(asked.body)["startingPoint"])
+    found.history[found.commit] = found.files
+    return reply({})
+
+
+def make_tag(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    if refused := _allowed(hub, asked):
+        return refused
+    found = hub.find(match)
+    if isinstance(found, Answer):
+        return found
+    tag = json.loads(asked.body)["tag"]
+    if tag in found.tags:
+        return reply({"error": "Tag already exists"}, 409)
+    found.tags[tag] = found.commit_of(match["revision"])
+    return reply({})
+
+
+def collection(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    assert isinstance(hub, WritableHub)
+    items = hub.collections.get(match["slug"])
+    if items is None:
+        return refusal(404, "EntryNotFound")
+    if asked.method == "POST":
+        if refused := _allowed(hub, asked):
+            return refused
+        item = json.loads(asked.body)["item"]
+        assert item["type"] == "model"
+        if item["id"] in items:
+            return reply({"error": "This item is already in the collection"}, 409)
+        items.append(item["id"])
+    told: dict[str, Any] = {
+        "slug": match["slug"],
+        "title": "Mine",
+        "owner": {"name": "org"},
+        "items": [],
+        "position": 0,
+    }
+    return reply(
+        told | {"lastUpdated": "2026-01-01T00:00:00.000Z", "private": False, "theme": "green", "upvotes": 0}
+    )
+
+
+def exchange(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
+    """RFC 8693, as the Hub does it for trusted publishers."""
+    assert isinstance(hub, WritableHub)
+    wanted = json.loads(asked.body)
+    if hub.trusted.get(wanted["subject_token"]) != wanted["resource"]:
+        return reply({"error": "invalid_grant", "error_description": "No trusted publisher matches"}, 403)
+    return reply({"access_token": hub.token, "token_type": "bearer", "expires_in": 3600})
 
 
 def _rebuilt(cas: Path, xet_hash: str, size: int) -> bytes:
@@ -215,7 +365,6 @@ def paths_info(hub: Hub, match: re.Match[str], asked: Asked) -> Answer:
 
 
 API = rf"/api/models/{ID}"
-REVISION = r"(?P<revision>[^/]+)"
 WRITES: list[tuple[tuple[str, ...], str, Route]] = [
     (("GET",), r"/api/whoami-v2", whoami),
     (("POST",), r"/api/repos/create", create),
@@ -228,4 +377,11 @@ WRITES: list[tuple[tuple[str, ...], str, Route]] = [
     (("PUT",), r"/objects/(?P<oid>[0-9a-f]{64})(?:/(?P<part>\d+))?", store),
     (("POST",), r"/complete/(?P<oid>[0-9a-f]{64})", complete),
     (("POST",), r"/verify", verify),
+    (("GET",), rf"{API}/discussions", discussions),
+    (("POST",), rf"{API}/discussions/(?P<number>\d+)/status", set_status),
+    (("GET",), rf"{API}/refs", refs),
+    (("POST",), rf"{API}/branch/(?P<branch>[^/]+)", make_branch),
+    (("POST",), rf"{API}/tag/{REVISION}", make_tag),
+    (("GET", "POST"), r"/api/collections/(?P<slug>[^/]+/[^/]+?)(?:/items)?", collection),
+    (("POST",), r"/oauth/token", exchange),
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import quantool as package
-from quantool.records import Artifact, Plan, Report
+from quantool.records import Plan, Report
 from tests.conftest import Ended, dies, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -307,7 +307,7 @@ def test_a_killed_run_leaves_no_worker_and_no_half_file(
 def test_a_bug_shows_its_traceback(
     quantool: Command, config_file: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bug(*_: object) -> None:
+    def bug(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("quantool.pipeline.run", bug)
@@ -323,12 +323,14 @@ def theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """``pipeline.validate`` answers with a report that passes; what it was asked is remembered."""
     asked: list[Any] = []
 
-    def validate(artifact: Artifact, engine: str, config: Any, gates: Any, _progress: Any) -> Report:
-        asked.append((artifact, engine, config, gates))
-        finding = {"check": "c", "metric": "m", "verdict": "PASS"}
-        return Report.model_validate(
-            {"artifact": artifact, "reference": "r", "findings": [finding], "seconds": 0}
-        )
+    def validate(artifacts: Any, engine: str, config: Any, limits: Any, *_: Any) -> tuple[Report, ...]:
+        reports = []
+        for artifact, gates in zip(artifacts, limits, strict=True):
+            asked.append((artifact, engine, config, gates))
+            made = {"check": "c", "metric": "m", "verdict": "PASS"}
+            told = {"artifact": artifact, "reference": "r", "findings": [made], "seconds": 0}
+            reports.append(Report.model_validate(told))
+        return tuple(reports)
 
     monkeypatch.setattr("quantool.pipeline.validate", validate)
     monkeypatch.setattr("quantool.subject._bits_per_weight", lambda *_: 8.0)
@@ -362,6 +364,22 @@ def test_validate_without_a_configuration(quantool: Command, theirs: list[Any], 
     assert artifact.level == "Q4_0"
     assert gates.max_mean_kld == 0.123
     assert config.output_path == Path("validation-output")
+
+
+def test_validate_takes_all_files_of_a_folder_with_the_gates_of_each(
+    quantool: Command, theirs: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a-Q4_K_M.gguf").write_text("0.5")
+    (tmp_path / "a-imatrix.gguf").write_text("0.5")
+    ended = quantool("validate", tmp_path, "--reference", "org/model", "--json")
+    assert [report["artifact"]["level"] for report in json.loads(ended.out)] == ["Q4_K_M", "Q8_0"]
+    assert [(artifact.level, gates.max_mean_kld) for artifact, _, _, gates in theirs] == [
+        ("Q4_K_M", 0.055),
+        ("Q8_0", 0.004),
+    ]
+    ended = quantool("validate", tmp_path, "--reference", "org/model", "--level", "Q8_0")
+    assert ended.code == 2
+    assert "--level Q8_0 is one level, but" in ended.err
 
 
 @pytest.mark.parametrize(

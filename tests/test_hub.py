@@ -3,137 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 
-import quantool.hub
+import quantool.comparison
 from quantool.errors import GateError, PublicationError
 from quantool.preflight import lacks, preflight
 from quantool.progress import Progress
 from quantool.publication import destination, hash_files, read_parcel
 from quantool.records import Publication, sha256_of
 from quantool.refusal import plain
-from tests.checkpoint import write_checkpoint
-from tests.hub import Fault, Repository, serving, sha256
-from tests.pushing import SIGNATURE, WritableHub, account
+from tests.hub import Fault, Repository, sha256
+from tests.loopback import ALWAYS, GGUFS, OTHERS, REPO, child, content, edit, write_job
+from tests.pushing import WritableHub, account
 
-REPO = "org/model-FAKE"
-GGUFS = ("model-Q4_K_M.gguf", "model-Q8_0.gguf")
-OTHERS = {".gitattributes": b"*.gguf filter=lfs\n", "notes.txt": b"mine", "old.gguf": b"GGUF of last year"}
-ALWAYS = 99
 QUIET = Progress(quiet=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own PUT
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, plugin_folder: Path) -> Path:
-    """The output folder of a run of the fake method."""
-    root = tmp_path_factory.mktemp("packed")
-    own = {"only": "Q8_0", "divergence": 0.00005}  # else both files are the same
-    job = write_job(root, {"repo_id": REPO, "quantization_config": own})
-    environment = {**os.environ, "PYTHONPATH": str(plugin_folder)}
-    subprocess.run(
-        [sys.executable, "-m", "quantool", job, "-q"], env=environment, check=True, capture_output=True
-    )
-    return root / "out"
-
-
-def write_job(root: Path, keys: dict[str, Any]) -> Path:
-    """A configuration for the fake method: two levels unless ``keys`` say otherwise."""
-    (root / "text.txt").write_text("Some text to measure on.\n")
-    wanted = {
-        "model_id": str(write_checkpoint(root / "model")),
-        "output_path": str(root / "out"),
-        "validation": {"checks": ["fakecheck"], "corpora": [{"name": "t", "path": str(root / "text.txt")}]},
-        **({} if "quantizations" in keys else {"method": "fake", "quant_level": ["Q8_0", "Q4_K_M"]}),
-        **keys,
-    }
-    (root / "job.yaml").write_text(json.dumps(wanted))
-    return root / "job.yaml"
-
-
-@pytest.fixture
-def folder(packed: Path, tmp_path: Path) -> Path:
-    """A folder to publish, as the run left it."""
-    shutil.copytree(packed, tmp_path / "out")
-    return tmp_path / "out" / "model-FAKE"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
-    """An empty Hub; huggingface_hub asks it, by classic LFS, and does not wait between tries."""
-    with serving(WritableHub()) as hub:
-        assert isinstance(hub, WritableHub)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda _: None))
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        monkeypatch.setattr(socket, "getaddrinfo", _loopback_only)
-        yield hub
-
-
-_getaddrinfo = socket.getaddrinfo
-
-
-def _loopback_only(host: Any, *rest: Any, **keys: Any) -> Any:
-    assert host == "127.0.0.1", f"asked for {host}"
-    return _getaddrinfo(host, *rest, **keys)
-
-
-@pytest.fixture
-def publish(quantool: Callable[..., Any], folder: Path, hub: WritableHub) -> Callable[..., Any]:
-    """Run ``quantool publish``; nothing that it says may hold a secret."""
-
-    def run(*words: str) -> Any:
-        ended = quantool("publish", folder, *words)
-        for secret in (hub.token, SIGNATURE):
-            assert secret not in ended.out + ended.err
-        return ended
-
-    return run
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def child(hub: WritableHub, tmp_path: Path, *words: object, **variables: str) -> subprocess.Popen[str]:
-    """The command line as a user starts it, in a process of its own; it can reach nothing but the Hub."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": hub.token,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "NO_PROXY": "127.0.0.1",
-        **variables,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "quantool", *map(str, words)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_one_commit_makes_everything_visible(
@@ -269,7 +163,7 @@ def test_a_concurrent_push_is_not_overwritten(
     ended = publish()
     assert ended.code == 6
     assert "answers 412" in ended.err
-    assert "somebody pushed to main" in ended.err
+    assert "somebody pushed meanwhile" in ended.err
     assert hub.repositories[REPO].files == theirs
     uploads = len(hub.sent("PUT"))
     assert publish().code == 0
@@ -323,8 +217,8 @@ def test_bytes_read_back_are_compared(publish: Callable[..., Any], folder: Path,
 def test_only_the_ends_of_large_files_are_read_back(
     publish: Callable[..., Any], folder: Path, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantool.hub, "HEAD", 3)
-    monkeypatch.setattr(quantool.hub, "TAIL", 2)
+    monkeypatch.setattr(quantool.comparison, "HEAD", 3)
+    monkeypatch.setattr(quantool.comparison, "TAIL", 2)
     assert publish().code == 0
     read = [(asked.path[-9:], asked.range) for asked in hub.sent("GET", "/resolve/.*gguf$")]
     assert read == [
@@ -388,16 +282,6 @@ def test_a_folder_as_packed_may_be_published(folder: Path) -> None:
     assert {file.name for file in hash_files(parcel, QUIET)} == set(content(folder))
     assert destination(parcel, None) == REPO
     assert destination(parcel, "a/b") == "a/b"
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change quantool.json, and SHA256SUMS with it."""
-    path = folder / "quantool.json"
-    before, record = sha256_of(path), json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-    sums = folder / "SHA256SUMS"
-    sums.write_text(sums.read_text().replace(before, sha256_of(path)))
 
 
 @pytest.mark.parametrize("verdict", ["REGRESSION", "ANOMALOUS", "SKIPPED"])
@@ -671,22 +555,34 @@ def test_a_run_pushes_and_a_second_one_has_nothing_new(
 
 
 @pytest.mark.e2e
-def test_large_files_go_through_xet(tmp_path: Path, folder: Path, hub: WritableHub) -> None:
+@pytest.mark.parametrize(("status", "words"), [(403, ()), (500, ("--mode", "pull_request")), (429, ())])
+def test_large_files_go_through_xet(
+    tmp_path: Path, folder: Path, hub: WritableHub, status: int, words: tuple[str, ...]
+) -> None:
     import hf_xet  # type: ignore[import-untyped]
 
+    hub.repositories[REPO] = Repository(dict(OTHERS))
     hub.cas = tmp_path / "cas"
     hub.cas.mkdir()
     for name in GGUFS:
         hub.xet[sha256_of(folder / name)] = hf_xet.hash_files([str(folder / name)])[0].hash
-    hub.faults = [Fault("GET .*/xet-write-token/", status=403)]
+    hub.faults = [Fault("GET .*/xet-write-token/", status=status, times=ALWAYS)]
+    quick = {
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",
+        "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+    }  # else minutes
     for code in (6, 0):
-        with child(hub, tmp_path, "publish", folder) as run:
-            out, err = run.communicate(timeout=60)
+        with child(hub, tmp_path, "publish", folder, *words, **quick) as run:
+            out, err = run.communicate(timeout=120)
         assert run.returncode == code, err
+        assert code == 0 or "upload model-Q4_K_M.gguf to" in err
         assert hub.token not in out + err
         assert "cas-token" not in out + err
+        assert code == 0 or hub.repositories[REPO].files == OTHERS
+        hub.faults = []
     assert hub.sent("PUT") == []
-    assert content(folder).items() <= hub.repositories[REPO].files.items()
+    shown = "refs/pr/1" if words else "main"
+    assert hub.repositories[REPO].at(shown) == OTHERS | content(folder)
 
 
 @pytest.mark.e2e

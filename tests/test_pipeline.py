@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +114,14 @@ def test_new_files_are_not_judged_by_the_hashes_of_old_ones(
     kept: bool,
 ) -> None:
     run(config_file())
-    judge, seen = pipeline.judge, []
+    judge = pipeline.judge
+    seen: list[bool] = []
 
-    def watched(case: Case, artifact: Artifact, progress: Progress) -> Report:
-        seen.append((artifact.folder / "SHA256SUMS").is_file())
-        return judge(case, artifact, progress)
+    def watched(
+        cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progress
+    ) -> tuple[Report, ...]:
+        seen.extend((artifact.folder / "SHA256SUMS").is_file() for artifact in artifacts)
+        return judge(cases, artifacts, progress)
 
     monkeypatch.setattr(pipeline, "judge", watched)
     run(config_file(**change))
@@ -301,8 +304,9 @@ def test_judging_a_file_of_somebody_else(tmp_path: Path, config_file: Write) -> 
     )  # fmt: skip
 
     def judged() -> Report:
-        limits = gates.default_gates("Q8_0")
-        return pipeline.validate(artifact, "llama.cpp", config, limits, Progress(quiet=True))
+        limits = [gates.default_gates("Q8_0")]
+        (report,) = pipeline.validate([artifact], "llama.cpp", config, limits, Progress(quiet=True))
+        return report
 
     first = judged()
     assert first.verdict() is Verdict.REGRESSION

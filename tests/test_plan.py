@@ -10,7 +10,7 @@ from quantool import pipeline, plan
 from quantool.config import Config, Quantization, load
 from quantool.errors import ConfigError, DependencyError
 from quantool.progress import Progress
-from quantool.records import Gates, Plan, StagePlan
+from quantool.records import Gates, Plan, PlannedFile, StagePlan
 from quantool.registry import Outline, find_method
 from quantool.workspace import Workspace
 from tests.checkpoint import write_checkpoint
@@ -71,6 +71,32 @@ def test_stages_and_the_disk_that_they_need(model: Path, monkeypatch: pytest.Mon
         ("judge", 0, False),
     ]
     assert (made.peak_disk, made.free_disk) == (200, 12345)
+
+
+@pytest.mark.parametrize(
+    ("bounded", "done", "needed"), [(False, 0, 1630), (True, 0, 1330), (True, 1, 1330), (True, 2, 1010)]
+)
+def test_levels_that_are_deleted_one_by_one_need_the_largest_alone(
+    model: Path, bounded: bool, done: int, needed: int
+) -> None:
+    """A base of 1000 bytes stays, and so do small files."""
+    first = planned(model).outputs[0]
+    sizes = ({"a.gguf": 300}, {"config.json": 20, "model.safetensors": 300}, {"config.json": 10})
+    outputs = [
+        first.model_copy(
+            update={
+                "id": f"x/{number}",
+                "files": tuple(PlannedFile(name=name, bytes=size) for name, size in files.items()),
+                "done": number < done,
+            }
+        )
+        for number, files in enumerate(sizes)
+    ]
+    stages = [StagePlan(name="base", writes=1000, peak_ram=1, done=False)]
+    stages += [
+        StagePlan(name=o.id, writes=sum(f.bytes for f in o.files), peak_ram=1, done=o.done) for o in outputs
+    ]
+    assert plan._peak_disk(stages, outputs, bounded=bounded) == needed
 
 
 def test_what_is_done_needs_no_more_disk(model: Path) -> None:

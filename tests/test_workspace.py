@@ -367,3 +367,69 @@ def test_a_failed_stage_is_not_finished(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         workspace.stage("s", "k", fail)
     assert workspace.recall("s", "k") is None
+
+
+# --- files that were deleted on purpose
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """Two stages of the same two files."""
+    (tmp_path / "repo").mkdir()
+    paths = [tmp_path / "repo" / name for name in ("a.gguf", "config.json")]
+    for path in paths:
+        path.write_text(path.name)
+    workspace = Workspace(tmp_path)
+    for stage in ("made", "judged"):
+        workspace.keep(stage, "key", paths, {"of": stage})
+    return tmp_path
+
+
+def test_released_files_count_as_there_for_a_bounded_workspace_alone(finished: Path) -> None:
+    Workspace(finished).release([finished / "repo" / "a.gguf"])
+    assert names(finished / "repo") == ["config.json"]
+    for stage in ("made", "judged"):
+        assert Workspace(finished, bounded=True).recall(stage, "key") == {"of": stage}
+        assert Workspace(finished, bounded=True).recall(stage, "other") is None
+        assert Workspace(finished).recall(stage, "key") is None
+    (finished / "repo" / "a.gguf").write_text("somebody else's")
+    assert Workspace(finished, bounded=True).recall("made", "key") is None
+
+
+def test_other_files_must_be_there_as_ever(finished: Path) -> None:
+    Workspace(finished).release([finished / "repo" / "a.gguf"])
+    (finished / "repo" / "config.json").unlink()
+    assert Workspace(finished, bounded=True).recall("made", "key") is None
+
+
+def test_reclaimed_files_have_to_be_made_again(finished: Path) -> None:
+    workspace = Workspace(finished, bounded=True)
+    paths = [finished / "repo" / "a.gguf"]
+    workspace.release(paths)
+    workspace.reclaim(paths)
+    assert workspace.recall("made", "key") is None
+    paths[0].write_text("made anew")
+    workspace.keep("made", "key", paths, {"of": "made"})
+    assert Workspace(finished).recall("made", "key") == {"of": "made"}
+
+
+def test_a_release_that_was_cut_short_leaves_the_file_valid(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_args: object, **_keys: object) -> None:
+        raise KeyboardInterrupt
+
+    workspace = Workspace(finished, bounded=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            workspace.release([finished / "repo" / "a.gguf"])
+    assert workspace.recall("made", "key") == {"of": "made"}
+    assert Workspace(finished).recall("made", "key") == {"of": "made"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"files": 3}', "null"])
+def test_damaged_records_of_stages_do_not_stop_a_release(finished: Path, text: str) -> None:
+    (finished / ".quantool" / "stages" / "broken.json").write_text(text)
+    Workspace(finished).release([finished / "repo" / "a.gguf"])
+    assert Workspace(finished, bounded=True).recall("made", "key") == {"of": "made"}

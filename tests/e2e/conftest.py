@@ -97,7 +97,13 @@ def structure(name: str, folder: Path) -> dict[str, Any]:
         "method": "gguf",
         "quant_level": ["Q8_0", "Q4_K_M"],
         "quantization_config": options,
-        "validation": {"max_tokens": 512, "context": 128, "corpora": [DOCS], "gates": WIDE},
+        "validation": {
+            "max_tokens": 512,
+            "context": 128,
+            "corpora": [DOCS],
+            "gates": WIDE,
+            "behaviour": {"max_new_tokens": 8},  # what a random model says has no end
+        },
     }
 
 
