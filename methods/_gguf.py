@@ -11,6 +11,7 @@ from pydantic import Field
 
 from quantool import __version__, process, toolchain
 from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.origin import origin_keys
 from quantool.progress import Progress
 from quantool.records import FileRecord, Source, fingerprint, sha256_of
 from quantool.registry import Job, Options
@@ -18,6 +19,7 @@ from quantool.workspace import write_text, written
 
 F16_MAX = 65504.0
 GIB = 1 << 30
+MOST_BYTES = 4.4  # a weight of a converted file: float32, and what a conversion may add
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -37,18 +39,22 @@ class GgufOptions(Options):
     model_name: str | None = Field(
         None, description="general.name and the start of file names; default: the source's."
     )
-    max_shard_size: str | None = Field(
-        None, description="Split files at this size, e.g. 45G (decimal, as llama-gguf-split counts)."
+    max_shard_size: str = Field(
+        "45G",
+        description="Split files at this size of tensors, e.g. 20G (decimal, as llama-gguf-split counts).",
     )
 
     def split_bytes(self) -> int:
-        """``max_shard_size`` in bytes, 0 for none."""
-        if self.max_shard_size is None:
-            return 0
+        """``max_shard_size`` in bytes."""
         number, unit = self.max_shard_size[:-1], self.max_shard_size[-1:].upper()
         if unit not in UNITS or not number.isdigit() or not int(number):
             raise ConfigError(f"max_shard_size {self.max_shard_size!r} is not a number with K, M or G")
         return int(number) * UNITS[unit]
+
+    def base_split_bytes(self, source: Source) -> int:
+        """Where the converter splits the unquantized file; 0 where that is smaller than a part in any case."""
+        limit = self.split_bytes()
+        return limit if MOST_BYTES * source.facts.parameters > limit else 0
 
 
 def model_name(source: Source, options: GgufOptions) -> str:
@@ -107,9 +113,7 @@ def conversion(
 ) -> dict[str, Any]:
     """What the converter's child needs besides the places to read and write."""
     write_text(override, json.dumps(metadata(source, options)))
-    extra = {"quantool.version": __version__}
-    if source.commit:
-        extra["quantool.source.commit"] = source.commit
+    extra = {"quantool.version": __version__, **origin_keys(source)}
     if tools.commit:
         extra["quantool.llama_cpp.commit"] = tools.commit
     return {
@@ -118,9 +122,10 @@ def conversion(
         "metadata": str(override),
         "pre_tokenizer": options.pre_tokenizer,
         "chat_template": source.facts.chat_template,
+        "named_templates": source.facts.named_templates,
         "add_space_prefix": options.add_space_prefix,
         "extra": extra,
-        "split_bytes": options.split_bytes(),
+        "split_bytes": options.base_split_bytes(source),
         "rehearse": False,
     }
 
@@ -153,13 +158,16 @@ def base_key(source: Source, options: GgufOptions, kind: str) -> str:
 
 def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kind: str) -> list[Any]:
     """Everything beside the checkpoint that decides the bytes of a converted file."""
-    chosen = options.model_dump(include={"pre_tokenizer", "add_space_prefix", "max_shard_size"})
+    chosen = options.model_dump(include={"pre_tokenizer", "add_space_prefix"})
+    chosen["max_shard_size"] = options.max_shard_size if options.base_split_bytes(source) else None
     code = [
         toolchain.fingerprint_of(tools),
         sha256_of(Path(__file__).with_name("_converter.py")),
         __version__,
     ]
-    return [metadata(source, options), source.commit, source.facts.chat_template, chosen, code, kind]
+    keys = sorted(origin_keys(source))
+    templates = [source.facts.chat_template, source.facts.named_templates]
+    return [metadata(source, options), source.commit, keys, templates, chosen, code, kind]
 
 
 def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple[Path, str]:

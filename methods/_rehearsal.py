@@ -9,13 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantool import process, toolchain
 from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
 from quantool.headers import headers
+from quantool.methods import _shards
 from quantool.methods._gguf import GgufOptions, conversion, recipe, shard_names
 from quantool.methods._pretokenizer import known_names
 from quantool.records import Source, fingerprint
@@ -211,16 +212,21 @@ def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:
     return 8 * total / rehearsal.elements()
 
 
-def merged_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int) -> int:
-    """Size of one file made from a split base: llama.cpp drops the three split keys and joins the tensor lists."""
-    split_keys = sum(
-        8 + len(key) + 4 + size
-        for key, size in (("split.no", 2), ("split.count", 2), ("split.tensors.count", 4))
-    )
-    own = 4 + 4 + 8 + 8 + split_keys  # magic, version, two counts and the keys of every further shard
-    header = sum(rehearsal.headers) - split_keys - own * (len(rehearsal.headers) - 1) + extra
-    tensors = {name: replace(tensor, shard=0) for name, tensor in rehearsal.tensors.items()}
-    return file_bytes(replace(rehearsal, headers=(header,), tensors=tensors), types, 0)[0]
+def split_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int, limit: int) -> list[int]:
+    """Sizes of the parts that one file with ``types`` (in the file's order) makes when split at ``limit`` bytes."""
+    tensors = {name: rehearsal.tensors[name] for name in types}
+    sizes = [_shards.padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
+    infos = [_shards.info_bytes(name, len(tensor.shape)) for name, tensor in tensors.items()]
+    return _shards.part_bytes(_merged_header(rehearsal) + extra, infos, sizes, limit)
+
+
+def _merged_header(rehearsal: Rehearsal) -> int:
+    """Bytes of the header when a base in shards becomes one file: llama.cpp drops the split keys, joins the lists."""
+    further = len(rehearsal.headers) - 1
+    if not further:
+        return rehearsal.headers[0]
+    keys = _shards.split_keys_bytes()
+    return sum(rehearsal.headers) - keys - (_shards.FIRST + keys) * further
 
 
 def _pad(size: int) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quantool import process, toolchain
 from quantool.errors import ConfigError, nearest
-from quantool.methods import _gguf, _importance, _rehearsal
+from quantool.methods import _gguf, _importance, _level, _rehearsal
 from quantool.methods._matrix import check_matrix, read_matrix
 from quantool.plan import Request
 from quantool.progress import Progress
@@ -25,7 +25,7 @@ from quantool.records import (
     fingerprint,
 )
 from quantool.registry import Job, Outline, method
-from quantool.workspace import write_text, written
+from quantool.workspace import write_text
 
 MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
@@ -47,7 +47,9 @@ class Options(_gguf.GgufOptions):
     token_embedding_type: str | None = Field(None, description="ggml type of token_embd.weight.")
     pure: bool = Field(False, description="No mixtures: every tensor gets the level's own type.")
     leave_output_tensor: bool = Field(False, description="Keep output.weight as it is in the base.")
-    keep_split: bool = Field(False, description="Write the same shards as the base (see max_shard_size).")
+    keep_split: bool = Field(
+        False, description="Split where the base was split at max_shard_size: same tensors, smaller files."
+    )
     allow_requantize: bool = Field(False, description="Accept a base that is quantized already.")
     threads: int = Field(0, ge=0, description="Threads; 0 for all cores.")
 
@@ -79,11 +81,11 @@ def outline(request: Request, options: Options) -> Outline:
     extra = _matrix_bytes(request, options, stem)
     outputs = []
     for level, run in zip(request.levels, runs, strict=True):
-        split = len(rehearsal.headers) if options.keep_split else 1
-        sizes = _rehearsal.file_bytes(rehearsal, run["types"], extra)
-        if split == 1 and len(sizes) > 1:
-            sizes = [_rehearsal.merged_bytes(rehearsal, run["types"], extra)]
-        names = _gguf.shard_names(f"{stem}-{level}.gguf", split)
+        if options.keep_split:
+            sizes = _rehearsal.file_bytes(rehearsal, run["types"], extra)
+        else:
+            sizes = _rehearsal.split_bytes(rehearsal, run["types"], extra, options.split_bytes())
+        names = _gguf.shard_names(f"{stem}-{level}.gguf", len(sizes))
         outputs.append(
             OutputPlan(
                 id=f"gguf/{level}",
@@ -108,15 +110,21 @@ def outline(request: Request, options: Options) -> Outline:
     ]
     return Outline(
         tuple(outputs),
-        _stages(request, rehearsal, options, kind),
-        tuple(filter(None, (note, _split_note(options), _rehearsal.space_note(rehearsal), *aliases))),
+        (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
+        tuple(filter(None, (note, _rehearsal.space_note(rehearsal), *aliases))),
     )
 
 
-def _split_note(options: Options) -> str:
-    if options.max_shard_size is None or options.keep_split:
-        return ""
-    return "max_shard_size splits the base, each level is one file again: keep_split: true keeps the shards"
+def _splitting(outputs: list[OutputPlan], options: Options) -> list[StagePlan]:
+    """What splitting needs on disk for a while, beside the parts: as much as the largest one."""
+    needs = {
+        output.id: _level.temporary([file.bytes for file in output.files], keep_split=options.keep_split)
+        for output in outputs
+    }
+    if not any(needs.values()):
+        return []
+    done = all(output.done for output in outputs if needs[output.id])
+    return [StagePlan(name="gguf/split", writes=max(needs.values()), peak_ram=100 << 20, done=done)]
 
 
 def _level_key(source: Source, options: Options, kind: str, level: str, matrix: str, names: list[str]) -> str:
@@ -124,6 +132,7 @@ def _level_key(source: Source, options: Options, kind: str, level: str, matrix: 
     return fingerprint(
         _gguf.base_key(source, options, kind), toolchain.levels()[level].ftype, level,
         options.settings() | {"threads": 0}, matrix, toolchain.installed_version(), names,
+        *([options.split_bytes()] if len(names) > 1 and not options.keep_split else []),
     )  # fmt: skip
 
 
@@ -157,8 +166,6 @@ def _validate(options: Options) -> None:
     for name in (*options.tensor_types.values(), options.output_tensor_type, options.token_embedding_type):
         if name is not None:
             ggml_type(name)
-    if options.keep_split and options.max_shard_size is None:
-        raise ConfigError("keep_split keeps the shards of the base, but max_shard_size is not set")
     for pattern in options.tensor_types:
         try:
             re.compile(pattern)
@@ -259,7 +266,8 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         return Artifact.model_validate(kept)
     base, _ = _gguf.base(job, options, kind, progress)
     started = time.monotonic()
-    _gguf.need_disk(workspace.root, sum(file.bytes for file in output.files))
+    sizes = [file.bytes for file in output.files]
+    _gguf.need_disk(workspace.root, sum(sizes) + _level.temporary(sizes, keep_split=options.keep_split))
     log = workspace.logs / f"quantize-{output.level}.log"
     request = {
         "base": str(base),
@@ -268,7 +276,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "settings": options.settings(),
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
-    said = _write(job, request, names, log, progress)
+    said = _level.write_level(job, request, key, options.split_bytes(), log, progress)
     artifact = Artifact(
         output=output.id,
         method="gguf",
@@ -279,31 +287,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details={"base": kind, "note": note, **said},
+        made_from=str(base.relative_to(workspace.root)),
     )
     workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
     return artifact
-
-
-def _write(
-    job: Job, request: dict[str, Any], names: list[str], log: Path, progress: Progress
-) -> dict[str, Any]:
-    """Run the quantizer into a temporary file or, for shards, folder; llama.cpp names shards itself."""
-    with progress.bar(f"quantize {job.output.level}", "tensors") as bar:
-        if len(names) == 1:
-            with written(job.folder / names[0]) as part:
-                said = process.call(
-                    "quantool.methods._quantizer:quantize", request | {"output": str(part)}, log=log, bar=bar
-                )
-                _gguf.load(part, log)
-            return said
-        with written(job.workspace.work / "shards") as part:
-            part.mkdir()
-            prefix = part / names[0].rpartition("-00001-of-")[0]
-            said = process.call(
-                "quantool.methods._quantizer:quantize", request | {"output": str(prefix)}, log=log, bar=bar
-            )
-            _gguf.load(part / names[0], log)
-        for name in names:
-            _gguf.place(job.workspace.work / "shards" / name, job.folder / name)
-            (job.workspace.work / "shards" / name).unlink()
-        return said

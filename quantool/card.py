@@ -1,49 +1,116 @@
-"""The model card of a folder to publish, made from records only."""
+"""The model card of a folder to publish, made from records only.
+
+``SECTIONS`` are its parts in order. A template of the user's own (``card.template``) may arrange them anew or replace
+them: it is given the sections and the records (``sandbox.VARIABLES``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
-from quantool.plots import CAPTIONS
+from quantool import registry
+from quantool.choosing import choosing
+from quantool.config import Config, Sampling
+from quantool.evaluations import model_index
+from quantool.figures import checks, corpora, pictures, unchecked
+from quantool.places import without_places
 from quantool.progress import amount
-from quantool.records import Finding, OutputPlan, Plan, Report, Source, Verdict
+from quantool.records import Finding, OutputPlan, Plan, Report, Source
+from quantool.sampling import listed, recommended
+from quantool.sandbox import render_card
 from quantool.table import HEADINGS, columns, markdown
+from quantool.usage import usage
 
-CORPUS_METRICS = ("perplexity", "ln_ppl_ratio", "mean_kld", "same_top_p")
+SECTIONS = (
+    "title", "introduction", "files", "corpora", "plots", "parity", "checks", "sampling", "usage",
+    "choosing", "made", "reproduce", "unchecked",
+)  # fmt: skip
+"""Names of the parts between the front matter and the end; one that has nothing to say is empty."""
+
+PARITY = {"tokenizer": "tokenizer", "stop_tokens": "end of text", "chat_template": "chat template"}
+"""Checks of what a chat is made of, and how the card calls that."""
+
+COMPRESSED = frozenset({"awq", "fp8", "gptq", "smoothquant"})
+"""Methods that write the layout of compressed-tensors."""
+
+NOT_TO_REPRODUCE = {"repo_id", "private", "publish", "disk_bounded", "card", "cache_dir", "dataset_cache_dir"}
+"""Keys of a configuration that say where things go."""
 
 
 def write_card(
-    plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], plots: Sequence[str] = ()
+    plan: Plan,
+    outputs: Sequence[OutputPlan],
+    reports: Sequence[Report],
+    plots: Sequence[str] = (),
 ) -> str:
-    """README.md: front matter for the Hub, files with their measured figures, how they were made.
+    """README.md: front matter for the Hub, files with their measured figures, how to run them, how they were made.
 
-    ``plots`` are the names of pictures in the folder (``plots.draw``).
+    ``plots`` are the names of pictures in the folder (``plots.draw``). Raises ConfigError for what is wrong in the
+    user's own template.
     """
-    source = plan.source
-    repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
-    parts = [
-        "---\n"
-        + yaml.safe_dump(front_matter(source, outputs), sort_keys=False, allow_unicode=True)
-        + "---\n",
-        f"# {outputs[0].repo}\n",
-        _introduction(plan, reports),
-        "## Files\n",
-        _files(reports),
-        "## Figures by corpus\n",
-        corpora(reports),
-        *pictures(plots),
-        *checks(reports),
-        *_sampling(source),
-        "## Use\n",
-        _usage(outputs, repo_id),
-        "## How it was made\n",
-        _made(plan, reports),
-    ]
-    return "\n".join(parts)
+    config = Config.model_validate(plan.config)
+    sampling = recommended(plan.source, config)
+    front = front_text(plan, outputs, reports)
+    sections = _sections(plan, outputs, reports, plots, sampling)
+    card = "\n".join([front, *(sections[name] for name in SECTIONS if sections[name])])
+    if config.card.template is None:
+        return card
+    return render_card(
+        config.card.template,
+        {
+            "front_matter": front,
+            "sections": sections,
+            "card": card,
+            "repo": outputs[0].repo,
+            "repo_id": _repo_id(outputs),
+            "plan": without_places(plan.model_dump(mode="json")),
+            "outputs": without_places([output.model_dump(mode="json") for output in outputs]),
+            "reports": without_places(
+                [report.model_dump(mode="json") | {"verdict": str(report.verdict())} for report in reports]
+            ),
+            "plots": list(plots),
+            "sampling": sampling.model_dump(exclude_none=True),
+        },
+    )
+
+
+def _repo_id(outputs: Sequence[OutputPlan]) -> str | None:
+    return next((output.repo_id for output in outputs if output.repo_id), None)
+
+
+def _sections(
+    plan: Plan,
+    outputs: Sequence[OutputPlan],
+    reports: Sequence[Report],
+    plots: Sequence[str],
+    sampling: Sampling,
+) -> dict[str, str]:
+    known = sampling.model_dump(exclude_none=True)
+    parts = {
+        "title": f"# {outputs[0].repo}\n",
+        "introduction": _introduction(plan, reports),
+        "files": "## Files\n\n" + _files(reports),
+        "corpora": "## Figures by corpus\n\n" + corpora(reports) if _is_scored(reports) else "",
+        "plots": "\n".join(pictures(plots)),
+        "parity": _parity(reports),
+        "checks": "\n".join(checks(reports)),
+        "sampling": f"## Recommended sampling\n\n{listed(sampling)} ({_origin(plan)}).\n" if known else "",
+        "usage": "## How to run it\n\n" + usage(plan, outputs, reports, known),
+        "choosing": "## Which level for which memory\n\n" + choosing(plan.source.facts, reports)
+        if reports
+        else "",
+        "made": "## How it was made\n\n" + _made(plan, outputs, reports),
+        "reproduce": "## How to make it again\n\n" + _reproduction(plan),
+        "unchecked": "\n".join(unchecked(reports, registry.names("checks"))),
+    }
+    return {name: parts[name] for name in SECTIONS}
+
+
+def _is_scored(reports: Sequence[Report]) -> bool:
+    return any(report.find("perplexity") for report in reports)
 
 
 def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
@@ -57,18 +124,37 @@ def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
     return f"Quantized versions of {_link(plan.source)}, {made_by}. {compared}\n"
 
 
+def front_text(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
+    """The front matter as text, ``model-index`` at its end."""
+    texts = without_places(plan.config).get("validation", {}).get("corpora", [])
+    found = front_matter(plan.source, outputs)
+    if index := model_index(outputs, reports, {text["name"]: text for text in texts}):
+        found["model-index"] = index
+    return "---\n" + yaml.safe_dump(found, sort_keys=False, allow_unicode=True) + "---\n"
+
+
 def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any]:
     """Metadata that the Hub reads (hub-docs, "Model Cards"); only what the source or the records say."""
     card, gguf = source.card, outputs[0].engine == "llama.cpp"
     found: dict[str, Any] = {"base_model": source.model_id if source.commit else None}
     found["base_model_relation"] = "quantized" if source.commit else None
     found |= {"license": card.license, "license_name": card.license_name, "license_link": card.license_link}
-    found |= {"language": list(card.languages), "pipeline_tag": card.pipeline_tag}
+    causal = source.facts.architecture.endswith("ForCausalLM")
+    task = card.pipeline_tag or ("text-generation" if causal else None)
+    found |= {"language": list(card.languages), "pipeline_tag": task}
     found["library_name"] = "gguf" if gguf else "transformers"
     tags = [tag for tag in card.tags if tag not in ("safetensors", "transformers")]
-    found["tags"] = [*tags, *(["gguf"] if gguf else []), "quantized"]
+    found["tags"] = list(dict.fromkeys([*tags, *(["gguf"] if gguf else _tags(outputs[0])), "quantized"]))
     found["quantized_by"] = "quantool"
     return {key: value for key, value in found.items() if value not in (None, [], "")}
+
+
+def _tags(output: OutputPlan) -> list[str]:
+    """Of a folder for transformers; AutoAWQ's layout is not that of compressed-tensors."""
+    if output.method not in COMPRESSED:
+        return ["vllm"]
+    layout = [] if output.options.get("format") == "autoawq" else ["compressed-tensors"]
+    return [output.method, *layout, "vllm"]
 
 
 def _link(source: Source) -> str:
@@ -78,96 +164,43 @@ def _link(source: Source) -> str:
 
 
 def _files(reports: Sequence[Report]) -> str:
-    rows = [columns(report)[:-1] for report in reports]
-    return markdown(HEADINGS[:-1], rows) + "\nSHA-256 of every file: `SHA256SUMS`.\n"
+    """One row a level: the figures are those of the corpus where the divergence is largest."""
+    heads = ["level", *HEADINGS[:-1]]
+    rows = [[report.artifact.level, *columns(report)[:-1]] for report in reports]
+    text = markdown(heads, rows)
+    for report in reports:
+        shards = [file.name for file in report.artifact.files if file.name.endswith(".gguf")]
+        if len(shards) > 1:
+            text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
+    return text + "\nSHA-256 of every file: `SHA256SUMS`.\n"
 
 
-def corpora(reports: Sequence[Report]) -> str:
-    """The table of figures by level and corpus, with what they mean."""
-    heads = ["level", "corpus", "perplexity", "reference", "ln(PPL/ref)", "mean KLD", "same top-p"]
+def _parity(reports: Sequence[Report]) -> str:
+    """Verdicts on tokenizer, end of text and chat template, each by level."""
     rows = []
     for report in reports:
-        for corpus in dict.fromkeys(
-            f.corpus for f in report.findings if f.corpus and f.metric == "perplexity"
-        ):
-            ppl, ratio, kld, top = (report.find(metric, corpus) for metric in CORPUS_METRICS)
-            rows.append(
-                [
-                    report.artifact.level,
-                    corpus,
-                    _number(ppl, 4),
-                    f"{ppl.reference:.4f}" if ppl and isinstance(ppl.reference, float) else "-",
-                    _number(ratio, 6, errors=True),
-                    _number(kld, 6, errors=True),
-                    _percent(top),
-                ]
-            )
-    return markdown(heads, rows) + (
-        "\nPerplexity of windows of tokens, second half scored, as llama-perplexity does; KLD is the mean "
-        "Kullback-Leibler divergence from the reference in nats, ± one standard error.\n"
+        verdicts = {check: _verdict(report, check) for check in PARITY}
+        if any(verdicts.values()):
+            rows.append([report.artifact.level, *(verdicts[check] or "-" for check in PARITY)])
+    if not rows:
+        return ""
+    return "## Tokenizer and chat template\n\nCompared with the source's, id for id.\n\n" + markdown(
+        ["level", *PARITY.values()], rows
     )
 
 
-def _number(finding: Finding | None, digits: int, *, errors: bool = False) -> str:
-    if finding is None or not isinstance(finding.measured, float):
-        return "-"
-    error = f" ± {finding.error:.{digits}f}" if errors and finding.error is not None else ""
-    return f"{finding.measured:.{digits}f}{error}"
+def _verdict(report: Report, check: str) -> str:
+    found: tuple[Finding, ...] = tuple(finding for finding in report.findings if finding.check == check)
+    return str(report.model_copy(update={"findings": found}).verdict()) if found else ""
 
 
-def _percent(finding: Finding | None) -> str:
-    return f"{100 * finding.measured:.2f} %" if finding and isinstance(finding.measured, float) else "-"
+def _origin(plan: Plan) -> str:
+    own = plan.config.get("validation")
+    given = isinstance(own, dict) and own.get("generation")
+    return "validation.generation" if given else "generation_config.json of the source"
 
 
-def pictures(names: Sequence[str], folder: str = "") -> list[str]:
-    """The pictures of ``plots.draw`` as Markdown; ``folder`` leads to them and ends with a slash."""
-    return [f"![{CAPTIONS[name]}]({quote(folder + name)})\n" for name in names]
-
-
-def checks(reports: Sequence[Report]) -> list[str]:
-    """Verdicts of everything that is no figure of a corpus; failures and omissions with their reason."""
-    rows, remarks = [], []
-    for report in reports:
-        others = [finding for finding in report.findings if finding.corpus is None]
-        remarks += [
-            f"- {report.artifact.level}, {finding.metric}: {finding.verdict}: {finding.detail}"
-            for finding in others
-            if finding.detail and (finding.verdict.fails or finding.verdict is Verdict.SKIPPED)
-        ]
-        by_check: dict[str, list[Finding]] = {}
-        for finding in others:
-            by_check.setdefault(finding.check, []).append(finding)
-        rows += [
-            [report.artifact.level, check, ", ".join(f"{f.metric} {f.verdict}" for f in found)]
-            for check, found in by_check.items()
-        ]
-    if not rows:
-        return []
-    return [
-        "## Other checks\n",
-        markdown(["level", "check", "findings"], rows),
-        "\n".join(dict.fromkeys(remarks)) + "\n",
-    ]
-
-
-def _sampling(source: Source) -> list[str]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    known = {name: source.generation[name] for name in names if source.generation.get(name) is not None}
-    if not known:
-        return []
-    listed = ", ".join(f"{name} {value}" for name, value in known.items())
-    return ["## Recommended sampling\n", f"{listed} (generation_config.json of the source).\n"]
-
-
-def _usage(outputs: Sequence[OutputPlan], repo_id: str | None) -> str:
-    name = outputs[0].files[0].name
-    if outputs[0].engine == "llama.cpp":
-        remote = f"llama-server -hf {repo_id}:{outputs[0].level}\n" if repo_id else ""
-        return f"```sh\n{remote}llama-server -m {name}\n```\n"
-    return f"```sh\nvllm serve {repo_id or outputs[0].repo}\n```\n"
-
-
-def _made(plan: Plan, reports: Sequence[Report]) -> str:
+def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     facts, versions = plan.source.facts, plan.versions
     lines = [
         f"- source: {_link(plan.source)}, {facts.architecture}, {amount(facts.parameters, '')} parameters, {facts.dtype}",
@@ -182,5 +215,38 @@ def _made(plan: Plan, reports: Sequence[Report]) -> str:
         lines += [
             f"- importance matrix: `{file.name}`, SHA-256 `{file.sha256}`" for file in report.artifact.shared
         ]
+    samples = any(report.artifact.details.get("samples") for report in reports)
+    if samples or any("imatrix" in output.needs for output in outputs):
+        lines.append(f"- calibration: {_calibration(plan)}")
     lines.append("- plan, findings and thresholds of every check: `quantool.json`")
     return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _calibration(plan: Plan) -> str:
+    """Text, part of it, number of documents and how they were chosen."""
+    config = Config.model_validate(plan.config)
+    if config.dataset_path is not None:
+        named = f"`{config.dataset_path.name}`"
+    else:
+        parts = (config.dataset_id, config.dataset_config, config.split)
+        named = " ".join(f"`{part}`" for part in parts if part)
+    drawn = f"shuffled with seed {config.dataset_seed}" if config.shuffle else "the first ones"
+    return f"{named}, at most {config.sample_size} documents, {drawn}"
+
+
+def _reproduction(plan: Plan) -> str:
+    """The configuration as YAML, pinned to the source's commit, without places of the machine."""
+    kept = {key: value for key, value in without_places(plan.config).items() if key not in NOT_TO_REPRODUCE}
+    if plan.source.commit:
+        kept["revision"] = plan.source.commit
+    libraries = [
+        f"{name}=={version}"
+        for name, version in plan.versions.items()
+        if name in ("quantool", "llama-cpp-python", "transformers", "torch", "llmcompressor")
+    ]
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return (
+        "Save this as `job.yaml`, with the files that it names beside it, and run `quantool job.yaml`. "
+        f"Versions: {', '.join(libraries)}; other compilers and processors may round differently.\n\n"
+        f"```yaml\n{text}```\n"
+    )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantool.card import write_card
+from quantool.places import without_places
 from quantool.plots import draw
 from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
 from quantool.workspace import Workspace, write_text
@@ -14,15 +15,6 @@ from quantool.workspace import Workspace, write_text
 RECORD = "quantool.json"
 SUMS = "SHA256SUMS"
 CARD = "README.md"
-OF_THE_MACHINE = frozenset({"folder", "done", "free_disk", "peak_disk", "output_path", "push_to_hub"})
-"""Keys of a plan that say where a run was and how far, not what was made."""
-
-
-PLACES = {
-    "model_id", "tokenizer_name", "cache_dir", "llama_cpp_path", "imatrix", "dataset_path", "dataset_cache_dir",
-    "output_path", "eval_dataset", "path", "conversations", "reference",
-}  # fmt: skip
-"""Keys of records whose value may be a path of this machine: its name is enough."""
 
 
 def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[Path, ...]:
@@ -53,9 +45,7 @@ def _pack_folder(
         "reports": [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports],
         "plots": [file.model_dump() for file in drawn],
     }
-    write_text(
-        folder / RECORD, json.dumps(_without_places(record, plan), indent=1, ensure_ascii=False) + "\n"
-    )
+    write_text(folder / RECORD, json.dumps(without_places(record), indent=1, ensure_ascii=False) + "\n")
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
@@ -66,21 +56,3 @@ def _pack_folder(
 
 def _file_record(folder: Path, name: str) -> FileRecord:
     return FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-
-
-def _without_places(record: object, plan: Plan) -> object:
-    """The same record without folders and state of the machine it was made on: a rerun writes the same bytes."""
-    if isinstance(record, dict):
-        return {
-            key: _name(value) if key in PLACES else _without_places(value, plan)
-            for key, value in record.items()
-            if key not in OF_THE_MACHINE
-        }
-    if isinstance(record, list):
-        return [_without_places(value, plan) for value in record]
-    return record
-
-
-def _name(value: object) -> object:
-    """The last part of an absolute path; anything else as it is."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

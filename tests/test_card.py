@@ -89,7 +89,8 @@ def test_front_matter_says_nothing_that_nobody_knows(plan: Plan) -> None:
     source = plan.source.model_copy(update={"commit": None, "card": ModelCard()})
     output = plan.outputs[0].model_copy(update={"engine": "transformers"})
     assert front_matter(source, [output]) == {
-        "library_name": "transformers", "tags": ["quantized"], "quantized_by": "quantool",
+        "pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["vllm", "quantized"],
+        "quantized_by": "quantool",
     }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def test_figures_with_errors_for_every_corpus(plan: Plan) -> None:
     _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), *figures("ca"))]))
     row = "| Q8_0 | {} | 10.0500 | 10.0000 | 0.004988 ± 0.001200 | 0.012500 ± 0.000300 | 93.21 % |"
     assert [line for line in body.splitlines() if "0.004988" in line] == [row.format("en"), row.format("ca")]
-    assert "| tiny-Q8_0.gguf | 2.5 MB | 8.50 | en |" in body
+    assert "| Q8_0 | tiny-Q8_0.gguf | 2.5 MB | 8.50 | en |" in body
 
 
 def test_source_and_versions_are_named(plan: Plan) -> None:
@@ -137,34 +138,114 @@ def test_sampling_that_the_source_recommends(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "repo_id", "command"),
+    ("method", "options", "tags"),
     [
-        (
-            "llama.cpp",
-            "us/tiny-GGUF",
-            "llama-server -hf us/tiny-GGUF:Q8_0\nllama-server -m model-Q8_0.gguf\n",
-        ),
-        ("llama.cpp", None, "```sh\nllama-server -m model-Q8_0.gguf\n"),
-        ("transformers", "us/tiny", "vllm serve us/tiny\n"),
-        ("transformers", None, "vllm serve tiny-GGUF\n"),
+        ("awq", {"format": "compressed-tensors"}, ["awq", "compressed-tensors", "vllm", "quantized"]),
+        ("awq", {"format": "autoawq"}, ["awq", "vllm", "quantized"]),
+        ("fp8", {}, ["fp8", "compressed-tensors", "vllm", "quantized"]),
+        ("fp16", {"format": "safetensors"}, ["vllm", "quantized"]),
     ],
 )
-def test_how_to_use_it(plan: Plan, engine: str, repo_id: str | None, command: str) -> None:
-    output = plan.outputs[0].model_copy(update={"engine": engine, "repo_id": repo_id})
-    assert command in write_card(plan, [output], [report(plan)])
+def test_tags_that_the_hub_and_vllm_look_for(
+    plan: Plan, method: str, options: dict[str, str], tags: list[str]
+) -> None:
+    changed = {"method": method, "options": options, "engine": "transformers"}
+    output = plan.outputs[0].model_copy(update=changed)
+    assert front_matter(plan.source, [output])["tags"] == ["iberian", *tags]
 
 
-def test_other_checks_with_the_reason_of_what_was_left_out(plan: Plan) -> None:
+def test_other_checks_and_what_was_left_out_with_the_reason(plan: Plan) -> None:
     found = [
-        Finding(check="tokenizer", metric="ids", verdict=Verdict.SKIPPED, detail="no NFC normalizer"),
+        Finding(check="tokenizer", metric="ids", verdict=Verdict.SKIPPED, detail="no NFC\nnormalizer"),
         Finding(check="tokenizer", metric="specials", verdict=Verdict.PASS, detail="not worth a word"),
         Finding(check="chat_template", metric="text", verdict=Verdict.REGRESSION, detail="a | b"),
     ]
     _, body = parts(write_card(plan, plan.outputs, [report(plan, *found)]))
     assert "| Q8_0 | tokenizer | ids SKIPPED, specials PASS |" in body
-    assert "- Q8_0, ids: SKIPPED: no NFC normalizer\n" in body
     assert "- Q8_0, text: REGRESSION: a | b\n" in body
+    left_out = body.partition("## What was not checked\n")[2]
+    assert "- Q8_0: tokenizer, ids: no NFC normalizer\n" in left_out
     assert "not worth a word" not in body
+    (missing,) = [line for line in left_out.splitlines() if line.startswith("- not run: ")]
+    assert "perplexity" in missing
+    assert "chat_template" not in missing
+    assert "| Q8_0 | SKIPPED" not in body  # one finding of the tokenizer passed
+    assert "| Q8_0 | PASS | - | REGRESSION |" in body
+
+
+def test_a_check_that_nobody_has_thought_of(plan: Plan) -> None:
+    found = [
+        Finding(check="needle", metric="recall", corpus=f"{length} tokens", verdict=Verdict.PASS, measured=0.8,
+                reference=0.9, error=0.05, threshold=0.7)
+        for length in range(8)
+    ]  # fmt: skip
+    found.append(Finding(check="needle", metric="answers", verdict=Verdict.ANOMALOUS, detail="too good"))
+    _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), *found)]))
+    assert "| Q8_0 | needle | 8 PASS, answers ANOMALOUS |" in body
+    assert "| Q8_0 | needle | recall [3 tokens] | 0.8 ± 0.05 | 0.9 | 0.7 | PASS |" in body
+    assert "- Q8_0, answers: ANOMALOUS: too good" in body
+
+
+def test_further_figures_of_a_corpus_are_folded_away(plan: Plan) -> None:
+    median = Finding(check="perplexity", metric="kld_median", corpus="en", verdict=Verdict.PASS, measured=3e-7,
+                     error=4e-8)  # fmt: skip
+    _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), median)]))
+    assert "| level | corpus | kld_median |\n|---|---|---|\n| Q8_0 | en | 3e-07 ± 4e-08 |" in body
+    assert "kld_median PASS" not in body
+
+
+def test_the_configuration_to_make_it_again(plan: Plan, tmp_path: Path) -> None:
+    corpora = [{"name": "en", "path": str(tmp_path / "texts" / "en.txt")}]
+    config = plan.config | {
+        "dataset_path": str(tmp_path / "calibration.txt"),
+        "validation": {"corpora": corpora},
+    }
+    output = plan.outputs[0].model_copy(update={"needs": ("base", "imatrix")})
+    text = write_card(plan.model_copy(update={"config": config}), [output], [report(plan)])
+    assert str(tmp_path) not in text
+    again = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert again == {
+        "model_id": "tiny", "method": "fake", "quant_level": ["Q8_0"], "revision": COMMIT,
+        "dataset_path": "calibration.txt", "validation": {"corpora": [{"name": "en", "path": "en.txt"}]},
+    }  # fmt: skip
+    Config.model_validate(again)
+    assert f"quantool=={plan.versions['quantool']}" in text
+    assert "- calibration: `calibration.txt`, at most 512 documents, shuffled with seed 42\n" in text
+
+
+def test_the_hub_reads_the_figures(plan: Plan, tmp_path: Path) -> None:
+    """What huggingface_hub loads and writes again is the same; figures that are no numbers stay out."""
+    from huggingface_hub import ModelCard as HubCard
+    from huggingface_hub import metadata_load
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    nan = figures("eu")[0].model_copy(update={"measured": float("nan")})
+    corpora = [{"name": "en", "dataset": "org/texts", "config": "english", "split": "test"}]
+    changed = plan.model_copy(update={"config": plan.config | {"validation": {"corpora": corpora}}})
+    text = write_card(changed, plan.outputs, [report(plan, *figures("en"), *figures("ca"), nan)])
+    card = HubCard(text)
+    data: Any = card.data
+    assert (data.model_name, data.base_model, data.license) == ("tiny-GGUF", "org/tiny", "apache-2.0")
+    found = [
+        (r.dataset_type, r.dataset_config, r.dataset_split, r.metric_type, r.metric_value)
+        for r in data.eval_results
+    ]
+    values = [("perplexity", 10.05), ("ln_ppl_ratio", 0.004988), ("mean_kld", 0.0125), ("same_top_p", 0.9321)]
+    assert found == [
+        *(("org/texts", "english", "test", *value) for value in values),
+        *(("ca", None, None, *value) for value in values),
+    ]
+    assert data.eval_results[0].metric_name == "Q8_0: perplexity"
+    front = parts(text)[0]
+    assert front["model-index"] == eval_results_to_model_index(data.model_name, data.eval_results)
+    card.save(tmp_path / "README.md")
+    assert metadata_load(tmp_path / "README.md") == front
+
+
+def test_no_index_where_nothing_was_measured(plan: Plan) -> None:
+    front, body = parts(write_card(plan, plan.outputs, [report(plan)]))
+    assert "model-index" not in front
+    assert "Figures by corpus" not in body
 
 
 def test_plots_stand_under_the_figures(plan: Plan) -> None:

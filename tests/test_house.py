@@ -20,6 +20,7 @@ HEAVY = {
     "transformers",
     "llama_cpp",
     "llmcompressor",
+    "lm_eval",
     "datasets",
     "gguf",
     "matplotlib",

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from quantool.errors import ConfigError
 from quantool.records import sha256_of
-from quantool.subject import artifact_of
+from quantool.subject import artifact_of, artifacts_of
 from tests.checkpoint import tensors, write_checkpoint, write_shards
 
 
@@ -107,17 +108,85 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_of_several_files(tmp_path: Path) -> None:
-    for name in ("b-Q8_0.gguf", "a-Q4_0.gguf"):
-        (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=r"is no artifact but holds a-Q4_0\.gguf, b-Q8_0\.gguf"):
-        artifact_of(tmp_path)
+@pytest.fixture
+def repository(tmp_path: Path, gguf_file: Path) -> Path:
+    """What a download of a published folder holds: two levels, one of them in shards, and all that lies beside."""
+    names = [
+        "tiny-Q8_0-00001-of-00002.gguf",
+        "tiny-Q8_0-00002-of-00002.gguf",
+        "tiny-F16.gguf",
+        "tiny-imatrix.gguf",
+    ]
+    for name in names:
+        shutil.copyfile(gguf_file, tmp_path / name)
+    (tmp_path / "README.md").write_text("# tiny")
+    return tmp_path
 
 
-def test_a_folder_with_one_file(tmp_path: Path, gguf_file: Path) -> None:
-    with pytest.raises(ConfigError, match=f"is no artifact but holds {gguf_file.name}$") as caught:
-        artifact_of(gguf_file.parent)
-    assert caught.value.hint == "name one of the files"
+def record(folder: Path, levels: dict[str, list[str]]) -> None:
+    reports = [
+        {"artifact": {"level": level, "files": [{"name": name} for name in names]}}
+        for level, names in levels.items()
+    ]
+    (folder / "quantool.json").write_text(json.dumps({"reports": reports}))
+
+
+def test_every_model_of_a_folder(repository: Path) -> None:
+    found = artifacts_of(repository)
+    assert [(one.level, [file.name for file in one.files], engine) for one, engine in found] == [
+        ("F16", ["tiny-F16.gguf"], "llama.cpp"),
+        ("Q8_0", ["tiny-Q8_0-00001-of-00002.gguf", "tiny-Q8_0-00002-of-00002.gguf"], "llama.cpp"),
+    ]
+    assert artifacts_of(repository / "tiny-F16.gguf") == [artifact_of(repository / "tiny-F16.gguf")]
+
+
+def test_levels_are_those_that_were_recorded(repository: Path) -> None:
+    (repository / "tiny-F16.gguf").rename(repository / "tiny.gguf")
+    with pytest.raises(ConfigError, match="no level can be read from the name 'tiny'"):
+        artifacts_of(repository)
+    shards = [file.name for file in sorted(repository.glob("tiny-Q8_0-*"))]
+    record(repository, {"BF16": ["tiny.gguf"], "Q8_0": shards})
+    assert [one.level for one, _ in artifacts_of(repository)] == ["Q8_0", "BF16"]
+    record(repository, {"BF16": ["another.gguf"]})  # says nothing of these files
+    (repository / "tiny.gguf").rename(repository / "tiny-Q6_K.gguf")
+    assert [one.level for one, _ in artifacts_of(repository)] == ["Q6_K", "Q8_0"]
+    assert artifacts_of(repository / "tiny-Q6_K.gguf", "F16")[0][0].level == "F16"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"reports": [{}]}', '{"reports": [{"artifact": 1}]}'])
+def test_a_record_that_is_damaged(repository: Path, text: str) -> None:
+    (repository / "quantool.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"quantool\.json is damaged") as caught:
+        artifacts_of(repository)
+    assert "remove it" in caught.value.hint
+
+
+def test_one_level_cannot_be_said_of_several(repository: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--level Q4_0 is one level, but .* holds tiny-F16\.gguf, tiny-Q8_0"
+    ):
+        artifacts_of(repository, "Q4_0")
+    for name in repository.glob("tiny-Q8_0-*"):
+        name.unlink()
+    assert [one.level for one, _ in artifacts_of(repository, "Q4_0")] == ["Q4_0"]
+
+
+def test_a_shard_that_a_folder_lacks(repository: Path) -> None:
+    (repository / "tiny-Q8_0-00002-of-00002.gguf").unlink()
+    with pytest.raises(ConfigError, match=r"lacks tiny-Q8_0-00002-of-00002\.gguf"):
+        artifacts_of(repository)
+
+
+def test_a_downloaded_folder_for_transformers(tmp_path: Path) -> None:
+    """A snapshot's folder is named after the commit, and the client leaves files of its own there."""
+    folder = write_checkpoint(tmp_path / "1111111111111111111111111111111111111111")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "CACHEDIR.TAG").touch()
+    (folder / ".gitattributes").touch()
+    record(folder, {"FP8_DYNAMIC": ["config.json", "model.safetensors"]})
+    ((artifact, engine),) = artifacts_of(folder)
+    assert (artifact.level, engine) == ("FP8_DYNAMIC", "transformers")
+    assert not [file.name for file in artifact.files if file.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["nothing", "text.txt", "folder", "nothing.gguf", "folder.gguf"])

@@ -16,6 +16,7 @@ import pytest
 from quantool import __version__, pipeline, process, toolchain
 from quantool.errors import ConfigError
 from quantool.headers import headers
+from quantool.methods import _gguf
 from quantool.methods.gguf import Options
 from quantool.records import Plan
 from quantool.source import resolve
@@ -116,12 +117,12 @@ def test_second_plan_starts_no_worker(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_split_base_gives_the_planned_files_and_the_same_tensors(tmp_path: Path, kept: bool) -> None:
+def test_a_level_over_the_limit_is_split_as_planned(tmp_path: Path, kept: bool) -> None:
     from gguf import GGUFReader
 
     options = {"max_shard_size": "3M", "keep_split": kept}
     made, artifacts = making.make(
-        making.config(making.TINY, tmp_path / "out", ["Q8_0", "COPY"], quantization_config=options)
+        making.config(making.TINY, tmp_path / "out", ["Q8_0", "COPY", "Q2_K"], quantization_config=options)
     )
     names = []
     for output, artifact in zip(made.outputs, artifacts, strict=True):
@@ -129,11 +130,23 @@ def test_split_base_gives_the_planned_files_and_the_same_tensors(tmp_path: Path,
             (file.name, (artifact.folder / file.name).stat().st_size) for file in artifact.files
         ]
         names.append([file.name for file in artifact.files])
-    assert any("splits the base" in note for note in made.warnings) is not kept
     if kept:
         assert names[0] == [f"tiny-5.2M-chat-Q8_0-{n:05d}-of-00004.gguf" for n in range(1, 5)]
     else:
-        assert names == [["tiny-5.2M-chat-Q8_0.gguf"], ["tiny-5.2M-chat-COPY.gguf"]]
+        assert names == [
+            [f"tiny-5.2M-chat-Q8_0-{n:05d}-of-00002.gguf" for n in (1, 2)],
+            [f"tiny-5.2M-chat-COPY-{n:05d}-of-00004.gguf" for n in range(1, 5)],
+            ["tiny-5.2M-chat-Q2_K.gguf"],
+        ]
+        largest = max(file.bytes for output in made.outputs for file in output.files[1:])
+        (stage,) = [stage for stage in made.stages if stage.name == "gguf/split"]
+        assert stage.writes >= largest
+        assert (
+            made.peak_disk
+            >= sum(file.bytes for output in made.outputs for file in output.files) + stage.writes
+        )
+    left = {path.name for path in (tmp_path / "out" / ".quantool" / "work").iterdir()}
+    assert not [name for name in left if name.startswith("split-")]
     whole = making.run("Q8_0", tmp_path / "whole.gguf")
     making.quantized(making.made("tiny-chat").base, [whole])
     expected = {t.name: t.data.tobytes() for t in GGUFReader(tmp_path / "whole.gguf").tensors}
@@ -143,10 +156,61 @@ def test_split_base_gives_the_planned_files_and_the_same_tensors(tmp_path: Path,
     assert found == expected
     request = {"path": str(artifacts[0].folder / names[0][0]), "vocabulary_only": False}
     assert process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")["tokens"] == 4096
-    if kept:  # a missing shard is told, not passed over
-        (artifacts[0].folder / names[0][2]).unlink()
-        with pytest.raises(Exception, match="cannot load"):
-            process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")
+    (artifacts[0].folder / names[0][1]).unlink()  # a missing shard is told, not passed over
+    with pytest.raises(Exception, match="cannot load"):
+        process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")
+
+
+def test_a_split_that_was_interrupted_is_not_quantized_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = making.config(
+        making.TINY, tmp_path / "out", "Q8_0", quantization_config={"max_shard_size": "3M"}
+    )
+    call, asked = process.call, []
+
+    def killed(target: str, *words: Any, **keys: Any) -> dict[str, Any]:
+        asked.append(target.partition(":")[2])
+        if asked.count("split") == 1 and asked[-1] == "split":
+            raise KeyboardInterrupt
+        return call(target, *words, **keys)
+
+    monkeypatch.setattr(process, "call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        making.make(wanted)
+    assert not list((tmp_path / "out" / "tiny-chat-GGUF").glob("*Q8_0*"))
+    asked[:] = ["split"]
+    made, (artifact,) = making.make(wanted)
+    assert asked.count("split") == 2
+    assert "quantize" not in asked
+    assert [file.bytes for file in artifact.files] == [file.bytes for file in made.outputs[0].files]
+
+
+def test_the_limit_is_there_without_being_asked_for() -> None:
+    assert Options.model_validate({}).split_bytes() == 45 * 10**9
+    made = plan("Q8_0")
+    assert [len(output.files) for output in made.outputs] == [1]
+    assert "gguf/split" not in {stage.name for stage in made.stages}
+
+
+def test_a_small_base_does_not_depend_on_the_limit(tmp_path: Path) -> None:
+    """What is no larger than a part is not made again for another limit."""
+    source = resolve(making.config(making.TINY, tmp_path, "Q8_0"), weights=False, progress=making.QUIET)
+    keys = [
+        _gguf.base_key(source, Options.model_validate({"max_shard_size": size}), "f16")
+        for size in ("45G", "1G", "3M", "4M")
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_an_export_over_the_limit_is_split(tmp_path: Path) -> None:
+    keys = {"method": "fp16", "quantization_config": {"max_shard_size": "3M"}}
+    made, (artifact,) = making.make(making.config(making.TINY, tmp_path / "out", "F16", **keys))
+    assert len(artifact.files) == 4
+    assert [file.bytes for file in artifact.files] == [file.bytes for file in made.outputs[0].files]
+    request = {"path": str(artifact.folder / artifact.files[0].name), "vocabulary_only": False}
+    assert process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")["tokens"] == 4096
 
 
 def test_metadata_says_what_it_is_and_how_to_sample() -> None:
@@ -207,7 +271,6 @@ def test_levels_that_need_a_matrix_are_refused_at_once() -> None:
         ({"imatrix": True}, "needs calibration text", "dataset_path"),
         ({"max_shard_size": "2MB"}, "'2MB' is not a number with K, M or G", ""),
         ({"max_shard_size": "0G"}, "'0G' is not a number", ""),
-        ({"keep_split": True}, "max_shard_size is not set", ""),
     ],
 )  # fmt: skip
 def test_wrong_option_is_refused_in_the_plan(options: dict[str, Any], message: str, hint: str) -> None:
