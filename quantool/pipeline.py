@@ -288,11 +288,18 @@ def _report_key(case: Case, artifact: Artifact) -> str:
         case.settings.model_copy(update={"gates": {}}),  # those of other levels do not matter
         case.gates,
         case.engine,
-        case.base is not None,
+        case.base is not None or artifact.made_from is not None,  # a base that was lost since changes nothing
+        case.source.commit,
+        _promised(case.output),
         _texts(case.config),
         _checks(case),
         versions(),
     )
+
+
+def _promised(output: OutputPlan | None) -> list[Any]:
+    """What the plan says that an artifact is held to."""
+    return [] if output is None else [output.options, output.files, output.bits_per_weight]
 
 
 def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Progress) -> Report:

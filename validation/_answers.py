@@ -252,7 +252,8 @@ def _stamps(case: Case) -> list[Any]:
     pattern = f"{stem}-?????-of-{total}.gguf" if stem else case.artifact.name
     whole = case.artifact.rglob("*") if case.artifact.is_dir() else case.artifact.parent.glob(pattern)
     files = sorted(path for path in whole if path.is_file())
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    top = case.artifact if case.artifact.is_dir() else case.artifact.parent
+    return [(str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _request(case: Case, prompts: Prompts, engine: str, artifact: Path) -> dict[str, Any]:

@@ -296,7 +296,10 @@ def _divided_place(case: Case, base: Path, reference: Reference) -> _Place:
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)]
+    top = path if path.is_dir() else path.parent  # an output folder that was moved keeps its scores
+    return [
+        (str(file.relative_to(top)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)
+    ]
 
 
 def _files(path: Path) -> list[Path]:

@@ -71,7 +71,10 @@ def reference(case: Case, asked: Questions, progress: Progress, *, anew: bool = 
 def artifact(case: Case, asked: Questions, progress: Progress, *, anew: bool = False) -> dict[str, Any]:
     """Give the artifact's answers, kept like the reference's; ``failure`` in them says why it has none."""
     stage = f"{asked.check}/{case.name}"
-    stamp = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(case)]
+    top = case.artifact if case.artifact.is_dir() else case.artifact.parent
+    stamp = [
+        (str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(case)
+    ]
     key = asked.key and fingerprint(
         identity(case.source), asked.key, stamp, case.engine, _versions(case.engine)
     )
