@@ -28,6 +28,7 @@ from quantool.validation._conversations import ENDED, Conversation, suite
 from quantool.validation._engines import Answer, Engine, opened
 from quantool.validation._head import Unsound
 from quantool.validation._questions import BUILT_IN
+from quantool.validation._stamps import stamp
 from quantool.validation._vocabulary import by_source
 from quantool.validation.stop_tokens import end_of_turn
 
@@ -199,7 +200,7 @@ def reference_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple
 
 def artifact_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...] | str:
     """What the artifact answers, or why it does not."""
-    key = fingerprint(_stamps(case), case.engine, *_asked_for(case, prompts), _versions(case.engine))
+    key = fingerprint(stamp(case.artifact), case.engine, *_asked_for(case, prompts), _versions(case.engine))
     stage = f"answers/{case.name}"
     answers = case.workspace.recall(stage, key)
     if answers is None:
@@ -244,16 +245,6 @@ def _versions(engine: str) -> list[str]:
         except PackageNotFoundError:  # opening the engine says what is missing
             found.append("")
     return found
-
-
-def _stamps(case: Case) -> list[Any]:
-    """Path, size and time of every file of the artifact, of a split GGUF every shard."""
-    stem, _, total = case.artifact.stem.rpartition("-00001-of-")
-    pattern = f"{stem}-?????-of-{total}.gguf" if stem else case.artifact.name
-    whole = case.artifact.rglob("*") if case.artifact.is_dir() else case.artifact.parent.glob(pattern)
-    files = sorted(path for path in whole if path.is_file())
-    top = case.artifact if case.artifact.is_dir() else case.artifact.parent
-    return [(str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _request(case: Case, prompts: Prompts, engine: str, artifact: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from quantool.registry import Case
 from quantool.validation._damages import UNQUANTIZED, Base, windows_of
 from quantool.validation._reference import Reference
 from quantool.validation._scores import Tokens
+from quantool.validation._stamps import stamp
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def _place(case: Case, reference: Reference) -> _Place:
     corpus = reference.windows.corpus.name
     return _Place(
         f"scores/{case.name}/{corpus}",
-        fingerprint(reference.key, _stamp(case.artifact), case.engine, _versions(case.engine)),
+        fingerprint(reference.key, stamp(case.artifact), case.engine, _versions(case.engine)),
         case.workspace.work / "scores" / case.name / f"{corpus}.npz",
     )
 
@@ -281,7 +282,7 @@ def _base_place(case: Case, base: Path, reference: Reference) -> _Place:
     corpus = reference.windows.corpus.name
     return _Place(
         f"base-scores/{base.stem}/{corpus}",
-        fingerprint(reference.key, _stamp(base), _versions(case.engine)),
+        fingerprint(reference.key, stamp(base), _versions(case.engine)),
         case.workspace.work / "base-scores" / base.stem / f"{corpus}.npz",
     )
 
@@ -293,22 +294,6 @@ def _divided_place(case: Case, base: Path, reference: Reference) -> _Place:
         fingerprint(own.key, _base_place(case, base, reference).key),
         case.workspace.work / "divided-scores" / case.name / f"{corpus}.npz",
     )
-
-
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    top = path if path.is_dir() else path.parent  # an output folder that was moved keeps its scores
-    return [
-        (str(file.relative_to(top)), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(path)
-    ]
-
-
-def _files(path: Path) -> list[Path]:
-    """All files of an artifact; of a split GGUF every shard."""
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    stem, _, total = path.stem.rpartition("-00001-of-")
-    pattern = f"{stem}-?????-of-{total}.gguf" if stem else path.name
-    return sorted(path.parent.glob(pattern))
 
 
 def _versions(engine: str) -> list[str]:

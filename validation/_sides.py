@@ -17,6 +17,7 @@ from quantool.registry import Case
 from quantool.source import identity
 from quantool.validation._engines import Engine, opened
 from quantool.validation._head import Unsound
+from quantool.validation._stamps import stamp
 
 REFERENCE = "transformers"
 """The engine that speaks for the source."""
@@ -71,12 +72,8 @@ def reference(case: Case, asked: Questions, progress: Progress, *, anew: bool = 
 def artifact(case: Case, asked: Questions, progress: Progress, *, anew: bool = False) -> dict[str, Any]:
     """Give the artifact's answers, kept like the reference's; ``failure`` in them says why it has none."""
     stage = f"{asked.check}/{case.name}"
-    top = case.artifact if case.artifact.is_dir() else case.artifact.parent
-    stamp = [
-        (str(path.relative_to(top)), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(case)
-    ]
     key = asked.key and fingerprint(
-        identity(case.source), asked.key, stamp, case.engine, _versions(case.engine)
+        identity(case.source), asked.key, stamp(case.artifact), case.engine, _versions(case.engine)
     )
     kept = None if anew or key is None else case.workspace.recall(stage, key)
     if kept is not None:
@@ -108,15 +105,6 @@ def _request(case: Case, asked: Questions, engine: str, model: Path) -> dict[str
 
 def _versions(engine: str) -> list[str]:
     return [__version__, *(version(library) for library in LIBRARIES[engine])]
-
-
-def _files(case: Case) -> list[Path]:
-    """All files of the artifact; of a split GGUF every shard."""
-    if case.artifact.is_dir():
-        return sorted(path for path in case.artifact.rglob("*") if path.is_file())
-    stem, _, total = case.artifact.stem.rpartition("-00001-of-")
-    pattern = f"{stem}-?????-of-{total}.gguf" if stem else case.artifact.name
-    return sorted(case.artifact.parent.glob(pattern))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,12 +336,3 @@ def test_tool_calls() -> None:
     assert behaviour._judge_calls([same] * 5 + [none] * 5, 0.9).verdict is Verdict.REGRESSION
     assert behaviour._judge_calls([pair(of(), of("f"), tools=True)], 0.9).verdict is Verdict.SKIPPED
     assert behaviour._judge_calls([pair(of("f"), of())], 0.9).verdict is Verdict.SKIPPED
-
-
-def test_a_split_file_is_known_by_all_its_shards(tmp_path: Path) -> None:
-    for number in (1, 2):
-        (tmp_path / f"m-0000{number}-of-00002.gguf").write_bytes(b"x" * number)
-    (tmp_path / "other.gguf").write_bytes(b"y")
-    chosen = case(tmp_path / "m-00001-of-00002.gguf", Workspace(tmp_path / "run"))
-    assert [stamp[1] for stamp in _answers._stamps(chosen)] == [1, 2]
-    assert [stamp[1] for stamp in _answers._stamps(replace(chosen, artifact=tmp_path / "other.gguf"))] == [1]

@@ -1,0 +1,23 @@
+"""By what kept results know an artifact again: its files, by name, size and time, without reading them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+Stamp = list[tuple[str, int, int]]
+
+
+def stamp(artifact: Path) -> Stamp:
+    """Name below the artifact's folder, bytes and modification time (ns) of every file; of a split GGUF every shard.
+
+    The folder's own place is no part of it, so that an output folder that was moved keeps its results.
+    """
+    top = artifact if artifact.is_dir() else artifact.parent
+    stem, _, total = artifact.stem.rpartition("-00001-of-")
+    pattern = f"{stem}-?????-of-{total}.gguf" if stem else artifact.name
+    files = artifact.rglob("*") if artifact.is_dir() else top.glob(pattern)
+    return sorted(
+        (str(file.relative_to(top)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.is_file()
+    )
