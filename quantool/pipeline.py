@@ -299,7 +299,7 @@ def _report_key(case: Case, artifact: Artifact) -> str:
 
 def _promised(output: OutputPlan | None) -> list[Any]:
     """What the plan says that an artifact is held to."""
-    return [] if output is None else [output.options, output.files, output.bits_per_weight]
+    return [] if output is None else [output.files, output.bits_per_weight]
 
 
 def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Progress) -> Report:
