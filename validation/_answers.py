@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantool import __version__, corpus, process
+from quantool import corpus, process
 from quantool.config import Corpus
 from quantool.errors import QuantizationError, SourceError
 from quantool.progress import Progress
@@ -28,7 +27,7 @@ from quantool.validation._conversations import ENDED, Conversation, suite
 from quantool.validation._engines import Answer, Engine, opened
 from quantool.validation._head import Unsound
 from quantool.validation._questions import BUILT_IN
-from quantool.validation._stamps import stamp
+from quantool.validation._stamps import stamp, versions
 from quantool.validation._vocabulary import by_source
 from quantool.validation.stop_tokens import end_of_turn
 
@@ -181,7 +180,7 @@ def _last_words(one: Conversation) -> str:
 
 def reference_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...]:
     """What the checkpoint itself answers; SourceError when transformers does not run it."""
-    key = fingerprint(identity(case.source), *_asked_for(case, prompts), _versions("transformers"))
+    key = fingerprint(identity(case.source), *_asked_for(case, prompts), versions(LIBRARIES["transformers"]))
     answers = case.workspace.recall("reference/answers", key)
     if answers is None:
         with progress.bar("reference answers", "tok") as bar:
@@ -200,7 +199,9 @@ def reference_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple
 
 def artifact_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...] | str:
     """What the artifact answers, or why it does not."""
-    key = fingerprint(stamp(case.artifact), case.engine, *_asked_for(case, prompts), _versions(case.engine))
+    key = fingerprint(
+        stamp(case.artifact), case.engine, *_asked_for(case, prompts), versions(LIBRARIES[case.engine])
+    )
     stage = f"answers/{case.name}"
     answers = case.workspace.recall(stage, key)
     if answers is None:
@@ -235,16 +236,6 @@ def _read(answers: dict[str, Any]) -> tuple[Said, ...]:
 def _asked_for(case: Case, prompts: Prompts) -> tuple[Any, ...]:
     ids = [prompt.ids for prompt in prompts.prompts]
     return ids, case.settings.behaviour.max_new_tokens, sorted(prompts.all_ends())
-
-
-def _versions(engine: str) -> list[str]:
-    found = [__version__]
-    for library in LIBRARIES[engine]:
-        try:
-            found.append(version(library))
-        except PackageNotFoundError:  # opening the engine says what is missing
-            found.append("")
-    return found
 
 
 def _request(case: Case, prompts: Prompts, engine: str, artifact: Path) -> dict[str, Any]:

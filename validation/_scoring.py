@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from quantool import __version__, process
+from quantool import process
 from quantool.errors import ConfigError, QuantizationError
 from quantool.progress import Progress
 from quantool.records import fingerprint
@@ -17,7 +16,7 @@ from quantool.registry import Case
 from quantool.validation._damages import UNQUANTIZED, Base, windows_of
 from quantool.validation._reference import Reference
 from quantool.validation._scores import Tokens
-from quantool.validation._stamps import stamp
+from quantool.validation._stamps import stamp, versions
 
 
 @dataclass(frozen=True)
@@ -273,7 +272,9 @@ def _place(case: Case, reference: Reference) -> _Place:
     corpus = reference.windows.corpus.name
     return _Place(
         f"scores/{case.name}/{corpus}",
-        fingerprint(reference.key, stamp(case.artifact), case.engine, _versions(case.engine)),
+        fingerprint(
+            reference.key, stamp(case.artifact), case.engine, versions(ENGINES[case.engine].libraries)
+        ),
         case.workspace.work / "scores" / case.name / f"{corpus}.npz",
     )
 
@@ -282,7 +283,7 @@ def _base_place(case: Case, base: Path, reference: Reference) -> _Place:
     corpus = reference.windows.corpus.name
     return _Place(
         f"base-scores/{base.stem}/{corpus}",
-        fingerprint(reference.key, stamp(base), _versions(case.engine)),
+        fingerprint(reference.key, stamp(base), versions(ENGINES[case.engine].libraries)),
         case.workspace.work / "base-scores" / base.stem / f"{corpus}.npz",
     )
 
@@ -294,13 +295,3 @@ def _divided_place(case: Case, base: Path, reference: Reference) -> _Place:
         fingerprint(own.key, _base_place(case, base, reference).key),
         case.workspace.work / "divided-scores" / case.name / f"{corpus}.npz",
     )
-
-
-def _versions(engine: str) -> list[str]:
-    found = [__version__]
-    for library in ENGINES[engine].libraries:
-        try:
-            found.append(version(library))
-        except PackageNotFoundError:  # the worker says what to do
-            found.append("")
-    return found

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantool import __version__, process
+from quantool import process
 from quantool.errors import QuantizationError, SourceError
 from quantool.progress import Progress
 from quantool.records import fingerprint
@@ -17,7 +16,7 @@ from quantool.registry import Case
 from quantool.source import identity
 from quantool.validation._engines import Engine, opened
 from quantool.validation._head import Unsound
-from quantool.validation._stamps import stamp
+from quantool.validation._stamps import stamp, versions
 
 REFERENCE = "transformers"
 """The engine that speaks for the source."""
@@ -54,7 +53,7 @@ def reference(case: Case, asked: Questions, progress: Progress, *, anew: bool = 
     ``anew`` ignores what is kept. Raises SourceError when the source cannot answer.
     """
     stage = f"reference-{asked.check}"
-    key = asked.key and fingerprint(identity(case.source), asked.key, _versions(REFERENCE))
+    key = asked.key and fingerprint(identity(case.source), asked.key, versions(LIBRARIES[REFERENCE]))
     kept = None if anew or key is None else case.workspace.recall(stage, key)
     if kept is not None:
         return kept
@@ -73,7 +72,7 @@ def artifact(case: Case, asked: Questions, progress: Progress, *, anew: bool = F
     """Give the artifact's answers, kept like the reference's; ``failure`` in them says why it has none."""
     stage = f"{asked.check}/{case.name}"
     key = asked.key and fingerprint(
-        identity(case.source), asked.key, stamp(case.artifact), case.engine, _versions(case.engine)
+        identity(case.source), asked.key, stamp(case.artifact), case.engine, versions(LIBRARIES[case.engine])
     )
     kept = None if anew or key is None else case.workspace.recall(stage, key)
     if kept is not None:
@@ -101,10 +100,6 @@ def _request(case: Case, asked: Questions, engine: str, model: Path) -> dict[str
         "device": case.config.device or "auto",
         "trust_remote_code": case.source.trust_remote_code,
     }
-
-
-def _versions(engine: str) -> list[str]:
-    return [__version__, *(version(library) for library in LIBRARIES[engine])]
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""By what kept results know an artifact again: its files, by name, size and time, without reading them."""
+"""By what kept results know an artifact and its engine again: files by name, size and time, libraries by version."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from quantool import __version__
 
 Stamp = list[tuple[str, int, int]]
 
@@ -21,3 +25,14 @@ def stamp(artifact: Path) -> Stamp:
         for file in files
         if file.is_file()
     )
+
+
+def versions(libraries: Iterable[str]) -> list[str]:
+    """Quantool's version and those of ``libraries``; empty for one that is missing, which opening the engine reports."""
+    found = [__version__]
+    for library in libraries:
+        try:
+            found.append(version(library))
+        except PackageNotFoundError:
+            found.append("")
+    return found
