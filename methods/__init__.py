@@ -1,0 +1,1 @@
+"""The quantization methods, a file each."""

@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from quantool import process, toolchain
-from quantool.headers import headers
-from quantool.methods import _gguf, _rehearsal
-from quantool.methods._cast import plan_header
-from quantool.plan import Request
-from quantool.progress import Progress
+from quantool.methods._llama_cpp import base_file, dry_run
+from quantool.methods._safetensors import cast
+from quantool.methods._safetensors.cast import plan_header
+from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, fingerprint
-from quantool.registry import Job, Outline, method
-from quantool.workspace import written
+from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import written
+from quantool.source.tensor_headers import headers
 
 LEVELS = {
     "F16": "IEEE half precision; refused where weights overflow it",
@@ -27,7 +27,7 @@ LEVELS = {
 }
 
 
-class Options(_gguf.GgufOptions):
+class Options(base_file.GgufOptions):
     """``quantization_config`` of the method fp16."""
 
     format: Literal["gguf", "safetensors"] = Field("gguf", description="File format of the export.")
@@ -50,19 +50,22 @@ def outline(request: Request, options: Options) -> Outline:
 
 def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, StagePlan, str]:
     source = request.source
-    kind, _ = _gguf.choose_type(source, level.lower())
-    rehearsal = _rehearsal.rehearse(source, options, kind)
+    kind, _ = base_file.choose_type(source, level.lower())
+    rehearsal = dry_run.rehearse(source, options, kind)
     types = {name: tensor.type for name, tensor in rehearsal.tensors.items()}
-    sizes = _rehearsal.file_bytes(rehearsal, types, 0)
-    names = _gguf.shard_names(
-        f"{_gguf.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
+    sizes = dry_run.file_bytes(rehearsal, types, 0)
+    names = base_file.shard_names(
+        f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
     hashed = all(file.sha256 for file in source.files)
     done = (
-        hashed and request.workspace.recall(f"base-{kind}", _gguf.base_key(source, options, kind)) is not None
+        hashed
+        and request.workspace.recall(f"base-{kind}", base_file.base_key(source, options, kind)) is not None
     )
-    stage = StagePlan(name=f"base-{kind}", writes=sum(sizes), peak_ram=_gguf.export_ram(source), done=done)
+    stage = StagePlan(
+        name=f"base-{kind}", writes=sum(sizes), peak_ram=base_file.export_ram(source), done=done
+    )
     output = OutputPlan(
         id=f"fp16/{level}",
         method="fp16",
@@ -72,18 +75,18 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         repo=request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF",
         repo_id=request.repo_id,
         files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
-        bits_per_weight=_rehearsal.bits_per_weight(rehearsal, types),
-        peak_ram=_gguf.export_ram(source),
+        bits_per_weight=dry_run.bits_per_weight(rehearsal, types),
+        peak_ram=base_file.export_ram(source),
         gates=request.gates(level),
         needs=("base",),
         done=done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, _rehearsal.space_note(rehearsal)
+    return output, stage, dry_run.space_note(rehearsal)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:
-    return fingerprint(_gguf.base_key(source, options, kind), names)
+    return fingerprint(base_file.base_key(source, options, kind), names)
 
 
 def _weights(source: Source) -> dict[str, dict[str, tuple[str, tuple[int, ...], int]]]:
@@ -110,7 +113,7 @@ def _companions(source: Source) -> list[str]:
 
 def _outline_safetensors(request: Request, options: Options, level: str) -> OutputPlan:
     source = request.source
-    _gguf.choose_type(source, level.lower())
+    base_file.choose_type(source, level.lower())
     files, data_bytes = [], 0
     for name, tensors in _weights(source).items():
         header, data = plan_header(tensors, level)
@@ -126,7 +129,7 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
         repo_id=request.repo_id,
         files=tuple(files),
         bits_per_weight=8 * data_bytes / source.facts.parameters,
-        peak_ram=2 * source.facts.largest_tensor * 2 + _gguf.GIB,
+        peak_ram=2 * source.facts.largest_tensor * 2 + base_file.GIB,
         gates=request.gates(level),
         done=request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
     )
@@ -145,16 +148,16 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
 
 def _export_gguf(job: Job, options: Options, progress: Progress) -> Artifact:
     source, output = job.plan.source, job.output
-    kind, _ = _gguf.choose_type(source, output.level.lower())
+    kind, _ = base_file.choose_type(source, output.level.lower())
     names = [file.name for file in output.files]
     key = _gguf_key(source, options, kind, names)
     if (kept := job.workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
     started = time.monotonic()
-    base, _ = _gguf.base(job, options, kind, progress)
+    base, _ = base_file.base(job, options, kind, progress)
     for number, name in enumerate(names):
-        made = _gguf.shard_names("base.gguf", len(names))[number]
-        _gguf.place(base.with_name(made), job.folder / name)
+        made = base_file.shard_names("base.gguf", len(names))[number]
+        base_file.place(base.with_name(made), job.folder / name)
     return _finish(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
 
 
@@ -165,13 +168,13 @@ def _export_safetensors(job: Job, options: Options, progress: Progress) -> Artif
     if (kept := job.workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
     started = time.monotonic()
-    _gguf.need_disk(job.workspace.root, sum(file.bytes for file in output.files))
+    base_file.need_disk(job.workspace.root, sum(file.bytes for file in output.files))
     names = [file.name for file in output.files]
     with written(job.folder) as part, progress.bar(f"export {output.level}", "B") as bar:
         part.mkdir(parents=True)
         request = {"source": str(source.folder), "target": str(part), "files": names, "dtype": output.level}
         log = job.workspace.logs / f"export-{output.level}.log"
-        process.call("quantool.methods._cast:cast", request, log=log, bar=bar)
+        process.call(cast.cast, request, log=log, bar=bar)
         extra = _copy_companions(source, part, output.level)
         if len(names) > 1:
             extra.append(_write_index(source, part, output.level))
@@ -210,7 +213,7 @@ def _finish(job: Job, key: str, names: list[str], started: float, details: dict[
         method="fp16",
         level=job.output.level,
         folder=job.folder,
-        files=_gguf.records(job.folder, names),
+        files=base_file.records(job.folder, names),
         bits_per_weight=job.output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details=details,

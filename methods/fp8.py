@@ -6,14 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from quantool.methods import _compressed
-from quantool.methods._cuda import capabilities, fp8_warning
-from quantool.methods._making import make
-from quantool.methods._schemes import FP8
-from quantool.plan import Request
-from quantool.progress import Progress
+from quantool.methods._compressed import outline as _compressed
+from quantool.methods._compressed.cuda import capabilities, fp8_warning
+from quantool.methods._compressed.make import make
+from quantool.methods._compressed.schemes import FP8
+from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import Artifact
-from quantool.registry import Job, Outline, method
+from quantool.runtime.progress import Progress
 
 RECIPE = _compressed.Recipe("fp8", "FP8", "rtn", FP8)
 

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from quantool import process, toolchain
 from quantool.errors import ConfigError, nearest
-from quantool.methods import _gguf, _importance, _level, _rehearsal
-from quantool.methods._matrix import check_matrix, read_matrix
-from quantool.plan import Request
-from quantool.progress import Progress
+from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
+from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
+from quantool.methods._llama_cpp.quantize import rehearse
+from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import (
     Artifact,
     OutputPlan,
@@ -24,14 +23,15 @@ from quantool.records import (
     StagePlan,
     fingerprint,
 )
-from quantool.registry import Job, Outline, method
-from quantool.workspace import write_text
+from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import write_text
 
 MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
 
 
-class Options(_gguf.GgufOptions):
+class Options(base_file.GgufOptions):
     """``quantization_config`` of the method gguf."""
 
     base_type: Literal["auto", "f16", "bf16", "f32"] = Field(
@@ -54,7 +54,7 @@ class Options(_gguf.GgufOptions):
     threads: int = Field(0, ge=0, description="Threads; 0 for all cores.")
 
     def settings(self) -> dict[str, Any]:
-        """What changes the bytes of a level, as ``_quantizer`` takes it (threads do not)."""
+        """What changes the bytes of a level, as ``_llama_cpp.quantize`` takes it (threads do not)."""
         names = (
             "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor",
             "keep_split", "allow_requantize", "threads",
@@ -71,21 +71,21 @@ def outline(request: Request, options: Options) -> Outline:
     """Plan every level by llama.cpp's own dry run: exact sizes, and whether it needs an importance matrix."""
     source = request.source
     _validate(options)
-    kind, note = _gguf.choose_type(source, options.base_type)
-    rehearsal = _rehearsal.rehearse(source, options, kind)
+    kind, note = base_file.choose_type(source, options.base_type)
+    rehearsal = dry_run.rehearse(source, options, kind)
     _validate_names(rehearsal, options)
     runs = _dry_runs(rehearsal, request.levels, options)
     _require_matrix(request.levels, runs, options)
-    stem = _gguf.file_stem(source, options, str(rehearsal.keys["general.size_label"]))
+    stem = base_file.file_stem(source, options, str(rehearsal.keys["general.size_label"]))
     repo = request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF"
     extra = _matrix_bytes(request, options, stem)
     outputs = []
     for level, run in zip(request.levels, runs, strict=True):
         if options.keep_split:
-            sizes = _rehearsal.file_bytes(rehearsal, run["types"], extra)
+            sizes = dry_run.file_bytes(rehearsal, run["types"], extra)
         else:
-            sizes = _rehearsal.split_bytes(rehearsal, run["types"], extra, options.split_bytes())
-        names = _gguf.shard_names(f"{stem}-{level}.gguf", len(sizes))
+            sizes = dry_run.split_bytes(rehearsal, run["types"], extra, options.split_bytes())
+        names = base_file.shard_names(f"{stem}-{level}.gguf", len(sizes))
         outputs.append(
             OutputPlan(
                 id=f"gguf/{level}",
@@ -96,7 +96,7 @@ def outline(request: Request, options: Options) -> Outline:
                 repo=repo,
                 repo_id=request.repo_id,
                 files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
-                bits_per_weight=_rehearsal.bits_per_weight(rehearsal, run["types"]),
+                bits_per_weight=dry_run.bits_per_weight(rehearsal, run["types"]),
                 peak_ram=_quantize_ram(rehearsal, run["types"]),
                 gates=request.gates(level),
                 done=_is_done(request, options, kind, level, names),
@@ -111,14 +111,14 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, _rehearsal.space_note(rehearsal), *aliases))),
+        tuple(filter(None, (note, dry_run.space_note(rehearsal), *aliases))),
     )
 
 
 def _splitting(outputs: list[OutputPlan], options: Options) -> list[StagePlan]:
     """What splitting needs on disk for a while, beside the parts: as much as the largest one."""
     needs = {
-        output.id: _level.temporary([file.bytes for file in output.files], keep_split=options.keep_split)
+        output.id: level_files.temporary([file.bytes for file in output.files], keep_split=options.keep_split)
         for output in outputs
     }
     if not any(needs.values()):
@@ -130,7 +130,7 @@ def _splitting(outputs: list[OutputPlan], options: Options) -> list[StagePlan]:
 def _level_key(source: Source, options: Options, kind: str, level: str, matrix: str, names: list[str]) -> str:
     """Fingerprint of all that the bytes of a level depend on; ``matrix`` is the key of the importance matrix."""
     return fingerprint(
-        _gguf.base_key(source, options, kind), toolchain.levels()[level].ftype, level,
+        base_file.base_key(source, options, kind), toolchain.levels()[level].ftype, level,
         options.settings() | {"threads": 0}, matrix, toolchain.installed_version(), names,
         *([options.split_bytes()] if len(names) > 1 and not options.keep_split else []),
     )  # fmt: skip
@@ -150,18 +150,18 @@ def _known_matrix(request: Request, options: Options, kind: str) -> str | None:
     source = request.source
     if not all(file.sha256 for file in source.files):
         return None
-    base_key = _gguf.base_key(source, options, kind)
-    return _importance.known_key(options.imatrix, request.config, source, base_key, request.workspace)
+    base_key = base_file.base_key(source, options, kind)
+    return imatrix.known_key(options.imatrix, request.config, source, base_key, request.workspace)
 
 
 def _matrix_bytes(request: Request, options: Options, stem: str) -> int:
     if isinstance(options.imatrix, Path):
-        return _importance.key_bytes(stem, read_matrix(options.imatrix).label)
-    return _importance.key_bytes(stem, _importance.label(request.config)) if options.imatrix else 0
+        return imatrix.key_bytes(stem, read_matrix(options.imatrix).label)
+    return imatrix.key_bytes(stem, imatrix.label(request.config)) if options.imatrix else 0
 
 
 def _validate(options: Options) -> None:
-    from quantool.methods._quantizer import ggml_type
+    from quantool.methods._llama_cpp.quantize import ggml_type
 
     for name in (*options.tensor_types.values(), options.output_tensor_type, options.token_embedding_type):
         if name is not None:
@@ -176,7 +176,7 @@ def _validate(options: Options) -> None:
     options.split_bytes()
 
 
-def _validate_names(rehearsal: _rehearsal.Rehearsal, options: Options) -> None:
+def _validate_names(rehearsal: dry_run.Rehearsal, options: Options) -> None:
     """Refuse what llama.cpp would pass over without a word: a pattern that no tensor has, another model's matrix."""
     for pattern in options.tensor_types:
         if not any(re.search(pattern.lower(), name) for name in rehearsal.tensors):
@@ -190,9 +190,7 @@ def _validate_names(rehearsal: _rehearsal.Rehearsal, options: Options) -> None:
         check_matrix(options.imatrix, shapes)
 
 
-def _dry_runs(
-    rehearsal: _rehearsal.Rehearsal, names: tuple[str, ...], options: Options
-) -> list[dict[str, Any]]:
+def _dry_runs(rehearsal: dry_run.Rehearsal, names: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
     """llama.cpp's decision for each level; kept beside the rehearsal."""
     matrix = {"path": None, "label": ""} if options.imatrix else None
     known = toolchain.levels()
@@ -206,10 +204,10 @@ def _dry_runs(
         for name in names
     ]
     kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
-    with _rehearsal.alone(rehearsal.folder):
+    with dry_run.alone(rehearsal.folder):
         if not kept.is_file():
             result = process.call(
-                "quantool.methods._quantizer:rehearse",
+                rehearse,
                 {"base": str(rehearsal.header), "runs": runs},
                 log=rehearsal.folder / "quantizer.log",
             )
@@ -227,25 +225,26 @@ def _require_matrix(names: tuple[str, ...], runs: list[dict[str, Any]], options:
         )
 
 
-def _quantize_ram(rehearsal: _rehearsal.Rehearsal, types: dict[str, str]) -> int:
+def _quantize_ram(rehearsal: dry_run.Rehearsal, types: dict[str, str]) -> int:
     """One slab of the largest tensor as stored, as float32 and as quantized, and the library."""
     largest = max(
-        2 * t.bytes + t.bytes + _rehearsal.tensor_bytes(t, types[name])
-        for name, t in rehearsal.tensors.items()
+        2 * t.bytes + t.bytes + dry_run.tensor_bytes(t, types[name]) for name, t in rehearsal.tensors.items()
     )
     return min(largest, MAX_BUFFER) + (200 << 20)
 
 
 def _stages(
-    request: Request, rehearsal: _rehearsal.Rehearsal, options: Options, kind: str
+    request: Request, rehearsal: dry_run.Rehearsal, options: Options, kind: str
 ) -> tuple[StagePlan, ...]:
     source, workspace = request.source, request.workspace
-    base_bytes = sum(_rehearsal.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
+    base_bytes = sum(dry_run.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
     hashed = all(file.sha256 for file in source.files)
-    done = hashed and workspace.recall(f"base-{kind}", _gguf.base_key(source, options, kind)) is not None
-    stages = [StagePlan(name=f"base-{kind}", writes=base_bytes, peak_ram=_gguf.export_ram(source), done=done)]
+    done = hashed and workspace.recall(f"base-{kind}", base_file.base_key(source, options, kind)) is not None
+    stages = [
+        StagePlan(name=f"base-{kind}", writes=base_bytes, peak_ram=base_file.export_ram(source), done=done)
+    ]
     if options.imatrix is True:
-        logits = 4 * source.facts.vocabulary * _importance.IMATRIX_CONTEXT * LOGITS_WINDOWS
+        logits = 4 * source.facts.vocabulary * imatrix.IMATRIX_CONTEXT * LOGITS_WINDOWS
         columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())
         matrix = _known_matrix(request, options, kind)
         done = matrix is not None and workspace.recall("imatrix", matrix) is not None
@@ -257,17 +256,19 @@ def _stages(
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
     source, output, workspace = job.plan.source, job.output, job.workspace
-    kind, note = _gguf.choose_type(source, options.base_type)
+    kind, note = base_file.choose_type(source, options.base_type)
     level = toolchain.levels()[output.level]
-    matrix, matrix_key = _importance.matrix(job, options, options.imatrix, kind, progress)
+    matrix, matrix_key = imatrix.matrix(job, options, options.imatrix, kind, progress)
     names = [file.name for file in output.files]
     key = _level_key(source, options, kind, output.level, matrix_key, names)
     if (kept := workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
-    base, _ = _gguf.base(job, options, kind, progress)
+    base, _ = base_file.base(job, options, kind, progress)
     started = time.monotonic()
     sizes = [file.bytes for file in output.files]
-    _gguf.need_disk(workspace.root, sum(sizes) + _level.temporary(sizes, keep_split=options.keep_split))
+    base_file.need_disk(
+        workspace.root, sum(sizes) + level_files.temporary(sizes, keep_split=options.keep_split)
+    )
     log = workspace.logs / f"quantize-{output.level}.log"
     request = {
         "base": str(base),
@@ -276,13 +277,13 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "settings": options.settings(),
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
-    said = _level.write_level(job, request, key, options.split_bytes(), log, progress)
+    said = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
     artifact = Artifact(
         output=output.id,
         method="gguf",
         level=output.level,
         folder=job.folder,
-        files=_gguf.records(job.folder, names),
+        files=base_file.records(job.folder, names),
         shared=(matrix[0],) if matrix else (),
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,

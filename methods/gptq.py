@@ -5,14 +5,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from quantool.errors import ConfigError
-from quantool.methods import _compressed
-from quantool.methods._making import make
-from quantool.methods._mappings import SMOOTHQUANT_REGISTRIES, Mappings
-from quantool.methods._schemes import W4A16, W4A16_ASYM, W8A8, W8A16
-from quantool.plan import Request
-from quantool.progress import Progress
+from quantool.methods._compressed import outline as _compressed
+from quantool.methods._compressed.make import make
+from quantool.methods._compressed.mappings import SMOOTHQUANT_REGISTRIES, Mappings
+from quantool.methods._compressed.schemes import W4A16, W4A16_ASYM, W8A8, W8A16
+from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import Artifact
-from quantool.registry import Job, Outline, method
+from quantool.runtime.progress import Progress
 
 RECIPE = _compressed.Recipe(
     "gptq", "GPTQ", "gptq", {"W4A16": W4A16, "W4A16_ASYM": W4A16_ASYM, "W8A16": W8A16, "W8A8": W8A8}

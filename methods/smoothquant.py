@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from quantool.methods import _compressed
-from quantool.methods._making import make
-from quantool.methods._mappings import SMOOTHQUANT_REGISTRIES, Mappings
-from quantool.methods._schemes import W8A8
-from quantool.plan import Request
-from quantool.progress import Progress
+from quantool.methods._compressed import outline as _compressed
+from quantool.methods._compressed.make import make
+from quantool.methods._compressed.mappings import SMOOTHQUANT_REGISTRIES, Mappings
+from quantool.methods._compressed.schemes import W8A8
+from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import Artifact
-from quantool.registry import Job, Outline, method
+from quantool.runtime.progress import Progress
 
 RECIPE = _compressed.Recipe("smoothquant", "SmoothQuant", "rtn", {"W8A8": W8A8})
 

@@ -16,10 +16,10 @@ import typer
 from quantool.errors import INTERRUPTED, ConfigError, DependencyError, GateError, QuantoolError, nearest
 
 if TYPE_CHECKING:
-    from quantool.config import Config
+    from quantool.config.schema import Config
     from quantool.pipeline import Outcome
-    from quantool.progress import Progress
     from quantool.records import Publication
+    from quantool.runtime.progress import Progress
 
 app = typer.Typer(
     name="quantool",
@@ -175,8 +175,8 @@ def publish(
     quiet: Quiet = False,
 ) -> None:
     """Push FOLDER to the Hub in one commit, after comparing its files with what was judged; verify it there."""
-    from quantool import delivery
-    from quantool.progress import Progress
+    from quantool.publish import publish as delivery
+    from quantool.runtime.progress import Progress
 
     order = delivery.Order(repo_id, private, None, allow_regression)
     given = {
@@ -201,7 +201,7 @@ def plan(
 ) -> None:
     """Say what a run would do: files with exact sizes, disk, memory, what is done already."""
     from quantool import pipeline
-    from quantool.table import planned
+    from quantool.report.table import planned
 
     loaded, progress = _load(config, overrides, quiet=quiet)
     made = pipeline.plan(loaded, progress)
@@ -240,10 +240,10 @@ def validate(
 ) -> None:
     """Judge artifacts that exist, whoever made them: a file, or all those of a downloaded repository."""
     from quantool import gates, pipeline
-    from quantool.progress import Progress
+    from quantool.given_artifacts import artifacts_of
     from quantool.records import Verdict
-    from quantool.subject import artifacts_of
-    from quantool.table import failures, table, write_step_summary
+    from quantool.report.table import failures, table, write_step_summary
+    from quantool.runtime.progress import Progress
 
     settings = _validation_config(config, overrides, reference, output)
     found = artifacts_of(artifact, level)
@@ -275,13 +275,15 @@ def _engine(asked: str | None, native: str) -> str:
 def _validation_config(
     config: Path | None, overrides: list[str] | None, reference: str, output: Path
 ) -> Config:
-    from quantool.config import Config, load
+    from quantool.config.load import load
+    from quantool.config.schema import Config
+    from quantool.plugins import find
 
     if config is None:
         if overrides:
             raise ConfigError("--set changes a configuration, but none is given", hint="add --config FILE")
         return Config(model_id=reference, output_path=output)
-    loaded = load(config, overrides or ()).config
+    loaded = load(config, overrides or (), find).config
     return loaded.model_copy(update={"model_id": reference, "revision": None, "output_path": output})
 
 
@@ -289,12 +291,12 @@ def _validation_config(
 @reported
 def methods(as_json: Json = False) -> None:
     """List the methods, their levels and options."""
-    from quantool import registry
+    from quantool.plugins import find
 
     found: dict[str, Any] = {}
-    for name in registry.names("methods"):
+    for name in find.names("methods"):
         try:
-            method = registry.find_method(name)
+            method = find.find_method(name)
             options = {key: field.description for key, field in method.options.model_fields.items()}
             found[name] = {"levels": method.levels(), "options": options}
         except QuantoolError as error:
@@ -317,9 +319,10 @@ def methods(as_json: Json = False) -> None:
 @reported
 def schema() -> None:
     """Print the JSON schema of a configuration, for editors."""
-    from quantool import config
+    from quantool.config import load
+    from quantool.plugins import find
 
-    typer.echo(json.dumps(config.schema(), indent=1, ensure_ascii=False))
+    typer.echo(json.dumps(load.schema(find), indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -346,25 +349,26 @@ def install(
     ] = None,
 ) -> None:
     """Put llama.cpp's converter, of the installed llama-cpp-python's commit, into the user cache (2 MB)."""
-    from quantool import toolchain
+    from quantool.runtime import toolchain
 
     located = toolchain.install(sdist)
     typer.echo(f"{located.folder} ({located.origin}, llama.cpp {located.commit or 'unknown commit'})")
 
 
 def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Config, Progress]:
-    from quantool.config import load
-    from quantool.progress import Progress
+    from quantool.config.load import load
+    from quantool.plugins import find
+    from quantool.runtime.progress import Progress
 
     progress = Progress(quiet=quiet)
-    loaded = load(path, overrides or ())
+    loaded = load(path, overrides or (), find)
     for warning in loaded.warnings:
         progress.warn(warning)
     return loaded.config, progress
 
 
 def _show(outcome: Outcome, progress: Progress, *, as_json: bool) -> None:
-    from quantool.table import failures, table, write_step_summary
+    from quantool.report.table import failures, table, write_step_summary
 
     try:
         write_step_summary(outcome.reports)

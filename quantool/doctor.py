@@ -8,10 +8,10 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from quantool import toolchain
 from quantool.errors import DependencyError
-from quantool.plan import versions
-from quantool.progress import amount
+from quantool.runtime import toolchain
+from quantool.runtime.progress import amount
+from quantool.runtime.versions import versions
 
 TOOLS = ("llama-server", "llama-quantize", "llama-perplexity", "llama-imatrix", "cmake", "c++", "git")
 

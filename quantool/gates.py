@@ -16,7 +16,9 @@ from collections.abc import Mapping
 
 from quantool.errors import ConfigError, nearest
 from quantool.records import Gates
-from quantool.rules import ALL_LEVELS
+
+ALL_LEVELS = "*"
+"""The entry of ``validation.gates`` that stands for every level."""
 
 _EXACT = (
     0.001,

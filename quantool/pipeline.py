@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantool import ahead, process, registry
-from quantool.config import Config, Corpus
-from quantool.delivery import Order, private_of, publish_passed
-from quantool.errors import PublicationError, SourceError
-from quantool.package import SUMS, pack
-from quantool.plan import check_disk, make_plan, versions
-from quantool.plots import draw
-from quantool.preflight import preflight
-from quantool.progress import Progress
+from quantool.card.user_template import read_card_template
+from quantool.config.schema import Config, Corpus
+from quantool.errors import PublicationError
+from quantool.given_artifacts import judged_by
+from quantool.plan.disk import check_disk
+from quantool.plan.make import make_plan
+from quantool.plugins import find
+from quantool.plugins.contract import Case, Job
+from quantool.publish import preupload
+from quantool.publish.package import SUMS, pack
+from quantool.publish.permissions import preflight
+from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import (
     Artifact,
     Finding,
@@ -29,11 +32,13 @@ from quantool.records import (
     Verdict,
     fingerprint,
 )
-from quantool.registry import Case, Job
-from quantool.report import write_report
-from quantool.source import identity, overlay, resolve
-from quantool.subject import judged_by
-from quantool.workspace import Workspace, write_text
+from quantool.report.files import write_report
+from quantool.report.plots import draw
+from quantool.runtime.progress import Progress
+from quantool.runtime.versions import versions
+from quantool.runtime.workspace import Workspace, write_text
+from quantool.source.resolve import overlay, resolve
+from quantool.source.scan import recall_scan, scan_source
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ def plan(config: Config, progress: Progress) -> Plan:
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     source = resolve(config, weights=False, progress=progress)
     missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
-    source = _recalled(source, workspace)
-    return make_plan(config, source, workspace, downloads=sum(missing))
+    source = recall_scan(source, workspace)
+    return _checked_plan(config, source, workspace, downloads=sum(missing))
 
 
 def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> Outcome:
@@ -107,21 +112,21 @@ def _one_by_one(
     """
     reports = []
     for output in made.outputs:
-        target = ahead.Target(output.repo_id or "", private_of(config), config.publish)
+        target = preupload.Target(output.repo_id or "", private_of(config), config.publish)
         artifact = _make(config, made, output, workspace, progress)
         case = _case(config, made.source, output, artifact, workspace)
-        if gone := ahead.missing(artifact):
+        if gone := preupload.missing(artifact):
             known = _known_report(case, artifact)
             goes_out = known is not None and (allow_regression or known.verdict() is Verdict.PASS)
-            if known is None or (goes_out and not ahead.is_whole(workspace, target, artifact, progress)):
-                ahead.forget(workspace, target.repo_id, artifact.folder, gone)
+            if known is None or (goes_out and not preupload.is_whole(workspace, target, artifact, progress)):
+                preupload.forget(workspace, target.repo_id, artifact.folder, gone)
                 artifact = _make(config, made, output, workspace, progress)
         _drop_sums([artifact])
         (report,) = judge([case], [artifact], progress)
         if allow_regression or report.verdict() is Verdict.PASS:
-            ahead.ship(workspace, target, artifact, progress)
+            preupload.ship(workspace, target, artifact, progress)
         else:
-            ahead.drop(workspace, artifact)
+            preupload.drop(workspace, artifact)
         reports.append(report)
     return tuple(reports)
 
@@ -138,13 +143,20 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     """The plan, with the source fetched and looked at."""
     source = resolve(config, weights=True, progress=progress)
     source = overlay(source, workspace.work / "source")
-    check_disk(make_plan(config, _recalled(source, workspace), workspace), workspace.root)
-    source = scan(source, workspace, progress)
-    made = make_plan(config, source, workspace)
+    check_disk(_checked_plan(config, recall_scan(source, workspace), workspace), workspace.root)
+    source = scan_source(source, workspace, progress)
+    made = _checked_plan(config, source, workspace)
     for note in made.warnings:
         progress.warn(note)
     write_text(workspace.root / "plan.json", made.model_dump_json(indent=1))
     return made
+
+
+def _checked_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
+    """The plan of a configuration whose card template is one; ConfigError with file and line when it is none."""
+    if config.card.template is not None:
+        read_card_template(config.card.template)
+    return make_plan(config, source, workspace, downloads=downloads)
 
 
 def _drop_sums(artifacts: Sequence[Artifact]) -> None:
@@ -162,52 +174,11 @@ def _drop_sums(artifacts: Sequence[Artifact]) -> None:
             sums.unlink()
 
 
-def scan(source: Source, workspace: Workspace, progress: Progress) -> Source:
-    """Hash every weight file and look at every weight once; the source with hashes and largest magnitude.
-
-    Raises SourceError when weights are NaN or infinite.
-    """
-    from quantool.scan import require_finite
-
-    def produce() -> tuple[list[Path], dict[str, Any]]:
-        with progress.bar("scan weights", "B") as bar:
-            found = process.call(
-                "quantool.scan:scan_worker",
-                {"folder": str(source.folder)},
-                log=workspace.logs / "scan.log",
-                bar=bar,
-                failure=SourceError,
-            )
-        require_finite(found)
-        return [], found
-
-    return _with_scan(source, workspace.stage("scan", fingerprint(identity(source)), produce))
-
-
-def _recalled(source: Source, workspace: Workspace) -> Source:
-    """The source with what an earlier scan of the same files found, if there was one."""
-    found = workspace.recall("scan", fingerprint(identity(source))) if _is_here(source) else None
-    return source if found is None else _with_scan(source, found)
-
-
-def _is_here(source: Source) -> bool:
-    return all((source.folder / file.name).exists() for file in source.files)
-
-
-def _with_scan(source: Source, found: dict[str, Any]) -> Source:
-    hashes = {name: entry["sha256"] for name, entry in found["files"].items()}
-    files = tuple(
-        file if file.sha256 else file.model_copy(update={"sha256": hashes[file.name]})
-        for file in source.files
-    )
-    return source.model_copy(update={"files": files, "max_abs": found["max_abs"]})
-
-
 def _make(
     config: Config, made: Plan, output: OutputPlan, workspace: Workspace, progress: Progress
 ) -> Artifact:
     """Let the method make one output."""
-    method = registry.find_method(output.method)
+    method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
     job = Job(config, made, output, workspace)
     artifact = method.quantize(job, options, progress)
@@ -248,7 +219,7 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
     missing = [case for case, found in zip(cases, kept, strict=True) if found is None]
     if missing:
         for name in names:
-            if (prepare := registry.find_check(name).prepare) is not None:
+            if (prepare := find.find_check(name).prepare) is not None:
                 prepare(missing, progress)
     reports = []
     for case, artifact, found in zip(cases, artifacts, kept, strict=True):
@@ -264,7 +235,7 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
 
 
 def _checks(case: Case) -> tuple[str, ...]:
-    return case.settings.checks or tuple(registry.names("checks"))
+    return case.settings.checks or tuple(find.names("checks"))
 
 
 def _known_report(case: Case, artifact: Artifact) -> Report | None:
@@ -274,7 +245,7 @@ def _known_report(case: Case, artifact: Artifact) -> Report | None:
     uploaded and deleted after it was judged.
     """
     sure = all(identity is not None for _, identity in _texts(case.config))
-    if not sure and not ahead.missing(artifact):
+    if not sure and not preupload.missing(artifact):
         return None
     found = case.workspace.recall(f"report/{case.name}", _report_key(case, artifact))
     return None if found is None else Report.model_validate(found).model_copy(update={"artifact": artifact})
@@ -310,7 +281,7 @@ def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Prog
             getattr(case.settings, name, True) is not None
         ):  # one with a section of its own and none given does nothing
             progress.say(f"{case.name}: {name}")
-        findings += registry.find_check(name).judge(case, progress)
+        findings += find.find_check(name).judge(case, progress)
     return Report(
         artifact=artifact,
         reference=case.source.label(),
@@ -321,7 +292,7 @@ def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Prog
 
 def _texts(config: Config) -> list[tuple[str, str | None]]:
     """Name and identity of every evaluation text: a changed file is another corpus; None where nothing tells."""
-    from quantool import corpus
+    from quantool.texts import corpus
 
     settings = config.validation
     texts = [*corpus.corpora(config)]
@@ -355,7 +326,7 @@ def validate(
     with workspace.lock():
         source = resolve(config, weights=True, progress=progress)
         source = overlay(source, workspace.work / "source")
-        source = scan(source, workspace, progress)
+        source = scan_source(source, workspace, progress)
         cases = [
             Case(path, engine, f"given/{path.name}", source, config, gates, workspace, base=base)
             for path, gates in zip((_loaded(one, engine) for one in artifacts), limits, strict=True)

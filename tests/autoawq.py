@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from safetensors.torch import load_file
 
-from quantool.packing import PARTS, dequantize
+from quantool.formats.int4_layouts import PARTS, dequantize
 
 
 def upstream() -> ModuleType:

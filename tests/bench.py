@@ -25,8 +25,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantool import toolchain
-from quantool.rows import docstrings
+from quantool.runtime import toolchain
+from quantool.texts.readers import docstrings
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 2048, 8192, 32, 8, 32768
 TINY = Path(__file__).parent / "models" / "tiny-chat"
@@ -140,7 +140,7 @@ def quantool_command(model: Path, output: Path, levels: list[str]) -> list[str]:
     """Base and levels through the same code as a run, without judging."""
     code = (
         "import sys; from pathlib import Path; from quantool import pipeline, registry; "
-        "from quantool.config import Config; from quantool.progress import Progress; "
+        "from quantool.config.schema import Config; from quantool.runtime.progress import Progress; "
         "c = Config(model_id=sys.argv[1], method='gguf', quant_level=sys.argv[3].split(','), "
         "output_path=Path(sys.argv[2]), quantization_config={'pre_tokenizer': 'qwen2'}); "
         "pipeline.make(c, Progress(quiet=True))"
@@ -164,10 +164,10 @@ def upstream_commands(model: Path, output: Path, levels: list[str]) -> list[list
 
 SCORES = """
 import sys; from pathlib import Path; from dataclasses import replace
-from quantool.config import Config; from quantool.progress import Progress; from quantool.records import Gates
-from quantool.registry import Case, find_check; from quantool.source import resolve
-from quantool.validation._reference import references; from quantool.corpus import corpora
-from quantool.workspace import Workspace
+from quantool.config.schema import Config; from quantool.runtime.progress import Progress; from quantool.records import Gates
+from quantool.plugins.contract import Case, find_check; from quantool.source.resolve import resolve
+from quantool.validation._engines.reference import references; from quantool.texts.corpus import corpora
+from quantool.runtime.workspace import Workspace
 work, config, levels = Path(sys.argv[1]), Config.model_validate_json(sys.argv[2]), sys.argv[3:]
 source = resolve(config, weights=True, progress=Progress(quiet=True))
 cases = [Case(Path(path), "llama.cpp", f"bench/{number}", source, config, Gates(), Workspace(work))

@@ -77,8 +77,8 @@ def _random(shape: tuple[int, ...]) -> Any:
 def quantize(model: Path, output: Path, calibration: Path) -> None:
     """Make FP8_DYNAMIC (data-free) and AWQ W4A16 (128 samples of 512 tokens) and print seconds and peak memory."""
     from quantool import pipeline
-    from quantool.config import Config
-    from quantool.progress import Progress
+    from quantool.config.schema import Config
+    from quantool.runtime.progress import Progress
 
     for method, level in MEASURED.items():
         config = Config(

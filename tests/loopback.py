@@ -19,7 +19,7 @@ import pytest
 
 from quantool.records import sha256_of
 from tests.checkpoint import write_checkpoint
-from tests.hub import serving
+from tests.loopback_hub import serving
 from tests.pushing import SIGNATURE, WritableHub
 
 REPO = "org/model-FAKE"

@@ -14,10 +14,8 @@ from typing import Any
 
 from pydantic import Field
 
-from quantool import process
 from quantool.errors import PublicationError, QuantizationError, QuantoolError
-from quantool.plan import Request
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, Job, Options, Outline, Request, check, method
 from quantool.records import (
     Artifact,
     FileRecord,
@@ -28,9 +26,10 @@ from quantool.records import (
     fingerprint,
     sha256_of,
 )
-from quantool.registry import Case, Job, Options, Outline, check, method
-from quantool.worker import Report
-from quantool.workspace import written
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Report
+from quantool.runtime.workspace import written
 
 
 class FakeOptions(Options):
@@ -95,7 +94,7 @@ def quantize(job: Job, options: FakeOptions, progress: Progress) -> Artifact:
         text = _text(job.output.level, options)
         if options.ending:
             request, log = {"path": str(part), "text": text}, job.workspace.logs / "fake.log"
-            process.call(f"quantool_fake:{options.ending}", request, log=log, bar=bar)
+            process.call(globals()[options.ending], request, log=log, bar=bar)
         else:
             part.write_text(text, encoding="utf-8")
     path = job.folder / name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from tests.hub import (
+from tests.loopback_hub import (
     ID,
     LFS_ENDS,
     REVISION,

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from quantool import plan, registry, source
-from quantool.config import Config
-from quantool.methods._layout import Stored, encode, file_size, index_bytes
-from quantool.progress import Progress
-from quantool.weights import INDEX
-from quantool.workspace import Workspace
+from quantool.config.schema import Config
+from quantool.formats.safetensors import INDEX
+from quantool.methods._safetensors.layout import Stored, encode, file_size, index_bytes
+from quantool.plan import make
+from quantool.plugins import contract, find
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import Workspace
+from quantool.source import resolve
 
 HIDDEN, INNER, HEADS, KEYS, HEAD_SIZE, VOCABULARY = 8192, 24576, 64, 8, 128, 256_000
 TINY = Path(__file__).parent / "models" / "tiny-chat"
@@ -110,13 +112,13 @@ def main() -> None:
             }
         )
         workspace, quiet = Workspace(config.output_path), Progress(quiet=True)
-        drawn = plan.make_plan(config, source.resolve(config, weights=True, progress=quiet), workspace)
+        drawn = make.make_plan(config, resolve.resolve(config, weights=True, progress=quiet), workspace)
         wanted = config.requested()[0]
-        method = registry.find_method(wanted.method)
+        method = find.find_method(wanted.method)
         started = time.monotonic()
         with workspace.lock():
-            job = registry.Job(config, drawn, drawn.outputs[0], workspace)
-            made = method.quantize(job, plan.options_of(wanted, method), quiet)
+            job = contract.Job(config, drawn, drawn.outputs[0], workspace)
+            made = method.quantize(job, make.options_of(wanted, method), quiet)
         seconds, peak = time.monotonic() - started, int(str(made.details["peak_rss"]))
     print(
         f"{size / 1e9:.1f} GB in shards of up to {largest / 1e9:.2f} GB, {asked.level}, {asked.workers} workers: "

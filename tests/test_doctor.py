@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from quantool import doctor, toolchain
+from quantool import doctor
+from quantool.runtime import toolchain
 
 
 def test_facts_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quantool import registry
 from quantool.errors import ConfigError
 from quantool.gates import default_gates, over, resolve
+from quantool.plugins import find
 from quantool.records import Gates
 
 LLAMA_QUANTIZE = [
@@ -96,9 +96,9 @@ def test_levels_of_the_installed_library_have_gates() -> None:
         default_gates(level)
 
 
-@pytest.mark.parametrize("method", registry.names("methods"))
+@pytest.mark.parametrize("method", find.names("methods"))
 def test_levels_of_every_method_have_gates(method: str) -> None:
-    for level in registry.find_method(method).levels():
+    for level in find.find_method(method).levels():
         default_gates(level)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,23 @@ HEAVY = {
     "compressed_tensors",
 }
 PRINTING = {"progress.py", "cli.py"}
+GROUND = ("quantool", "quantool.errors", "quantool.records", "quantool.gates")
+ROOMS = (
+    "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
+    "publish", "app",
+)  # fmt: skip
+"""In the order of the house: a room imports from those before it, and from itself."""
+PLUGINS_IMPORT = {"ground", "runtime", "config", "plugins"}
+FEATURES_IMPORT = set(ROOMS[: ROOMS.index("plugins") + 1])
+"""What methods and checks may use of the core."""
+JUDGING = ("_findings", "_engines", "_cache", ("_score", "_chat", "_files", "_tasks"), "checks")
+"""Inside validation, in order; those of one step do not know each other."""
+MOST_FILES = 20
 VAGUE = {"utils", "util", "helpers", "helper", "base", "manager", "common", "misc"}
 LONGEST = 400
 
-CORE = sorted((ROOT / "quantool").glob("*.py"))
-PLUGGED = sorted(path for folder in FOLDERS[1:] for path in (ROOT / folder).glob("*.py"))
+CORE = sorted((ROOT / "quantool").rglob("*.py"))
+PLUGGED = sorted(path for folder in FOLDERS[1:] for path in (ROOT / folder).rglob("*.py"))
 ALL = CORE + PLUGGED
 
 
@@ -78,6 +91,102 @@ def of_folder(name: str, folder: str) -> bool:
     )
 
 
+def module(path: Path) -> str:
+    """The dotted name that a file is imported by."""
+    parts = [part for part in path.relative_to(ROOT).with_suffix("").parts if part != "__init__"]
+    return ".".join(parts if parts[0] == "quantool" else ["quantool", *parts])
+
+
+MODULES = {module(path): path for path in ALL}
+
+
+def room(name: str) -> str:
+    """``runtime``; ``validation._engines`` for shared code of a feature folder, ``methods`` for its public files."""
+    if name in GROUND:
+        return "ground"
+    first, *deeper = name.split(".")[1:]
+    if first in ("methods", "validation"):
+        return f"{first}.{deeper[0]}" if deeper and deeper[0].startswith("_") else first
+    return first if first in ROOMS else "app"
+
+
+def needed(path: Path) -> set[str]:
+    """Modules of the house that a file imports anywhere: at the top, inside functions, for type checkers only."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        for name in imported(node):
+            inside = name if name in MODULES else name.rpartition(".")[0]
+            if inside in MODULES:
+                found.add(inside)
+    return found - {module(path)}
+
+
+def step(place: str) -> int:
+    """Where a room of validation stands in ``JUDGING``."""
+    last = place.partition(".")[2] or "checks"
+    return next(number for number, names in enumerate(JUDGING) if last == names or last in names)
+
+
+def may_import(here: str, there: str) -> bool:
+    """Whether the room ``here`` may import from the room ``there``."""
+    if here == there:
+        return True
+    mine, theirs = here.partition(".")[0], there.partition(".")[0]
+    if mine in FOLDERS:
+        if theirs in ROOMS:
+            return theirs in FEATURES_IMPORT
+        if mine != theirs:
+            return False
+        if mine == "methods":
+            return there != "methods"
+        return step(there) < step(here)
+    if here == "plugins":
+        return there in PLUGINS_IMPORT
+    return there in ROOMS and ROOMS.index(there) < ROOMS.index(here)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_only_from_the_rooms_before_it(name: str) -> None:
+    here = room(name)
+    assert [there for there in sorted(needed(MODULES[name])) if not may_import(here, room(there))] == []
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("config", "plugins"), ("plugins", "source"), ("runtime", "hub"), ("report", "card"), ("methods", "plan"),
+        ("validation", "methods"), ("methods", "validation"), ("validation._cache", "validation._score"),
+        ("validation._chat", "validation._files"), ("validation._engines", "validation"), ("methods._llama_cpp", "methods"),
+        ("validation", "publish"), ("ground", "runtime"), ("plan", "app"), ("hub", "methods"),
+    ],
+)  # fmt: skip
+def test_the_order_of_the_rooms_has_teeth(here: str, there: str) -> None:
+    assert not may_import(here, there)
+
+
+def test_no_module_needs_itself() -> None:
+    """No circle of imports, those inside functions counted."""
+    graph = {name: needed(path) for name, path in MODULES.items()}
+    while free := {name for name, names in graph.items() if not names & graph.keys()}:
+        graph = {name: names for name, names in graph.items() if name not in free}
+    assert graph == {}, "these need each other, or one of those that do"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in ALL}), ids=label)
+def test_no_room_is_crowded(folder: Path) -> None:
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_FILES
+
+
+def test_classes_have_names_of_their_own() -> None:
+    """One name, one meaning, in the whole house. ``Options`` is what every method calls the type of its options."""
+    places: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and node.name != "Options":
+                places.setdefault(node.name, []).append(name)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_there_is_something_to_look_at() -> None:
     assert len(CORE) > 20
     assert len(PLUGGED) > 10
@@ -87,7 +196,7 @@ def test_there_is_something_to_look_at() -> None:
 def test_core_names_no_method_and_no_check(path: Path) -> None:
     names = [name for node in ast.walk(tree(path)) for name in imported(node)]
     assert [name for name in names if of_folder(name, "methods") or of_folder(name, "validation")] == []
-    features = {file.stem for file in PLUGGED}
+    features = {file.stem for file in PLUGGED if file.name != "__init__.py"}
     literals = {
         node.value
         for node in ast.walk(tree(path))
@@ -100,7 +209,7 @@ def test_core_names_no_method_and_no_check(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PLUGGED, ids=label)
 def test_methods_and_checks_do_not_know_each_other(path: Path) -> None:
-    other = "validation" if path.parent.name == "methods" else "methods"
+    other = "validation" if path.is_relative_to(ROOT / "methods") else "methods"
     names = [name for node in ast.walk(tree(path)) for name in imported(node)]
     assert [name for name in names if of_folder(name, other)] == []
     assert f"quantool.{other}." not in path.read_text(encoding="utf-8")
@@ -162,7 +271,13 @@ def test_modules_have_a_size_to_be_read(path: Path) -> None:
 def test_every_part_is_listed_for_the_wheel() -> None:
     """A subfolder that ``packages`` does not list is missing from the wheel without a word."""
     folders = {path.parent.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-    assert folders == {Path(folder) for folder in FOLDERS}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    dotted = {".".join(folder.parts) for folder in folders}
+    assert {name if name.startswith("quantool") else f"quantool.{name}" for name in dotted} == set(listed) - {
+        "quantool.configs"
+    }
 
 
 # --- the wheel
@@ -209,8 +324,8 @@ def isolated(unpacked: Path, *words: str, cwd: Path | None = None) -> subprocess
 def test_the_wheel_holds_the_package_and_nothing_else(unpacked: Path) -> None:
     files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     wanted = {"quantool/py.typed", "quantool/configs/__init__.py"}
-    wanted |= {f"quantool/{path.name}" for path in CORE}
-    wanted |= {f"quantool/{path.parent.name}/{path.name}" for path in PLUGGED}
+    wanted |= {str(path.relative_to(ROOT)) for path in CORE}
+    wanted |= {f"quantool/{path.relative_to(ROOT)}" for path in PLUGGED}
     wanted |= {f"quantool/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert {name for name in files if ".dist-info/" not in name} == wanted
     (metadata,) = {name.partition("/")[0] for name in files if ".dist-info/" in name}
@@ -223,10 +338,10 @@ def test_the_unpacked_wheel_is_quantool(unpacked: Path, tmp_path: Path) -> None:
     done = isolated(unpacked, "-m", "quantool", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{quantool.__version__}\n"), done.stderr
     code = (
-        "from quantool import registry\n"
+        "from quantool.plugins import find\n"
         "import quantool.methods.gguf as m, quantool\n"
         "assert quantool.__file__.startswith(sys.argv[1]) and m.__file__.startswith(sys.argv[1])\n"
-        "print(registry.names('methods'), registry.names('checks'))"
+        "print(find.names('methods'), find.names('checks'))"
     )
     done = isolated(unpacked, "-c", f"import sys\n{code}", str(unpacked), cwd=tmp_path)
     features = [sorted(p.stem for p in (ROOT / f).glob("*.py") if p.name[0] != "_") for f in FOLDERS[1:]]

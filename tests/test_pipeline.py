@@ -7,12 +7,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from quantool import gates, pipeline
-from quantool.config import Config, load
+from quantool.config.load import load
+from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
 from quantool.pipeline import Outcome
-from quantool.progress import Progress
+from quantool.plugins import find
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Artifact, FileRecord, Plan, Report, Verdict, sha256_of
-from quantool.registry import Case, find_check
+from quantool.runtime.progress import Progress
 from tests.checkpoint import tensors
 
 Write = Callable[..., Path]
@@ -23,7 +26,7 @@ ALL = ["made Q8_0", "made Q4_K_M", "judged fake/Q8_0", "judged fake/Q4_K_M"]
 
 
 def run(path: Path, *overrides: str) -> Outcome:
-    return pipeline.run(load(path, overrides).config, Progress(quiet=True))
+    return pipeline.run(load(path, overrides, find).config, Progress(quiet=True))
 
 
 def done(folder: Path) -> list[str]:
@@ -83,7 +86,7 @@ def test_a_second_run_does_nothing_again(tmp_path: Path, config_file: Write) -> 
         "download": True, "scan": True, "fake/Q8_0": True, "fake/Q4_K_M": True, "judge": False,
     }  # fmt: skip
     assert second.plan.peak_disk == 0
-    planned = pipeline.plan(load(path).config, Progress(quiet=True))
+    planned = pipeline.plan(load(path, (), find).config, Progress(quiet=True))
     assert all(output.done for output in planned.outputs)
 
 
@@ -170,7 +173,7 @@ def test_a_text_that_may_have_changed_unseen_is_judged_again(
     path = config_file(("Q8_0",))
     run(path)
     done(tmp_path)
-    monkeypatch.setattr("quantool.corpus.identity", lambda _corpus: None)
+    monkeypatch.setattr("quantool.texts.corpus.identity", lambda _corpus: None)
     run(path)
     run(path)
     assert done(tmp_path) == ["judged fake/Q8_0"] * 2
@@ -230,7 +233,7 @@ def test_what_nothing_could_judge_has_not_passed(
 ) -> None:
     check = find_check("fakecheck")
     monkeypatch.setattr(
-        "quantool.registry.find_check", lambda _name: type(check)("fakecheck", "", lambda *_: [])
+        "quantool.plugins.find.find_check", lambda _name: type(check)("fakecheck", "", lambda *_: [])
     )
     outcome = run(config_file(("Q8_0",)))
     assert [report.verdict() for report in outcome.failed] == [Verdict.SKIPPED]

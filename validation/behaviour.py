@@ -12,7 +12,7 @@ judged, and each share may miss its gate by two standard errors of a binomial:
 - ``tool_calls``: where the reference calls a function, the artifact calls the same, in as many cases as
   ``min_same_top_p`` asks for.
 
-How long answers agree, and an example of where they part, is for the record. See ``_answers`` for what is asked and what
+How long answers agree, and an example of where they part, is for the record. See ``_chat.answers`` for what is asked and what
 it costs.
 """
 
@@ -23,10 +23,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Gates, Verdict
-from quantool.registry import Case, check
-from quantool.validation._answers import (
+from quantool.runtime.progress import Progress
+from quantool.validation._chat.answers import (
     Prompt,
     Prompts,
     Said,
@@ -34,7 +34,7 @@ from quantool.validation._answers import (
     prompts_of,
     reference_answers,
 )
-from quantool.validation._calls import calls
+from quantool.validation._chat.tool_calls import calls
 
 NAME = "behaviour"
 NOISE = 2.0

@@ -16,11 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Verdict
-from quantool.registry import Case, check
-from quantool.validation import _formatter, _server
-from quantool.validation._agreement import (
+from quantool.runtime.progress import Progress
+from quantool.validation._chat import llama_cpp_python, llama_server
+from quantool.validation._chat.agreement import (
     judge_bos,
     judge_caps,
     judge_continued,
@@ -28,9 +28,10 @@ from quantool.validation._agreement import (
     judge_python,
     judge_text,
 )
-from quantool.validation._conversations import Conversation, of_case
-from quantool.validation._renderings import NAME, Renderings, explain_text, first
-from quantool.validation._vocabulary import (
+from quantool.validation._chat.conversations import Conversation, of_case
+from quantool.validation._chat.renderings import NAME, Renderings, explain_text, first
+from quantool.validation._engines import hf_tokenizer
+from quantool.validation._engines.vocabulary import (
     UnloadableError,
     Vocabulary,
     by_artifact,
@@ -57,10 +58,10 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         return [_judge_absence(case, vocabulary)]
     conversations = of_case(case)
     asked = {"conversations": [conversation.request() for conversation in conversations]}
-    reference = by_source(case, "chats", "_hf:render", asked)
+    reference = by_source(case, "chats", hf_tokenizer.render, asked)
     templates = reference["facts"]["templates"]
     if vocabulary is None:
-        answered = by_artifact(case, "_hf:render", asked)
+        answered = by_artifact(case, hf_tokenizer.render, asked)
         texts = _judge_templates(templates, answered["facts"]["templates"])
         if (malformed := _malformed(reference)) is not None:
             return [*texts, malformed]
@@ -82,7 +83,7 @@ def _by_server(
 ) -> list[Finding]:
     """llama.cpp's server against the reference."""
     try:
-        answered = _server.render(case, conversations)
+        answered = llama_server.render(case, conversations)
     except UnloadableError as error:
         return [_failed(f"llama.cpp's engine cannot use the artifact's template: {error}")]
     caps = answered["caps"]
@@ -126,7 +127,7 @@ def _by_python(
     chosen = [one for one, wanted in zip(conversations, known, strict=True) if wanted]
     answers = [one for one, wanted in zip(reference["answers"], known, strict=True) if wanted]
     try:
-        answered = _formatter.render(case, chosen)
+        answered = llama_cpp_python.render(case, chosen)
     except UnloadableError as error:
         return [
             Finding(check=NAME, metric="rendered_text_python", verdict=Verdict.REGRESSION, detail=str(error))

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantool.config.sampling import disagreements, listed, of_generation, recommended, stated
 from quantool.errors import QuantizationError, SourceError
-from quantool.facts import read_optional
-from quantool.process import call
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding
-from quantool.registry import Case, check
-from quantool.sampling import disagreements, listed, of_generation, recommended, stated
-from quantool.validation._verdicts import Voice
+from quantool.runtime.process import call
+from quantool.runtime.progress import Progress
+from quantool.source.model_facts import read_optional
+from quantool.validation._files import gguf_file
+from quantool.validation._findings.builder import Voice
 
 NAME = "generation"
 GENERATION = "generation_config.json"
@@ -79,7 +80,7 @@ def _judge_artifact(case: Case, voice: Voice) -> Finding:
 def _of_gguf(case: Case) -> dict[str, float]:
     """``general.sampling.*`` by the names of generation_config.json."""
     log = case.workspace.logs / f"headers-{case.name.replace('/', '-')}.log"
-    keys = call("quantool.validation._headers:read_keys", {"path": str(case.artifact)}, log=log)["keys"]
+    keys = call(gguf_file.read_keys, {"path": str(case.artifact)}, log=log)["keys"]
     found = {name: keys.get(f"general.sampling.{key}") for name, key in KEYS.items()}
     return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 

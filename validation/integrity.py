@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
-from quantool.headers import headers as source_headers
-from quantool.progress import Progress
+from quantool.formats.safetensors import check_index
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Plan, sha256_of
-from quantool.registry import Case, check
-from quantool.validation import _headers
-from quantool.validation._companions import judge_companions, quantization
-from quantool.validation._companions import judge_plan as judge_folder_plan
-from quantool.validation._folder import Folder, judge_ignore, judge_layers
-from quantool.validation._folder import judge_level as judge_folder_level
-from quantool.validation._headers import LAYER, SHARD, Header
-from quantool.validation._levels import ALIASES, judge_level, judge_plan, options_of
-from quantool.validation._modules import promise
-from quantool.validation._names import LABELS, judge_names, tag_of
-from quantool.validation._origin import judge_matrix, judge_source
-from quantool.validation._scales import judge_cache, judge_scales
-from quantool.validation._verdicts import Voice
-from quantool.validation._vocabulary import UnloadableError, of_gguf, unloadable
-from quantool.weights import check_index
+from quantool.runtime.progress import Progress
+from quantool.source.tensor_headers import headers as source_headers
+from quantool.validation._engines.vocabulary import UnloadableError, of_gguf, unloadable
+from quantool.validation._files import gguf_file
+from quantool.validation._files.companions import judge_companions, quantization
+from quantool.validation._files.companions import judge_plan as judge_folder_plan
+from quantool.validation._files.folder import Folder, judge_ignore, judge_layers
+from quantool.validation._files.folder import judge_level as judge_folder_level
+from quantool.validation._files.gguf_file import LAYER, SHARD, Header
+from quantool.validation._files.gguf_levels import ALIASES, judge_level, judge_plan, options_of
+from quantool.validation._files.gguf_origin import judge_matrix, judge_source
+from quantool.validation._files.hub_names import LABELS, judge_names, tag_of
+from quantool.validation._files.modules import promise
+from quantool.validation._files.scales import judge_cache, judge_scales
+from quantool.validation._findings.builder import Voice
 
 NAME = "integrity"
 VOICE = Voice(NAME)
@@ -57,7 +57,7 @@ def _judge_gguf(case: Case) -> list[Finding]:
     if problem:
         return findings
     try:
-        header = _headers.read(case, shards)
+        header = gguf_file.read(case, shards)
     except UnloadableError as error:
         return [*findings, *unloadable(NAME, error)]
     planned = _planned_names(case)

@@ -16,15 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import stdev
 
-from quantool import process
-from quantool.config import Config, LmEval
+from quantool.config.schema import Config, LmEval
 from quantool.errors import ConfigError, DependencyError
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Source, Verdict, fingerprint, sha256_of
-from quantool.registry import Case, check
-from quantool.validation._lm_eval import Series
-from quantool.validation._paired import FEWEST, Difference, error_of, mcnemar, of_means, verdicts
-from quantool.validation._sides import Questions, artifact, reference
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.validation._cache.ask_both import Questions, artifact, reference
+from quantool.validation._findings.paired import FEWEST, Difference, error_of, mcnemar, of_means, verdicts
+from quantool.validation._tasks import lm_eval_worker
+from quantool.validation._tasks.lm_eval_worker import Series
 
 NAME = "lm_eval"
 NEED = "lm_eval"
@@ -56,7 +57,10 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
     request = {"tasks": tasks, "include_path": str(include_path) if include_path else None}
     with tempfile.TemporaryDirectory(prefix="quantool-") as folder:  # a plan leaves nothing behind
         process.call(
-            "quantool.validation._lm_eval:known", request, log=Path(folder) / "log", failure=ConfigError
+            lm_eval_worker.known,
+            request,
+            log=Path(folder) / "log",
+            failure=ConfigError,
         )
 
 
@@ -108,7 +112,7 @@ def _questions(case: Case, settings: LmEval) -> Questions:
     }
     own = [(str(path), sha256_of(path)) for path in files if "__pycache__" not in path.parts]
     key = fingerprint(request, own, version("lm_eval"), version("datasets"))
-    return Questions(NAME, "quantool.validation._lm_eval:ask", request, key)
+    return Questions(NAME, lm_eval_worker.ask, request, key)
 
 
 @dataclass(frozen=True)

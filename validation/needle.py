@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantool import corpus
-from quantool.config import Config, Corpus
+from quantool.config.schema import Config, Corpus
 from quantool.errors import ConfigError
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Source, Verdict, fingerprint
-from quantool.registry import Case, check
-from quantool.validation._needle import Hidden
-from quantool.validation._paired import FEWEST, mcnemar, verdicts
-from quantool.validation._sides import Questions, artifact, reference
+from quantool.runtime.progress import Progress
+from quantool.texts import corpus
+from quantool.validation._cache.ask_both import Questions, artifact, reference
+from quantool.validation._findings.paired import FEWEST, mcnemar, verdicts
+from quantool.validation._tasks import needle_worker
+from quantool.validation._tasks.needle_worker import Hidden
 
 NAME = "needle"
 METRIC = "retrieval"
@@ -96,7 +97,7 @@ def _questions(case: Case) -> Questions:
         "cache_dir": str(cache_dir) if cache_dir else None,
     }
     known = corpus.identity(haystack)
-    return Questions(NAME, "quantool.validation._needle:ask", request, known and fingerprint(request, known))
+    return Questions(NAME, needle_worker.ask, request, known and fingerprint(request, known))
 
 
 def compare(reference: Sequence[Hidden], artifact: Sequence[Hidden]) -> Finding:

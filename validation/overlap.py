@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool import __version__, process
-from quantool import corpus as texts
-from quantool.config import Config, Corpus
+from quantool import __version__
+from quantool.config.schema import Config, Corpus
 from quantool.errors import SourceError
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Verdict, fingerprint
-from quantool.registry import Case, check
-from quantool.rows import BUILT_IN
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.texts import corpus as texts
+from quantool.texts.readers import BUILT_IN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +95,7 @@ def _found(case: Case, origin: Corpus, evaluated: Sequence[Corpus], progress: Pr
     }
     with progress.bar("calibration text in evaluation text") as bar:
         answer = process.call(
-            "quantool.validation.overlap:find",
+            find,
             request,
             log=case.workspace.logs / "overlap.log",
             bar=bar,

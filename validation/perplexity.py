@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantool.corpus import corpora
 from quantool.gates import over
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Gates, Verdict
-from quantool.registry import Case, check
-from quantool.validation import _damages
-from quantool.validation._limits import Gate, gated, shown
-from quantool.validation._reference import Reference, references
-from quantool.validation._scores import Scores, summarize
-from quantool.validation._scoring import Outcome, compute, outcome, require
+from quantool.runtime.progress import Progress
+from quantool.texts.corpus import corpora
+from quantool.validation._engines.reference import Reference, references
+from quantool.validation._findings.limits import Gate, gated, shown
+from quantool.validation._findings.statistics import Scores, summarize
+from quantool.validation._score import conversion_loss
+from quantool.validation._score.scores import Outcome, compute, outcome, require
 
 NAME = "perplexity"
 
@@ -44,8 +44,8 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
         found = findings_of(summarize(tokens), corpus.name, merged(case.gates, corpus.gates))
         if scored.bases:
             base = scored.bases[number]
-            damages = _damages.findings_of(base, corpus.name, case.settings.gates, NAME)
-            blame = _damages.blame(base, damages[0])
+            damages = conversion_loss.findings_of(base, corpus.name, case.settings.gates, NAME)
+            blame = conversion_loss.blame(base, damages[0])
             found = [_blaming(finding, blame) for finding in found] + damages
         findings += found
     return findings + _kernels(scored) + _undivided(case, scored)
@@ -67,9 +67,9 @@ def _unscorable(case: Case, known: Sequence[Reference], scored: Outcome) -> list
     """The findings of an artifact that cannot be scored; a base says whether the conversion is to blame."""
     detail, damages = scored.failure, _undivided(case, scored)
     for base, reference in zip(scored.bases, known, strict=False):  # there may be no base
-        damages += _damages.findings_of(base, reference.windows.corpus.name, case.settings.gates, NAME)
+        damages += conversion_loss.findings_of(base, reference.windows.corpus.name, case.settings.gates, NAME)
     if scored.bases:
-        detail += f"; {_damages.blame(scored.bases[0], damages[0])}"
+        detail += f"; {conversion_loss.blame(scored.bases[0], damages[0])}"
     failed = Finding(check=NAME, metric="perplexity", verdict=Verdict.REGRESSION, detail=detail)
     return [failed, *damages]
 
@@ -78,9 +78,9 @@ def _undivided(case: Case, scored: Outcome) -> list[Finding]:
     """Why conversion and quantization are not told apart, of a GGUF."""
     if case.engine != "llama.cpp" or scored.bases:
         return []
-    if scored.file_type in _damages.UNQUANTIZED:
-        return [_damages.unquantized(scored.file_type, NAME)]
-    return [_damages.without_base(NAME)]
+    if scored.file_type in conversion_loss.UNQUANTIZED:
+        return [conversion_loss.unquantized(scored.file_type, NAME)]
+    return [conversion_loss.without_base(NAME)]
 
 
 def _blaming(finding: Finding, blame: str) -> Finding:

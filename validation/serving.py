@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from quantool.progress import Progress
+from quantool.formats.safetensors import TensorHeader, check_index, some
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Verdict
-from quantool.registry import Case, check
-from quantool.validation import _dequantized
-from quantool.validation._kernels import Heads, kernel, unsplittable
-from quantool.validation._modules import (
+from quantool.runtime.progress import Progress
+from quantool.validation._engines import unpacked
+from quantool.validation._files.modules import (
     HEAD,
     ROUTER,
     Group,
@@ -29,7 +29,7 @@ from quantool.validation._modules import (
     modules,
     promise,
 )
-from quantool.weights import TensorHeader, check_index, some
+from quantool.validation._files.vllm_kernels import Heads, kernel, unsplittable
 
 NAME = "serving"
 SPLITS = (1, 2, 4, 8)
@@ -58,7 +58,7 @@ class Served:
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Fused modules, names, scales and kernels of a quantized folder, by the rules of vLLM; no GPU is needed."""
     del progress  # headers only
-    found = _dequantized.quantization(case.artifact) if case.artifact.is_dir() else {}
+    found = unpacked.quantization(case.artifact) if case.artifact.is_dir() else {}
     if not found:
         return []
     try:

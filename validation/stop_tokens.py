@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantool.progress import Progress
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Verdict
-from quantool.registry import Case, check
-from quantool.validation._conversations import ENDED, LAST_WORD, of_case
-from quantool.validation._vocabulary import (
+from quantool.runtime.progress import Progress
+from quantool.validation._chat.conversations import ENDED, end_of_turn, of_case
+from quantool.validation._engines import hf_tokenizer
+from quantool.validation._engines.vocabulary import (
     UnloadableError,
     Vocabulary,
     by_artifact,
@@ -34,7 +35,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     del progress  # a second
     conversations = of_case(case)
     asked = {"conversations": [conversation.request() for conversation in conversations]}
-    reference = by_source(case, "chats", "_hf:render", asked)
+    reference = by_source(case, "chats", hf_tokenizer.render, asked)
     facts = reference["facts"]
     names = [conversation.name for conversation in conversations]
     turn_end = end_of_turn(reference["answers"][names.index(ENDED)], facts["special_ids"])
@@ -51,15 +52,6 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         _judge_lists(case, facts, turn_end, vocabulary),
         *_judge_others(facts, vocabulary),
     ]
-
-
-def end_of_turn(answer: dict[str, Any], special: dict[str, int]) -> int | None:
-    """The special token that the template prints right after what the assistant said; None when there is none."""
-    if not answer["accepted"]:
-        return None
-    behind = answer["accepted"][0]["text"].rpartition(LAST_WORD)[2].lstrip()
-    found = [content for content in special if behind.startswith(content)]
-    return special[max(found, key=len)] if found else None
 
 
 def _judge_eos(eos: int | None, vocabulary: Vocabulary) -> Finding:
@@ -202,7 +194,7 @@ def _shown(token: int, vocabulary: Vocabulary) -> str:
 
 def _judge_folder(case: Case, facts: dict[str, Any]) -> list[Finding]:
     """The artifact's tokenizer and its EOS ids (config.json, generation_config.json) are the source's."""
-    own = by_artifact(case, "_hf:render", {"conversations": []})["facts"]
+    own = by_artifact(case, hf_tokenizer.render, {"conversations": []})["facts"]
     pairs: list[tuple[str, Any, Any]] = [
         (metric, facts[metric], own[metric]) for metric in ("eos", "bos", "pad", "adds_bos", "adds_eos")
     ]

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quantool import corpus
-from quantool.config import Corpus
-from quantool.progress import Progress
+from quantool.config.schema import Corpus
+from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Verdict
-from quantool.registry import Case, check
-from quantool.validation._vocabulary import (
+from quantool.runtime.progress import Progress
+from quantool.texts import corpus
+from quantool.validation._engines import hf_tokenizer
+from quantool.validation._engines.vocabulary import (
     Text,
     UnloadableError,
     Vocabulary,
@@ -121,7 +122,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     heads = {one.name: _head(one, case) for one in corpus.corpora(case.config)}
     texts = [*BEGINNINGS, *PROBES, *(text for head in heads.values() for text in head)]
     asked = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
-    reference = by_source(case, NAME, "_hf:encode", asked)
+    reference = by_source(case, NAME, hf_tokenizer.encode, asked)
     try:
         sides, vocabulary = _compare(case, asked, reference)
     except UnloadableError as error:
@@ -162,9 +163,9 @@ def _compare(
     """The ids of both sides; texts that the source's tokenizer cannot do are left out."""
     texts = [Text(**text) for text in reference["texts"]]
     if case.engine != "llama.cpp":
-        answered = by_artifact(case, "_hf:encode", asked)
+        answered = by_artifact(case, hf_tokenizer.encode, asked)
         if answered["texts"] != reference["texts"]:  # other special tokens, so other texts
-            answered = by_artifact(case, "_hf:encode", {"texts": reference["texts"], "around": []})
+            answered = by_artifact(case, hf_tokenizer.encode, {"texts": reference["texts"], "around": []})
         rows = zip(texts, reference["ids"], answered["ids"], strict=True)
         return [Sides(text, one, other, None, None) for text, one, other in rows if one is not None], None
     normalized = [

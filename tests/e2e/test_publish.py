@@ -14,8 +14,8 @@ import pytest
 
 from quantool.records import sha256_of
 from tests.e2e.conftest import DOCS, PATIENCE, WIDE, quantool
-from tests.hub import Fault, Repository, sha256
 from tests.loopback import child
+from tests.loopback_hub import Fault, Repository, sha256
 from tests.pushing import WritableHub
 
 pytestmark = [

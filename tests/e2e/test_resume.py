@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from quantool.workspace import Workspace
+from quantool.runtime.workspace import Workspace
 from tests.conftest import dies
 from tests.e2e.conftest import PATIENCE, Ended, Run, chat, wait_until, workers, write
 

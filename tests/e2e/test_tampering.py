@@ -19,12 +19,13 @@ import tampering
 from tampering import edited, fp8_of, spoilt, tampered
 
 from quantool import pipeline
-from quantool.config import Config
+from quantool.config.schema import Config
+from quantool.given_artifacts import artifact_of
+from quantool.plugins.contract import Case
 from quantool.records import Gates, Report, Source, Verdict
-from quantool.registry import Case
-from quantool.source import resolve
-from quantool.subject import artifact_of
-from quantool.workspace import Workspace
+from quantool.runtime.workspace import Workspace
+from quantool.source.resolve import resolve
+from quantool.source.scan import scan_source
 from tests.e2e.conftest import PATIENCE, quantool, write
 
 pytestmark = pytest.mark.e2e
@@ -81,7 +82,7 @@ def source(folder: Path) -> Source:
     workspace = Workspace(making.room() / "judged" / folder.name)
     config = Config(model_id=str(folder), method="gguf", output_path=workspace.root)
     with workspace.lock():
-        return pipeline.scan(resolve(config, weights=True, progress=making.QUIET), workspace, making.QUIET)
+        return scan_source(resolve(config, weights=True, progress=making.QUIET), workspace, making.QUIET)
 
 
 def judged(

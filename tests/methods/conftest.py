@@ -12,11 +12,13 @@ import pytest
 import structures
 from safetensors.torch import load_file, save_file
 
-from quantool import plan, registry, source
-from quantool.config import Config
-from quantool.progress import Progress
+from quantool.config.schema import Config
+from quantool.plan import make as plan
+from quantool.plugins import contract, find
 from quantool.records import Artifact, Finding, Plan
-from quantool.workspace import Workspace
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import Workspace
+from quantool.source import resolve
 
 Planned = Callable[..., Plan]
 Made = Callable[..., Artifact]
@@ -67,7 +69,7 @@ def _config(
 
 
 def _plan(config: Config) -> Plan:
-    found = source.resolve(config, weights=True, progress=Progress(quiet=True))
+    found = resolve.resolve(config, weights=True, progress=Progress(quiet=True))
     return plan.make_plan(config, found, Workspace(config.output_path))
 
 
@@ -85,10 +87,10 @@ def made() -> Made:
         config = _config(*args, **{**TEXT, **keys})
         drawn = _plan(config)
         wanted = config.requested()[0]
-        method = registry.find_method(wanted.method)
+        method = find.find_method(wanted.method)
         workspace = Workspace(config.output_path)
         with workspace.lock():
-            job = registry.Job(config, drawn, drawn.outputs[0], workspace)
+            job = contract.Job(config, drawn, drawn.outputs[0], workspace)
             return method.quantize(job, plan.options_of(wanted, method), Progress(quiet=True))
 
     return make
@@ -118,6 +120,6 @@ def served() -> Callable[[Path], list[Finding]]:
     def look(folder: Path) -> list[Finding]:
         facts = SimpleNamespace(heads=4, kv_heads=2)
         case = SimpleNamespace(artifact=folder, source=SimpleNamespace(facts=facts))
-        return list(judge.judge(cast("registry.Case", case), Progress(quiet=True)))
+        return list(judge.judge(cast("contract.Case", case), Progress(quiet=True)))
 
     return look

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantool.errors import SourceError
-from quantool.packing import PARTS, dequantize
+from quantool.formats.int4_layouts import PARTS, dequantize
+from quantool.formats.safetensors import check_index
 from quantool.records import Artifact, Finding, Plan, Verdict
-from quantool.validation._reference import load
-from quantool.weights import check_index
+from quantool.validation._engines.reference import load
 
 Made = Callable[..., Artifact]
 QUICK = {"n_grid": 3, "duo_scaling": False}

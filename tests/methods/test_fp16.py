@@ -14,10 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantool import pipeline, process
-from quantool.config import Config
+from quantool import pipeline
+from quantool.config.schema import Config
 from quantool.errors import ConfigError, QuantizationError
+from quantool.methods._llama_cpp import quantize
+from quantool.methods._safetensors import cast
 from quantool.records import Artifact, Plan
+from quantool.runtime import process
 
 pytestmark = pytest.mark.e2e
 
@@ -117,7 +120,7 @@ def test_gguf_holds_the_source_values(number: int, tmp_path: Path) -> None:
         data = torch.from_numpy(dequantize(tensors[ours].data, tensors[ours].tensor_type).copy())
         assert torch.equal(data, weights(sharded())[theirs].to(dtype).float())
     request = {"path": str(path), "vocabulary_only": False}
-    process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")
+    process.call(quantize.probe, request, log=tmp_path / "log")
 
 
 def test_rerun_makes_nothing_again() -> None:
@@ -147,7 +150,7 @@ def test_split_export_is_as_planned_and_loads(tmp_path: Path) -> None:
     assert {file.name: (artifact.folder / file.name).stat().st_size for file in artifact.files} == planned
     assert max(planned.values()) <= 3_000_000
     request = {"path": str(artifact.folder / artifact.files[0].name), "vocabulary_only": False}
-    assert process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")["tokens"] == 4096
+    assert process.call(quantize.probe, request, log=tmp_path / "log")["tokens"] == 4096
 
 
 def test_overflow_while_casting_names_the_tensor(tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_overflow_while_casting_names_the_tensor(tmp_path: Path) -> None:
         "source": str(tmp_path / "in"), "target": str(tmp_path / "out"), "files": ["model.safetensors"], "dtype": "F16",
     }  # fmt: skip
     with pytest.raises(QuantizationError, match="large overflows"):
-        process.call("quantool.methods._cast:cast", request, log=tmp_path / "log")
+        process.call(cast.cast, request, log=tmp_path / "log")
 
 
 def test_formats_that_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from quantool import process
 from quantool.errors import QuantizationError
-from quantool.methods import _compressed, _streaming
+from quantool.formats.safetensors import check_index
+from quantool.methods._compressed import outline, stream
 from quantool.records import Artifact, Plan
-from quantool.weights import check_index
+from quantool.runtime import process
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -73,9 +73,9 @@ def test_slices_and_blocks_give_the_same_bytes_as_whole_shards(
 ) -> None:
     from dataclasses import asdict
 
-    from quantool.methods._schemes import FP8, select
+    from quantool.methods._compressed.schemes import FP8, select
 
-    monkeypatch.setattr(_streaming, "SLICE", 1 << 16)  # 128 rows a slice
+    monkeypatch.setattr(stream, "SLICE", 1 << 16)  # 128 rows a slice
     chosen = select(check_index(llama), ["Linear"], None, tied=False)
     request = {
         "source": str(llama),
@@ -89,7 +89,7 @@ def test_slices_and_blocks_give_the_same_bytes_as_whole_shards(
         "device": "cpu",
     }
     seen: list[tuple[float, float]] = []
-    _streaming.quantize(request, lambda done, total: seen.append((done, total)))
+    stream.quantize(request, lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == sum(tensor.bytes for tensor in check_index(llama).values())
     same_tensors(tmp_path, upstream("FP8_BLOCK"))
 
@@ -164,7 +164,7 @@ def test_static_scales_and_the_attention_cache_are_calibrated(
     logits: Callable[[Path], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_compressed, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr(outline, "SHARD_BYTES", 400_000)
     options = {"kv_cache": "fp8"}
     artifact = made(llama, tmp_path, "fp8", "FP8", quantization_config=options)
     (output,) = planned(
@@ -191,12 +191,12 @@ def test_out_of_memory_says_what_to_lower(
 
     import torch
 
-    from quantool.methods._schemes import FP8
+    from quantool.methods._compressed.schemes import FP8
 
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
-    monkeypatch.setattr(_streaming._Job, "convert", fail)
+    monkeypatch.setattr(stream._Job, "convert", fail)
     request = {
         "source": str(llama),
         "output": str(tmp_path),
@@ -209,5 +209,5 @@ def test_out_of_memory_says_what_to_lower(
         "device": "cpu",
     }
     with pytest.raises(QuantizationError, match=r"Tried to allocate 2\.00 GiB") as error:
-        _streaming.quantize(request, lambda done, total: None)
+        stream.quantize(request, lambda done, total: None)
     assert "workers (now 2)" in error.value.hint

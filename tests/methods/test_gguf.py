@@ -13,14 +13,16 @@ from typing import Any
 import making
 import pytest
 
-from quantool import __version__, pipeline, process, toolchain
+from quantool import __version__, pipeline
 from quantool.errors import ConfigError
-from quantool.headers import headers
-from quantool.methods import _gguf
+from quantool.formats.safetensors import write_skeleton
+from quantool.methods._llama_cpp import base_file, quantize
 from quantool.methods.gguf import Options
 from quantool.records import Plan
-from quantool.source import resolve
-from quantool.weights import write_skeleton
+from quantool.runtime import process, toolchain
+from quantool.runtime.worker import Work
+from quantool.source.resolve import resolve
+from quantool.source.tensor_headers import headers
 
 pytestmark = pytest.mark.e2e
 
@@ -155,10 +157,10 @@ def test_a_level_over_the_limit_is_split_as_planned(tmp_path: Path, kept: bool) 
     }
     assert found == expected
     request = {"path": str(artifacts[0].folder / names[0][0]), "vocabulary_only": False}
-    assert process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")["tokens"] == 4096
+    assert process.call(quantize.probe, request, log=tmp_path / "log")["tokens"] == 4096
     (artifacts[0].folder / names[0][1]).unlink()  # a missing shard is told, not passed over
     with pytest.raises(Exception, match="cannot load"):
-        process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")
+        process.call(quantize.probe, request, log=tmp_path / "log")
 
 
 def test_a_split_that_was_interrupted_is_not_quantized_again(
@@ -169,11 +171,11 @@ def test_a_split_that_was_interrupted_is_not_quantized_again(
     )
     call, asked = process.call, []
 
-    def killed(target: str, *words: Any, **keys: Any) -> dict[str, Any]:
-        asked.append(target.partition(":")[2])
+    def killed(work: Work, *words: Any, **keys: Any) -> dict[str, Any]:
+        asked.append(work.__name__)
         if asked.count("split") == 1 and asked[-1] == "split":
             raise KeyboardInterrupt
-        return call(target, *words, **keys)
+        return call(work, *words, **keys)
 
     monkeypatch.setattr(process, "call", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +199,7 @@ def test_a_small_base_does_not_depend_on_the_limit(tmp_path: Path) -> None:
     """What is no larger than a part is not made again for another limit."""
     source = resolve(making.config(making.TINY, tmp_path, "Q8_0"), weights=False, progress=making.QUIET)
     keys = [
-        _gguf.base_key(source, Options.model_validate({"max_shard_size": size}), "f16")
+        base_file.base_key(source, Options.model_validate({"max_shard_size": size}), "f16")
         for size in ("45G", "1G", "3M", "4M")
     ]
     assert keys[0] == keys[1]
@@ -210,7 +212,7 @@ def test_an_export_over_the_limit_is_split(tmp_path: Path) -> None:
     assert len(artifact.files) == 4
     assert [file.bytes for file in artifact.files] == [file.bytes for file in made.outputs[0].files]
     request = {"path": str(artifact.folder / artifact.files[0].name), "vocabulary_only": False}
-    assert process.call("quantool.methods._quantizer:probe", request, log=tmp_path / "log")["tokens"] == 4096
+    assert process.call(quantize.probe, request, log=tmp_path / "log")["tokens"] == 4096
 
 
 def test_metadata_says_what_it_is_and_how_to_sample() -> None:

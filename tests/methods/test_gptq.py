@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from quantool.formats.safetensors import check_index
 from quantool.records import Artifact
-from quantool.weights import check_index
 
 Made = Callable[..., Artifact]
 pytestmark = pytest.mark.e2e

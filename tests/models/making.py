@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 import structures
 
-from quantool import pipeline, process, toolchain
-from quantool.config import Config
-from quantool.plan import make_plan
-from quantool.progress import Progress
+from quantool import pipeline
+from quantool.config.schema import Config
+from quantool.plan.make import make_plan
 from quantool.records import Artifact, Plan
-from quantool.source import overlay, resolve
-from quantool.worker import Report
-from quantool.workspace import Workspace
+from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Report
+from quantool.runtime.workspace import Workspace
+from quantool.source.resolve import overlay, resolve
+from quantool.source.scan import scan_source
 
 MODELS = Path(__file__).resolve().parent
 TINY = MODELS / "tiny-chat"
@@ -100,7 +102,7 @@ def make(wanted: Config) -> tuple[Plan, list[Artifact]]:
     workspace = Workspace(wanted.output_path)
     with workspace.lock():
         source = resolve(wanted, weights=True, progress=QUIET)
-        source = pipeline.scan(overlay(source, workspace.work / "source"), workspace, QUIET)
+        source = scan_source(overlay(source, workspace.work / "source"), workspace, QUIET)
         plan = make_plan(wanted, source, workspace)
         return plan, [pipeline._make(wanted, plan, one, workspace, QUIET) for one in plan.outputs]
 
@@ -179,7 +181,7 @@ def run(
 def quantized(base: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Quantize ``base`` several times in one child."""
     request = {"base": str(base), "runs": list(runs)}
-    found: list[dict[str, Any]] = process.call("making:several", request, log=room() / "several.log")["runs"]
+    found: list[dict[str, Any]] = process.call(several, request, log=room() / "several.log")["runs"]
     return found
 
 
@@ -224,7 +226,7 @@ def upstream_quantize(base: Path, output: Path, level: str, *options: str) -> Pa
 
 def several(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """The child of ``quantized``."""
-    from quantool.methods._quantizer import quantize
+    from quantool.methods._llama_cpp.quantize import quantize
 
     return {"runs": [quantize(one | {"base": request["base"]}, report) for one in request["runs"]]}
 

@@ -23,16 +23,17 @@ from typing import Any
 import making
 import structures
 
-from quantool.config import Config
-from quantool.methods._autoawq import convert as convert_to_autoawq
-from quantool.progress import Progress
+from quantool.config.schema import Config
+from quantool.formats.safetensors import INDEX, check_index
+from quantool.methods._compressed.autoawq import convert as convert_to_autoawq
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Finding, Gates, OutputPlan, Source, Verdict
-from quantool.registry import Case, find_check
-from quantool.source import resolve
-from quantool.toolchain import locate
-from quantool.weights import INDEX, check_index
-from quantool.worker import Report
-from quantool.workspace import Workspace
+from quantool.runtime.progress import Progress
+from quantool.runtime.toolchain import locate
+from quantool.runtime.worker import Report
+from quantool.runtime.workspace import Workspace
+from quantool.source.resolve import resolve
 
 WRITERS = {
     "spm_llama": structures.write_spm_llama,
@@ -231,7 +232,7 @@ def findings(check: str, chosen: Case) -> dict[str, Finding]:
 
 def headers(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: what ``_headers`` reads of each of ``paths``."""
-    from quantool.validation._headers import read_headers
+    from quantool.validation._files.gguf_file import read_headers
 
     asked = [{"paths": [path], "largest": None} for path in request["paths"]]
     return {"headers": [read_headers(one, report) for one in asked]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,18 @@ import pytest
 from llama_gguf import write_gguf
 from tampering import altered, convert, edited, source_of, tampered
 
-from quantool import process
-from quantool.config import Config
-from quantool.progress import Progress
+from quantool.config.schema import Config
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Finding, Gates, Verdict
-from quantool.registry import Case, find_check
-from quantool.validation import _answers, behaviour
-from quantool.validation._answers import Prompt, Prompts, Said, prompts_of
-from quantool.validation._questions import BUILT_IN
-from quantool.workspace import Workspace
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Work
+from quantool.runtime.workspace import Workspace
+from quantool.validation import behaviour
+from quantool.validation._chat import answers
+from quantool.validation._chat.answers import Prompt, Prompts, Said, prompts_of
+from quantool.validation._chat.prompts import BUILT_IN
 
 CHAT = making.TINY
 END, PAD = 4091, 4089
@@ -66,10 +68,8 @@ class Calls:
     def __init__(self) -> None:
         self.artifacts: list[str] = []
 
-    def __call__(self, target: str, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        module, _, function = target.partition(":")
+    def __call__(self, work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         self.artifacts.append(Path(request["artifact"]).name)
-        work = getattr(importlib.import_module(module), function)
         answer: dict[str, Any] = json.loads(
             json.dumps(work(json.loads(json.dumps(request)), lambda *_: None))
         )
@@ -153,7 +153,7 @@ def test_an_ordinary_token_that_ends(gguf: Path, shared: Workspace, tmp_path: Pa
 
 @slow
 def test_folders(tmp_path: Path, here: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_answers, "BUILT_IN", BUILT_IN[:12])  # transformers takes seconds for all of them
+    monkeypatch.setattr(answers, "BUILT_IN", BUILT_IN[:12])  # transformers takes seconds for all of them
     shared, folder = Workspace(tmp_path / "run"), tmp_path / "copy"
     shutil.copytree(CHAT, folder)
     found = judge(case(folder, shared))
@@ -191,19 +191,21 @@ def test_a_crash_is_a_regression_and_a_killed_worker_is_not(
     prompts = Prompts((prompt("Hi"),), (), (END,), END, {})
 
     def dying(signal: str) -> None:
-        def call(target: str, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-            raise options["failure"](f"{target} ended by {signal} without a result", hint="GGML_ASSERT(x)")
+        def call(work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+            raise options["failure"](
+                f"{process.name_of(work)} ended by {signal} without a result", hint="GGML_ASSERT(x)"
+            )
 
         monkeypatch.setattr(process, "call", call)
 
     dying("SIGABRT (an assertion of llama.cpp)")
-    reason = _answers.artifact_answers(chosen, prompts, QUIET)
+    reason = answers.artifact_answers(chosen, prompts, QUIET)
     assert isinstance(reason, str)
     assert "crashes on it" in reason
     assert "GGML_ASSERT(x)" in reason
     dying("SIGKILL (out of memory?)")
-    with pytest.raises(_answers._WorkerError, match="SIGKILL"):
-        _answers.artifact_answers(chosen, prompts, QUIET)
+    with pytest.raises(answers._WorkerError, match="SIGKILL"):
+        answers.artifact_answers(chosen, prompts, QUIET)
 
 
 def test_models_without_a_template_are_skipped(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_models_without_a_template_are_skipped(tmp_path: Path) -> None:
 
 @slow
 def test_prompts_of_the_user_and_of_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_answers, "LIMIT", 42)
+    monkeypatch.setattr(answers, "LIMIT", 42)
     own = tmp_path / "prompts.jsonl"
     chats: list[Any] = [
         [{"role": "user", "content": "Mine"}, {"role": "assistant", "content": "answer"}],

@@ -13,14 +13,15 @@ import tampering
 from tampering import altered, case, findings, gguf_of, regressions, source_of, tampered
 
 from quantool.errors import DependencyError
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Verdict
-from quantool.registry import Case, find_check
-from quantool.toolchain import upstream_tool
-from quantool.validation import _agreement, _server
-from quantool.validation._conversations import SUITE, THINKING, Conversation, of_case, suite
-from quantool.validation._renderings import Renderings, Tally, explain_text, without_reference
-from quantool.validation._vocabulary import UnloadableError
-from quantool.workspace import Workspace
+from quantool.runtime.toolchain import upstream_tool
+from quantool.runtime.workspace import Workspace
+from quantool.validation._chat import agreement, llama_server
+from quantool.validation._chat.conversations import SUITE, THINKING, Conversation, of_case, suite
+from quantool.validation._chat.renderings import Renderings, Tally, explain_text, without_reference
+from quantool.validation._engines.vocabulary import UnloadableError
 
 KEY = "tokenizer.chat_template"
 CHATML = (  # to the byte the template for which llama-cpp-python has a format of its own
@@ -260,13 +261,13 @@ def test_binary_is_found_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         return path
 
     chosen = case("qwen3")
-    assert _server.find_binary(chosen) is None
+    assert llama_server.find_binary(chosen) is None
     on_path = binary(tmp_path / "bin-on-path")
     monkeypatch.setenv("PATH", str(on_path.parent))
-    assert _server.find_binary(chosen) == on_path
+    assert llama_server.find_binary(chosen) == on_path
     checkout = binary(tmp_path / "checkout/build/bin")
     monkeypatch.setenv("LLAMA_CPP_PATH", str(tmp_path / "checkout"))
-    assert _server.find_binary(chosen) == checkout
+    assert llama_server.find_binary(chosen) == checkout
 
 
 @pytest.mark.e2e
@@ -291,7 +292,7 @@ def test_server_that_is_too_old_is_not_the_files_fault(
     old.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(DependencyError, match="invalid argument: --no-repack") as raised:
-        _server.render(case("qwen3"), ())
+        llama_server.render(case("qwen3"), ())
     assert "xllamacpp" in raised.value.hint
 
 
@@ -303,7 +304,7 @@ def test_server_that_breaks_off_is_the_files_fault(monkeypatch: pytest.MonkeyPat
     flaky.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(UnloadableError, match="broke off at a chat that ends with"):
-        _server.render(case("qwen3"), SUITE[:2])
+        llama_server.render(case("qwen3"), SUITE[:2])
 
 
 FLAKY = """#!{python}
@@ -360,7 +361,7 @@ def test_only_a_wrong_order_of_roles_has_to_be_rejected() -> None:
         reference = {"facts": {"bos_text": None}, "answers": [answered, refused]}
         chats = (Conversation("fine", said), Conversation("refused", said, strict=strict))
         both = Renderings(chats, reference, [rendered, rendered])
-        found = _agreement.judge_text(both, "rendered_text")
+        found = agreement.judge_text(both, "rendered_text")
         assert found.verdict == verdict
         assert "'refused': rejected by the source" in found.detail
 

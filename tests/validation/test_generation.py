@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tampering import case, findings, folder_of, gguf_of, regressions, tampered, tokenizer_folder
 
-from quantool.config import Sampling
+from quantool.config.sampling import listed, recommended, stated
+from quantool.config.schema import Sampling
 from quantool.records import Gates, OutputPlan, Verdict
-from quantool.sampling import listed, recommended, stated
 
 STRUCTURE = "qwen3"  # temperature 0.6, top_k 20, top_p 0.95
 

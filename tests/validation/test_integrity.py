@@ -13,9 +13,10 @@ import pytest
 import tampering
 from tampering import case, findings, gguf_of, regressions, tampered
 
-from quantool import process
+from quantool.methods._llama_cpp import quantize
 from quantool.methods.gguf import Options
 from quantool.records import Source, Verdict, sha256_of
+from quantool.runtime import process
 from quantool.validation import integrity
 
 
@@ -150,7 +151,7 @@ def test_type_that_only_the_own_gguf_package_knows(tmp_path: Path) -> None:
     settings = Options().settings()
     request = {"base": str(gguf_of("qwen3")), "output": str(path), "ftype": "MOSTLY_Q2_0", "copy": False}
     process.call(
-        "quantool.methods._quantizer:quantize",
+        quantize.quantize,
         request | {"settings": settings, "imatrix": None},
         log=tmp_path / "log",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import sys
@@ -17,15 +16,18 @@ import making
 import pytest
 import tampering
 
-from quantool import pipeline, process
-from quantool.config import Config
+from quantool import pipeline
+from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError
-from quantool.progress import Progress
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Finding, Gates, Verdict
-from quantool.registry import Case, find_check
-from quantool.validation._adapter import SLICE, Adapter, adapted
-from quantool.validation._sides import loaded
-from quantool.workspace import Workspace
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Work
+from quantool.runtime.workspace import Workspace
+from quantool.validation._cache.ask_both import loaded
+from quantool.validation._tasks.lm_eval_adapter import SLICE, Adapter, adapted
 
 pytestmark = pytest.mark.e2e
 
@@ -126,10 +128,8 @@ class Calls:
     def __init__(self) -> None:
         self.engines: list[str] = []
 
-    def __call__(self, target: str, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        module, _, function = target.partition(":")
+    def __call__(self, work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         self.engines.append(request["engine"])
-        work = getattr(importlib.import_module(module), function)
         answer = work(json.loads(json.dumps(request)), lambda *_: None)
         found: dict[str, Any] = json.loads(json.dumps(answer))
         return found

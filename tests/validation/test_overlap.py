@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 
-from quantool import process, rows
-from quantool.config import Config
-from quantool.corpus import Document
-from quantool.progress import Progress
+from quantool.config.schema import Config
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Finding, Gates, OutputPlan, Source, Verdict
-from quantool.registry import Case, find_check
-from quantool.source import resolve
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Work
+from quantool.runtime.workspace import Workspace
+from quantool.source.resolve import resolve
+from quantool.texts import readers
+from quantool.texts.corpus import Document
 from quantool.validation import overlap
-from quantool.workspace import Workspace
 from tests.checkpoint import write_checkpoint
 
 CHECK = find_check("overlap")
@@ -121,12 +124,12 @@ def test_without_calibration_text_it_is_skipped(tmp_path: Path, source: Source) 
 def test_the_built_in_text_on_both_sides_is_said_and_kept(
     tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(target: str, request: Any, **_: Any) -> Any:
-        assert target.endswith(":find")
+    def here(work: Work, request: Any, **_: Any) -> Any:
+        assert work is overlap.find
         return json.loads(json.dumps(overlap.find(request, lambda *_: None)))
 
-    files = rows._documented_files(None)[:20]
-    monkeypatch.setattr(rows, "_documented_files", lambda _: files)
+    files = readers._documented_files(None)[:20]
+    monkeypatch.setattr(readers, "_documented_files", lambda _: files)
     monkeypatch.setattr(process, "call", here)
     keys = {"dataset_id": "python-docs", "sample_size": 100000, "validation": {"max_tokens": 4096}}
     (finding,) = judge(tmp_path, source, keys).values()

@@ -1,4 +1,3 @@
-import importlib
 import json
 import re
 import shutil
@@ -10,15 +9,18 @@ import numpy as np
 import pytest
 from llama_gguf import write_gguf
 
-from quantool import process
-from quantool.config import Config, Corpus, Validation
+from quantool.config.schema import Config, Corpus, Validation
 from quantool.errors import ConfigError, QuantizationError
-from quantool.progress import Progress
+from quantool.plugins.contract import Case
+from quantool.plugins.find import find_check
 from quantool.records import Artifact, Finding, Gates, Report, Verdict
-from quantool.registry import Case, find_check
-from quantool.source import resolve
-from quantool.validation._scores import Tokens
-from quantool.workspace import Workspace
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Work
+from quantool.runtime.workspace import Workspace
+from quantool.source.resolve import resolve
+from quantool.validation._findings.statistics import Tokens
+from quantool.validation._score import score_llama_cpp
 
 pytestmark = pytest.mark.e2e
 
@@ -106,10 +108,8 @@ class Calls:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def __call__(self, target: str, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        module, _, function = target.partition(":")
-        self.names.append(function)
-        work = getattr(importlib.import_module(module), function)
+    def __call__(self, work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        self.names.append(work.__name__)
         answer: dict[str, Any] = json.loads(
             json.dumps(work(json.loads(json.dumps(request)), lambda *_: None))
         )
@@ -318,7 +318,7 @@ def test_several_files_in_lockstep_score_as_one_by_one(
         "gpu": False,
         "base": None,
     }
-    answer = calls("quantool.validation._lockstep:score", request)
+    answer = calls(score_llama_cpp.score, request)
     assert [failure is None for failure in answer["failures"]] == [False, True, True]
     assert np.array_equal(Tokens.load(tmp_path / "1.npz").kld, alone.kld)
     assert np.allclose(Tokens.load(tmp_path / "2.npz").kld, alone.kld, atol=1e-2)
@@ -349,12 +349,12 @@ def test_a_crash_is_a_regression_and_a_killed_worker_is_not(
     model: Path, gguf: Path, text: Path, tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dying(signal: str) -> None:
-        def call(target: str, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-            if target.endswith("_lockstep:score"):
+        def call(work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+            if work is score_llama_cpp.score:
                 raise options["failure"](
-                    f"{target} ended by {signal} without a result", hint="GGML_ASSERT(x)"
+                    f"{process.name_of(work)} ended by {signal} without a result", hint="GGML_ASSERT(x)"
                 )
-            return calls(target, request, **options)
+            return calls(work, request, **options)
 
         monkeypatch.setattr(process, "call", call)
 

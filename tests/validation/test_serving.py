@@ -11,14 +11,14 @@ from typing import Any, cast
 
 import pytest
 
-from quantool.methods import _autoawq
-from quantool.methods._layout import Stored, encode
-from quantool.methods._schemes import FP8, W4A16, W4A16_ASYM, W8A8, W8A16, Scheme, planned, select
-from quantool.progress import Progress
+from quantool.formats.safetensors import TensorHeader
+from quantool.methods._compressed import autoawq as _autoawq
+from quantool.methods._compressed.schemes import FP8, W4A16, W4A16_ASYM, W8A8, W8A16, Scheme, planned, select
+from quantool.methods._safetensors.layout import Stored, encode
+from quantool.plugins.contract import Case
 from quantool.records import Finding, Verdict
-from quantool.registry import Case
+from quantool.runtime.progress import Progress
 from quantool.validation.serving import judge
-from quantool.weights import TensorHeader
 
 LEVELS = {**FP8, "W4A16": W4A16, "W4A16_ASYM": W4A16_ASYM, "W8A16": W8A16, "W8A8": W8A8}
 HIDDEN, INNER, KEYS = 256, 512, 128

@@ -11,8 +11,8 @@ import tampering
 from tampering import altered, case, findings, gguf_of, regressions, tampered
 
 from quantool.records import Verdict
-from quantool.validation import _hf
-from quantool.validation._vocabulary import Text, differing, explain
+from quantool.validation._engines import hf_tokenizer
+from quantool.validation._engines.vocabulary import Text, differing, explain
 from quantool.validation.tokenizer import AROUND, BEGINNINGS, PROBES, Sides
 
 SAID = "Gaur euria ari du. Avui plou a Girona.\n\nHoxe chove en Lugo: 12,5 mm."
@@ -153,8 +153,8 @@ def test_probes_have_names_of_their_own() -> None:
 
 
 def test_what_a_template_prints_is_tried_before_other_special_tokens() -> None:
-    tokenizer = _hf.load(str(tampering.folder_of("qwen3")), trust_remote_code=False)
-    facts = _hf.describe(tokenizer)
+    tokenizer = hf_tokenizer.load(str(tampering.folder_of("qwen3")), trust_remote_code=False)
+    facts = hf_tokenizer.describe(tokenizer)
     assert set(tokenizer.all_special_tokens) <= set(facts["special"])
     printed = [token in facts["templates"]["default"] for token in facts["special"]]
     assert printed == sorted(printed, reverse=True)

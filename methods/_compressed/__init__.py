@@ -1,0 +1,1 @@
+"""Shared by the methods that write compressed-tensors through llmcompressor."""

@@ -1,0 +1,148 @@
+"""Make one level: run the worker into a temporary folder, bring the companions, prove, rename, remember."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed.outline import (
+    Recipe,
+    Task,
+    is_companion,
+    key_of,
+    max_seq_length,
+    split,
+    task_of,
+    versions,
+    workers,
+)
+from quantool.methods._compressed.proof import verify
+from quantool.methods._safetensors.layout import arrange
+from quantool.plugins.contract import Job
+from quantool.records import Artifact, FileRecord, Source, sha256_of
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Work
+from quantool.runtime.workspace import written
+from quantool.source.resolve import overlay
+from quantool.source.tensor_headers import headers
+
+
+def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact:
+    """Make one level in its folder, or recall it."""
+    output, workspace, config = job.output, job.workspace, job.config
+    task = task_of(recipe, output.level, options, job.plan.source)
+    key = key_of(task, config, options, job.plan.source)
+    if (kept := workspace.recall(output.id, key)) is not None:
+        return Artifact.model_validate(kept)
+    started = time.monotonic()
+    log = workspace.logs / f"{output.id.replace('/', '-')}.log"
+    source = overlay(job.plan.source, workspace.work / "source")
+    located = headers(source)
+    with written(job.folder) as part:
+        part.mkdir()
+        result = _recalled(task, job, options, part)
+        if result is None:
+            work, request = _work(task, job, options, source, part)
+            with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
+                result = process.call(work, request, log=log, bar=bar)
+        if task.autoawq:
+            rewrite = _rewrite(task, source.facts.tied_embeddings, part)
+            with progress.bar("AutoAWQ layout", "layers") as bar:
+                process.call(autoawq.convert, rewrite, log=log, bar=bar)
+        if task.calibrated:
+            arrange(part, split(task.tensors(located)))
+        _copy_companions(source, part)
+        verify(part, task.tensors(located), task.selection, streamed=not task.calibrated)
+    paths = sorted(path for path in job.folder.rglob("*") if path.is_file())
+    artifact = Artifact(
+        output=output.id,
+        method=recipe.method,
+        level=output.level,
+        folder=job.folder,
+        files=tuple(
+            FileRecord(
+                name=path.relative_to(job.folder).as_posix(),
+                bytes=path.stat().st_size,
+                sha256=sha256_of(path),
+            )
+            for path in paths
+        ),
+        bits_per_weight=8 * sum(t.bytes for t in task.tensors(located)) / source.facts.parameters,
+        seconds=time.monotonic() - started,
+        details={
+            "layers": len(task.selection.layers),
+            "ignored": list(task.selection.left),
+            "versions": dict(versions()),
+            **result,
+        },
+    )
+    workspace.keep(output.id, key, paths, artifact.model_dump(mode="json"))
+    return artifact
+
+
+def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] | None:
+    """Bring what the AutoAWQ layout is converted from, if the same level was made in the other layout; its details."""
+    if not task.autoawq:
+        return None
+    sibling = replace(task, autoawq=False)
+    plain = options.model_copy(update={"format": "compressed-tensors"})
+    kept = job.workspace.recall(sibling.id, key_of(sibling, job.config, plain, job.plan.source))
+    if kept is None:
+        return None
+    artifact = Artifact.model_validate(kept)
+    names = [file.name for file in artifact.files]
+    own = [name for name in names if not is_companion(name) or name == "recipe.yaml"]
+    if not all((artifact.folder / name).is_file() for name in own):  # published and deleted since
+        return None
+    for name in own:
+        shutil.copyfile(artifact.folder / name, part / name)
+    return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored", "versions"}}
+
+
+def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tuple[Work, dict[str, Any]]:
+    """The worker that makes the weights and its request."""
+    request: dict[str, Any] = {
+        "source": str(source.folder),
+        "output": str(part),
+        "scheme": asdict(task.scheme),
+        "targets": list(task.selection.targets),
+        "ignore": list(task.selection.ignore),
+        "device": job.config.device or "auto",
+    }
+    if task.calibrated:
+        return calibrate.quantize, request | {
+            "config": job.config.model_dump(mode="json"),
+            "algorithm": task.recipe.algorithm,
+            "options": options.model_dump(mode="json"),
+            "max_seq_length": max_seq_length(job.config),
+            "seed": job.plan.seed,
+        }
+    located = headers(source)
+    return stream.quantize, request | {
+        "shards": sorted({tensor.file for tensor in located.values()}),
+        "layers": [layer.name for layer in task.selection.layers],
+        "workers": workers(options, located),
+    }
+
+
+def _rewrite(task: Task, tied: bool, part: Path) -> dict[str, Any]:
+    """The request of the worker that converts to AutoAWQ's layout."""
+    return {
+        "folder": str(part),
+        "layers": [layer.name.removesuffix(".weight") for layer in task.selection.layers],
+        "ignore": sorted({*task.selection.left, *(["lm_head"] if tied else [])}),
+        "group": task.scheme.group,
+    }
+
+
+def _copy_companions(source: Source, folder: Path) -> None:
+    for file in source.files:
+        if is_companion(file.name):
+            target = folder / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / file.name, target)

@@ -1,0 +1,364 @@
+"""What AWQ, FP8, GPTQ and SmoothQuant share: planning from headers, running a worker, and proof from saved headers.
+
+Every level makes one folder in the layout of compressed-tensors (or AutoAWQ) that transformers and vLLM load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from quantool.config.schema import Config
+from quantool.errors import ConfigError, DependencyError, SourceError
+from quantool.formats.int4_layouts import PER_WORD
+from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
+from quantool.methods._compressed import autoawq as _autoawq
+from quantool.methods._compressed.cuda import capabilities
+from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.schemes import (
+    FLOATS,
+    HEAD,
+    Pattern,
+    Scheme,
+    Selection,
+    check_fusion,
+    check_shapes,
+    planned,
+    select,
+)
+from quantool.methods._compressed.stream import SLICE
+from quantool.methods._safetensors.layout import Stored, file_size, index_bytes
+from quantool.plugins.contract import Options, Outline, Request
+from quantool.records import (
+    OutputPlan,
+    PlannedFile,
+    Source,
+    fingerprint,
+)
+from quantool.source.resolve import identity
+from quantool.source.tensor_headers import headers
+from quantool.texts import corpus
+
+SHARD_BYTES = 5_000_000_000
+"""Where calibrated checkpoints are cut; streamed ones keep the source's shards."""
+MAX_SEQ_LENGTH = 512
+LIBRARIES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+GIB = 1 << 30
+CONFIG_GROWTH = 1300
+"""About what quantization_config adds to config.json, bytes."""
+WORKERS = 4
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Patterns = Annotated[tuple[Pattern, ...], BeforeValidator(_listed)]
+
+
+class CompressedOptions(Options):
+    """Options that all methods of this family have."""
+
+    targets: Patterns = Field(
+        ("Linear",),
+        min_length=1,
+        description="Layers to quantize: Linear for all linear layers, names, or patterns that start with re:.",
+    )
+    ignore: Patterns | None = Field(
+        None,
+        description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method of the family. ``label`` stands in folder names; ``algorithm`` is ``_calibrated``'s."""
+
+    method: str
+    label: str
+    algorithm: Literal["rtn", "awq", "gptq"]
+    schemes: Mapping[str, Scheme]
+
+    def levels(self) -> dict[str, str]:
+        """Level to one line of description."""
+        return {level: scheme.summary for level, scheme in self.schemes.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One level, decided: everything that its bytes depend on besides the source and the calibration text."""
+
+    recipe: Recipe
+    level: str
+    scheme: Scheme
+    selection: Selection
+    calibrated: bool
+    autoawq: bool = False
+    kv_cache: bool = False
+    """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+
+    @property
+    def id(self) -> str:
+        """``awq/W4A16``; one level can be made in both layouts."""
+        return f"{self.recipe.method}/{self.level}{'-autoawq' if self.autoawq else ''}"
+
+    def tensors(self, located: Mapping[str, TensorHeader]) -> list[Stored]:
+        """All tensors of the checkpoint to be."""
+        stored = planned(located, self.selection, self.scheme)
+        if self.autoawq:
+            chosen = {layer.name for layer in self.selection.layers}
+            stored = [Stored(t.name, t.dtype, t.shape) for t in located.values() if t.name not in chosen]
+            for layer in self.selection.layers:
+                stored += _autoawq.tensors(layer, self.scheme.group)
+        if self.kv_cache:
+            for name, tensor in located.items():
+                if name.endswith(".k_proj.weight"):
+                    module = name.removesuffix(".k_proj.weight")
+                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
+        return stored
+
+
+def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False) -> str:
+    """Folder name as vendors name such repositories: ``X-FP8-dynamic``, ``X-AWQ-W4A16-ASYM``."""
+    if recipe.label == "FP8":
+        return "-".join((source, "FP8", *level.lower().split("_")[1:]))
+    return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}"
+
+
+def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
+    """Decide one level; raises what makes it impossible."""
+    located = headers(source)
+    scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
+    _check_source(source, located)
+    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings)
+    check_shapes(selection, scheme)
+    check_fusion(selection, scheme)
+    cache = getattr(options, "kv_cache", None) is not None
+    if cache and not any(name.endswith(".k_proj.weight") for name in located):
+        raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
+    autoawq = getattr(options, "format", None) == "autoawq"
+    if autoawq:
+        _check_autoawq(level, scheme, selection)
+    calibrated = scheme.calibrated or cache
+    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache)
+
+
+def _check_autoawq(level: str, scheme: Scheme, selection: Selection) -> None:
+    if scheme.bits != 4:
+        raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
+    if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
+        raise ConfigError(
+            "format: autoawq keeps the output head in full precision",
+            hint="put lm_head into quantization_config.ignore",
+        )
+    odd = [layer.name for layer in selection.layers if layer.shape[0] % PER_WORD]
+    if odd:
+        raise ConfigError(
+            f"format: autoawq packs eight outputs a word, which {', '.join(odd[:3])} cannot",
+            hint="put them into quantization_config.ignore",
+        )
+
+
+def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
+    if not source.facts.architecture.endswith("ForCausalLM"):
+        raise SourceError(
+            f"architecture {source.facts.architecture} is not supported",
+            hint="text models (…ForCausalLM) are",
+        )
+    odd = [
+        tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
+    ]
+    if odd:
+        raise SourceError(
+            f"the checkpoint is already quantized: {odd[0].name} is {odd[0].dtype}",
+            hint="start from the bf16 one",
+        )
+
+
+def outline(
+    recipe: Recipe,
+    request: Request,
+    options: Any,
+    *,
+    registries: Sequence[tuple[str, str]] = (),
+    warnings: Sequence[str] = (),
+) -> Outline:
+    """Plan every level: exact file sizes where the layout is ours, memory, and all that can be refused now.
+
+    ``registries`` are llmcompressor's lists of smoothing mappings, for methods that smooth.
+    """
+    source, config = request.source, request.config
+    tasks = [task_of(recipe, level, options, source) for level in request.levels]
+    if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
+        levels = ", ".join(task.level for task in tasks)
+        raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
+    located = headers(source)
+    if registries:
+        modules = sorted({name.rpartition(".")[0] for name in located})
+        check(options.mappings, source.facts.architecture, modules, registries)
+    if any(task.calibrated for task in tasks) and corpus.calibration_corpus(config) is None:
+        levels = ", ".join(task.level for task in tasks if task.calibrated)
+        raise ConfigError(
+            f"{recipe.method} {levels} needs calibration text, and the configuration names none",
+            hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
+        )
+    if config.device == "cuda" and not capabilities():
+        raise DependencyError(
+            "device: cuda is asked for, but this machine has no CUDA device",
+            hint="set device: auto, or run where there is one",
+        )
+    outputs = [_output(task, request, options, located) for task in tasks]
+    notes = [*warnings, *(note for task in tasks for note in (*task.selection.warnings, *_loading(task)))]
+    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+
+
+def _loading(task: Task) -> Iterator[str]:
+    """What the installed transformers cannot load, although vLLM can."""
+    experts = any(".experts." in layer.name for layer in task.selection.layers)
+    if task.autoawq:
+        yield (
+            "transformers loads the AutoAWQ layout through AutoAWQ only, which is archived; vLLM, TGI and LMDeploy read "
+            "it, and it is judged with its weights unpacked"
+        )
+    elif experts and task.scheme.stored == "I32" and not task.scheme.symmetric:
+        yield (
+            f"transformers {version('transformers')} cannot load packed experts with zero points; vLLM can, and "
+            f"{task.level} is judged with its weights unpacked"
+        )
+
+
+def _output(task: Task, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
+    source, repo_id = request.source, request.repo_id
+    tensors = task.tensors(located)
+    data = sum(tensor.bytes for tensor in tensors)
+    name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
+    return OutputPlan(
+        id=task.id,
+        method=task.recipe.method,
+        level=task.level,
+        options=options.model_dump(mode="json"),
+        engine="transformers",
+        repo=repo_id.rpartition("/")[2] if repo_id else name,
+        repo_id=repo_id,
+        files=tuple(_files(task, source, located, tensors)),
+        bits_per_weight=8 * data / source.facts.parameters,
+        peak_ram=_peak_ram(task, request.config, options, source, located),
+        gates=request.gates(task.level),
+        done=request.workspace.recall(task.id, key_of(task, request.config, options, source)) is not None,
+    )
+
+
+def _files(
+    task: Task, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
+) -> list[PlannedFile]:
+    """Weights and companions.
+
+    config.json grows by about 1.3 kB; recipe.yaml of calibrated levels is not counted.
+    """
+    files = [
+        PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
+    ]
+    shards = _streamed(located, task) if not task.calibrated else split(tensors)
+    files += [PlannedFile(name=name, bytes=file_size(stored)) for name, stored in shards.items()]
+    if len(shards) > 1:
+        files.append(PlannedFile(name=INDEX, bytes=len(index_bytes(shards))))
+    size = next(file.bytes for file in source.files if file.name == "config.json")
+    files.append(PlannedFile(name="config.json", bytes=size + CONFIG_GROWTH))
+    return sorted(files, key=lambda file: file.name)
+
+
+def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list[Stored]]:
+    shards: dict[str, list[Stored]] = {}
+    chosen = {layer.name for layer in task.selection.layers}
+    for tensor in located.values():
+        stored = (
+            task.scheme.tensors(tensor)
+            if tensor.name in chosen
+            else [Stored(tensor.name, tensor.dtype, tensor.shape)]
+        )
+        shards.setdefault(tensor.file, []).extend(stored)
+    return shards
+
+
+def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
+    """Shards of at most 5 GB, filled in order: how calibrated levels are cut."""
+    groups: list[list[Stored]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.bytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    names = (f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1))
+    return dict(zip(names, groups, strict=True))
+
+
+def is_companion(name: str) -> bool:
+    """Tokenizer, template, generation settings, license, code: what is published byte for byte."""
+    return name != "config.json" and not name.endswith((".safetensors", INDEX, ".md"))
+
+
+def _peak_ram(
+    task: Task, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
+) -> int:
+    """An estimate, from above.
+
+    Libraries and, streamed, slices; calibrated, the model, a layer in float32 and the activations between layers (AWQ
+    keeps those inside a layer as well).
+    """
+    if not task.calibrated:
+        return GIB + workers(options, located) * 32 * SLICE
+    facts = source.facts
+    model = sum(tensor.bytes for tensor in located.values())
+    layer = 4 * facts.parameters // facts.layers
+    tokens = config.sample_size * max_seq_length(config)
+    kept = {"awq": 4, "gptq": 2, "rtn": 2}[task.recipe.algorithm]
+    return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
+
+
+def workers(options: Any, located: Mapping[str, TensorHeader]) -> int:
+    """How many shards are streamed side by side."""
+    shards = len({tensor.file for tensor in located.values()})
+    return min(options.workers or WORKERS, shards)
+
+
+def max_seq_length(config: Config) -> int:
+    """Tokens of a calibration sample."""
+    value = (config.calibration_config or {}).get("max_seq_length")
+    return value if isinstance(value, int) else MAX_SEQ_LENGTH
+
+
+def key_of(task: Task, config: Config, options: Any, source: Source) -> str:
+    """Fingerprint of all that the bytes depend on."""
+    text: Any = None
+    origin = corpus.calibration_corpus(config) if task.calibrated else None
+    if origin is not None:
+        text = [
+            corpus.identity(origin),
+            origin.model_dump(mode="json", exclude={"path"}),
+            [config.sample_size, config.shuffle, config.dataset_seed, config.calibration_config],
+        ]
+    settings = options.model_dump(mode="json", exclude={"workers"})
+    return fingerprint(
+        identity(source), task.recipe.method, task.level, settings, text, config.seed, versions()
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that make the numbers."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError as error:
+            raise DependencyError(
+                f"{name} is not installed", hint="pip install 'quantool[compressed]'"
+            ) from error
+    return found

@@ -1,0 +1,1 @@
+"""Shared by the methods that write GGUF through llama.cpp."""

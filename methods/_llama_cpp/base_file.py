@@ -1,0 +1,233 @@
+"""What the GGUF methods share: names, metadata and the base file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from quantool import __version__
+from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.formats.gguf_keys import origin_keys
+from quantool.methods._llama_cpp import convert, quantize
+from quantool.plugins.contract import Job, Options
+from quantool.records import FileRecord, Source, fingerprint, sha256_of
+from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import write_text, written
+
+F16_MAX = 65504.0
+GIB = 1 << 30
+MOST_BYTES = 4.4  # a weight of a converted file: float32, and what a conversion may add
+UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+class GgufOptions(Options):
+    """Options of every method that writes GGUF."""
+
+    llama_cpp_path: Path | None = Field(None, description="llama.cpp checkout whose converter to use.")
+    pre_tokenizer: str | None = Field(
+        None,
+        description="llama.cpp's name of the BPE pre-tokenizer, for a tokenizer whose hash it does not know.",
+    )
+    add_space_prefix: bool | None = Field(
+        None,
+        description="SentencePiece only: whether llama.cpp puts a space before text after a special token. Default: as "
+        "its converter has it, but false for a chat model whose tokenizer puts one before the first word only.",
+    )
+    model_name: str | None = Field(
+        None, description="general.name and the start of file names; default: the source's."
+    )
+    max_shard_size: str = Field(
+        "45G",
+        description="Split files at this size of tensors, e.g. 20G (decimal, as llama-gguf-split counts).",
+    )
+
+    def split_bytes(self) -> int:
+        """``max_shard_size`` in bytes."""
+        number, unit = self.max_shard_size[:-1], self.max_shard_size[-1:].upper()
+        if unit not in UNITS or not number.isdigit() or not int(number):
+            raise ConfigError(f"max_shard_size {self.max_shard_size!r} is not a number with K, M or G")
+        return int(number) * UNITS[unit]
+
+    def base_split_bytes(self, source: Source) -> int:
+        """Where the converter splits the unquantized file; 0 where that is smaller than a part in any case."""
+        limit = self.split_bytes()
+        return limit if MOST_BYTES * source.facts.parameters > limit else 0
+
+
+def model_name(source: Source, options: GgufOptions) -> str:
+    """``general.name``; refused where llama.cpp would change its behaviour by it (src/llama-vocab.cpp: phi-3)."""
+    name = options.model_name or source.name
+    if any(mark in name.lower() for mark in ("phi-3", "phi3")) and not source.facts.model_type.startswith(
+        "phi3"
+    ):
+        raise ConfigError(
+            f"a model named {name!r} gets Phi-3's token handling in llama.cpp, but it is {source.facts.architecture}",
+            hint="set quantization_config.model_name to another name",
+        )
+    return name
+
+
+def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
+    """``BaseName-SizeLabel-FineTune-Version`` (docs/gguf.md of ggml, "GGUF naming convention").
+
+    ``size_label`` is the converter's (``8x1.1M`` for experts), used where the name says none.
+    """
+    import gguf
+
+    name = model_name(source, options)
+    full, _, base, finetune, version, size = gguf.Metadata.get_model_id_components(
+        name, source.facts.parameters
+    )
+    return str(gguf.naming_convention(full, base, finetune, version, size or size_label, None))
+
+
+def shard_names(name: str, count: int) -> list[str]:
+    """File names of ``count`` shards of ``name`` (which ends in .gguf), as llama.cpp splits them."""
+    if count == 1:
+        return [name]
+    stem = name.removesuffix(".gguf")
+    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+
+
+def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
+    """Authorship keys that override what the converter would guess (gguf-py/gguf/metadata.py)."""
+    found: dict[str, Any] = {
+        "general.name": model_name(source, options),
+        "general.quantized_by": f"quantool {__version__}",
+    }
+    if source.card.license:
+        found["general.license"] = source.card.license
+    if source.card.languages:
+        found["general.languages"] = list(source.card.languages)
+    if source.commit:
+        found["general.source.huggingface.repository"] = source.model_id
+        found["general.source.repo_url"] = f"https://huggingface.co/{source.model_id}"
+    return found
+
+
+def conversion(
+    source: Source, options: GgufOptions, kind: str, tools: toolchain.Toolchain, override: Path
+) -> dict[str, Any]:
+    """What the converter's child needs besides the places to read and write."""
+    write_text(override, json.dumps(metadata(source, options)))
+    extra = {"quantool.version": __version__, **origin_keys(source)}
+    if tools.commit:
+        extra["quantool.llama_cpp.commit"] = tools.commit
+    return {
+        "toolchain": str(tools.folder),
+        "type": kind,
+        "metadata": str(override),
+        "pre_tokenizer": options.pre_tokenizer,
+        "chat_template": source.facts.chat_template,
+        "named_templates": source.facts.named_templates,
+        "add_space_prefix": options.add_space_prefix,
+        "extra": extra,
+        "split_bytes": options.base_split_bytes(source),
+        "rehearse": False,
+    }
+
+
+def choose_type(source: Source, wanted: str) -> tuple[str, str]:
+    """The base's type for ``wanted`` (auto, f16, bf16, f32) and a sentence when it is not the expected one.
+
+    f16 holds 11 significant bits to bf16's 8, so llama.cpp's users expect it, but nothing beyond 65504.
+    """
+    overflow = source.max_abs is not None and source.max_abs > F16_MAX
+    if wanted == "auto":
+        if not overflow:
+            return "f16", ""
+        return "bf16", f"weights reach {source.max_abs:g}, beyond f16's {F16_MAX:g}: the base is bf16"
+    if wanted == "f16" and overflow:
+        raise QuantizationError(
+            f"weights reach {source.max_abs:g}, which f16 cannot hold (at most {F16_MAX:g})",
+            hint="use BF16, or base_type: auto",
+        )
+    return wanted, ""
+
+
+def base_key(source: Source, options: GgufOptions, kind: str) -> str:
+    """Fingerprint of everything that a converted file depends on."""
+    tools = toolchain.locate(options.llama_cpp_path)
+    return fingerprint(
+        {file.name: file.sha256 for file in source.files}, recipe(source, options, tools, kind)
+    )
+
+
+def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kind: str) -> list[Any]:
+    """Everything beside the checkpoint that decides the bytes of a converted file."""
+    chosen = options.model_dump(include={"pre_tokenizer", "add_space_prefix"})
+    chosen["max_shard_size"] = options.max_shard_size if options.base_split_bytes(source) else None
+    code = [
+        toolchain.fingerprint_of(tools),
+        sha256_of(Path(__file__).with_name("convert.py")),
+        __version__,
+    ]
+    keys = sorted(origin_keys(source))
+    templates = [source.facts.chat_template, source.facts.named_templates]
+    return [metadata(source, options), source.commit, keys, templates, chosen, code, kind]
+
+
+def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple[Path, str]:
+    """The unquantized GGUF of the source (first shard) and its stage key; made once a run, kept for reruns."""
+    source, workspace = job.plan.source, job.workspace
+    key = base_key(source, options, kind)
+    folder = workspace.work / f"base-{kind}"
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        tools = toolchain.locate(options.llama_cpp_path)
+        with written(folder) as part, progress.bar(f"convert to {kind.upper()}", "B") as bar:
+            part.mkdir()
+            request = conversion(source, options, kind, tools, workspace.work / "metadata.json")
+            request |= {"model": str(source.folder), "output": str(part / "base.gguf")}
+            result = process.call(
+                convert.convert,
+                request,
+                log=workspace.logs / "converter.log",
+                bar=bar,
+            )
+            load(Path(result["files"][0]), workspace.logs / "converter.log")
+            names = [Path(file).name for file in result["files"]]
+        return [folder / name for name in names], {"files": names}
+
+    result = workspace.stage(f"base-{kind}", key, produce)
+    return folder / result["files"][0], key
+
+
+def load(path: Path, log: Path) -> None:
+    """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
+    process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
+
+
+def records(folder: Path, names: list[str]) -> tuple[FileRecord, ...]:
+    """Size and hash of finished files."""
+    return tuple(
+        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+        for name in names
+    )
+
+
+def place(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
+    with written(target) as part:
+        try:
+            part.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, part)
+
+
+def need_disk(folder: Path, wanted: int) -> None:
+    """DependencyError when less than ``wanted`` bytes are free where ``folder`` is."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise DependencyError(f"{wanted / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free")
+
+
+def export_ram(source: Source) -> int:
+    """Peak memory of the conversion: two copies of the largest tensor in float32, and the libraries."""
+    widening = {"F32": 1, "F64": 1}.get(source.facts.dtype, 2)
+    return 2 * widening * source.facts.largest_tensor + GIB

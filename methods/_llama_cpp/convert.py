@@ -1,0 +1,295 @@
+"""The child that runs llama.cpp's own converter (``convert_hf_to_gguf.py``, ``conversion/``) on a checkpoint.
+
+It brings its own ``gguf`` package, which differs from the one on the package index: never import both in one process.
+What is changed around it, and why:
+
+* the pre-tokenizer may be named by the user: upstream knows tokenizers by a hash over their vocabulary only;
+* the chat template is the one that transformers applies: upstream prefers tokenizer_config.json to chat_template.jinja;
+* tokens added to a SentencePiece vocabulary get their type from tokenizer.json too: upstream reads it from a list that
+  transformers 5 no longer writes, and ``<|im_start|>`` would be plain text to llama.cpp;
+* ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
+* ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from quantool.errors import QuantizationError, SourceError
+from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
+from quantool.runtime.worker import Report
+
+OUT_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
+
+
+def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Convert a checkpoint to GGUF.
+
+    Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
+    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null), ``named_templates`` (name to text),
+    ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
+    ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
+    """
+    conversion, gguf = _load(Path(request["toolchain"]))
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
+    model, dropped = _prepare(conversion, gguf, request)
+    writer = model.gguf_writer
+    if request["rehearse"]:
+        writer.write_header_to_file(path=model.fname_out)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        headers = [file.tell() for file in writer.fout]
+    else:
+        headers = []
+        _report_progress(writer, report)
+        writer.write_header_to_file(path=model.fname_out)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+    files = writer.format_shard_names(writer.path)
+    summary = _summarize(writer)
+    writer.close()
+    return {
+        "files": [str(file) for file in files],
+        "headers": headers,
+        "space_prefix_dropped": dropped,
+        **summary,
+    }
+
+
+def _load(toolchain: Path) -> tuple[ModuleType, Any]:
+    if "gguf" in sys.modules:
+        raise AssertionError("the converter needs its own gguf package")
+    os.environ.pop("NO_LOCAL_GGUF", None)
+    sys.path[:0] = [str(toolchain), str(toolchain / "gguf-py")]
+    import conversion  # type: ignore[import-not-found]
+    import gguf
+
+    if toolchain not in Path(str(gguf.__file__)).parents:
+        raise QuantizationError(f"the converter found the gguf package of {gguf.__file__}, not its own")
+    loaded: ModuleType = conversion
+    return loaded, gguf
+
+
+class _Heard:
+    """A tokenizer that remembers the hash of what it encoded last, as upstream computes it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.hash = ""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode like the tokenizer."""
+        ids: list[int] = self.tokenizer.encode(text)
+        self.hash = hashlib.sha256(str(ids).encode()).hexdigest()
+        return ids
+
+
+def _watch_pre_tokenizer(conversion: ModuleType, name: str | None) -> None:
+    """Answer ``name`` where upstream would look the tokenizer's hash up; without a name, explain an unknown hash."""
+    look_up = conversion.TextModel.get_vocab_base_pre
+
+    def answer(model: Any, tokenizer: Any) -> str:
+        path = Path(model.dir_model) / "tokenizer.json"
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if saved and not is_byte_level(saved):
+            raise SourceError(
+                f"the tokenizer is a SentencePiece model, and its tokenizer.model is missing in {model.dir_model}",
+                hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
+            )
+        if name is not None:
+            return name
+        heard = _Heard(tokenizer)
+        try:
+            found: str = look_up(model, heard)
+        except NotImplementedError as error:
+            raise _unknown(heard.hash, suggest(saved) if saved else None) from error
+        return found
+
+    conversion.TextModel.get_vocab_base_pre = answer
+
+
+def _unknown(digest: str, suggested: str | None) -> SourceError:
+    """The error for a tokenizer whose hash upstream does not list, with what to set."""
+    message = f"llama.cpp does not know the pre-tokenizer with the hash {digest}"
+    if suggested:
+        return SourceError(
+            message,
+            hint=f"the steps in tokenizer.json are those that llama.cpp calls {suggested}: "
+            f"set quantization_config.pre_tokenizer: {suggested}",
+        )
+    return SourceError(
+        message,
+        hint="set quantization_config.pre_tokenizer to llama.cpp's name for it: that of the model whose tokenizer.json "
+        "has the same pre_tokenizer (names: get_vocab_base_pre in conversion/base.py of llama.cpp)",
+    )
+
+
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool]:
+    """Make the upstream model object with header and (lazy) tensors complete."""
+    import torch
+
+    folder = Path(request["model"])
+    parameters = conversion.ModelBase.load_hparams(folder, False)
+    architecture = conversion.get_model_architecture(parameters, conversion.ModelType.TEXT)
+    try:
+        kind = conversion.get_model_class(architecture, mmproj=False)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"llama.cpp's converter does not know the architecture {architecture}",
+            hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
+        ) from error
+    torch.set_grad_enabled(False)
+    try:
+        model = kind(
+            folder,
+            getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
+            Path(request["output"]),
+            metadata_override=Path(request["metadata"]),
+            split_max_size=request["split_bytes"],
+        )
+        model.prepare_tensors()
+        model.prepare_metadata(vocab_only=False)
+    except (NotImplementedError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise _explain(error, folder) from error
+    _type_added_tokens(model.gguf_writer, gguf, folder)
+    _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
+    dropped = _set_space_prefix(model.gguf_writer, gguf, request)
+    for key, value in request["extra"].items():
+        model.gguf_writer.add_string(key, value)
+    return model, dropped
+
+
+def _set_space_prefix(writer: Any, gguf: Any, request: dict[str, Any]) -> bool:
+    """Write ``add_space_prefix`` as asked; where nothing was, false if it makes the chats of the source equal.
+
+    A SentencePiece tokenizer with ``legacy: false`` puts a space before the first word of a text only; llama.cpp puts one
+    after every special token too, or none anywhere. With a chat template, text always follows a special token.
+    Returns whether it decided so itself.
+    """
+    wanted = request["add_space_prefix"]
+    chosen = wanted is None and request["chat_template"] is not None and _is_spm(writer)
+    chosen = chosen and _prefixes_first_word_only(request["model"])
+    if chosen:
+        wanted = False
+    if wanted is not None:
+        for data in writer.kv_data:
+            data.pop(gguf.Keys.Tokenizer.ADD_PREFIX, None)
+        writer.add_add_space_prefix(wanted)
+    return chosen
+
+
+def _is_spm(writer: Any) -> bool:
+    return bool(writer.kv_data[0]["tokenizer.ggml.model"].value == "llama")
+
+
+def _prefixes_first_word_only(folder: str) -> bool:
+    from transformers import AutoTokenizer
+
+    backend = getattr(AutoTokenizer.from_pretrained(folder), "backend_tokenizer", None)
+    if backend is None:
+        return False
+    step = json.loads(backend.to_str())["pre_tokenizer"] or {"type": None}
+    return bool(step["type"] == "Metaspace" and step["prepend_scheme"] == "first")
+
+
+def _explain(error: Exception, folder: Path) -> SourceError:
+    """Turn what upstream raises into advice; its own traceback goes to the log."""
+    import traceback
+
+    traceback.print_exc()
+    text = str(error)
+    if isinstance(error, FileNotFoundError) or "tokenizer.model" in text:
+        missing = "tokenizer.model" if "tokenizer.model" in text else text
+        return SourceError(
+            f"the converter misses {missing} in {folder}",
+            hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
+        )
+    return SourceError(f"llama.cpp's converter refuses this checkpoint: {type(error).__name__}: {text}")
+
+
+def _type_added_tokens(writer: Any, gguf: Any, folder: Path) -> None:
+    """Give tokens that tokenizer.json adds to a SentencePiece vocabulary the type that upstream left out.
+
+    Special ones are control tokens, others user-defined, as ``_create_vocab_sentencepiece`` has them where
+    tokenizer_config.json still lists ``added_tokens_decoder``. What upstream typed itself stays.
+    """
+    data = writer.kv_data[0]
+    file = folder / "tokenizer.json"
+    if not _is_spm(writer) or not file.is_file():
+        return
+    names, scores, types = (data[f"tokenizer.ggml.{key}"].value for key in ("tokens", "scores", "token_type"))
+    untyped = (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED)
+    for token in json.loads(file.read_text(encoding="utf-8")).get("added_tokens", []):
+        number = token["id"]
+        if number < len(types) and types[number] in untyped:
+            types[number] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+            names[number] = token["content"].encode()
+            scores[number] = -1000.0
+
+
+def _set_templates(writer: Any, gguf: Any, template: str | None, named: dict[str, str]) -> None:
+    """Make ``tokenizer.chat_template`` what transformers applies, and the named ones those it has.
+
+    Upstream takes them from tokenizer_config.json before the files, and lists their names in the order of a set, which is
+    another one in every process. A name keeps its letters and digits, as upstream writes it.
+    """
+    keys = gguf.Keys.Tokenizer
+    for data in writer.kv_data:
+        for key in [key for key in data if key.startswith(keys.CHAT_TEMPLATE)]:
+            del data[key]
+    if template is not None:
+        writer.add_chat_template(template)
+    names = {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in named.items()}
+    for name, text in sorted(names.items()):
+        writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), text)
+    if names:
+        writer.add_array(keys.CHAT_TEMPLATES, sorted(names))
+
+
+def _report_progress(writer: Any, report: Report) -> None:
+    """Report bytes as upstream pads each tensor it has written (its own bar goes to a log nobody watches)."""
+    total = sum(info.nbytes for shard in writer.tensors for info in shard.values())
+    done = 0
+    pad = writer.write_padding
+
+    def counted(file: Any, size: int, align: int | None = None) -> None:
+        nonlocal done
+        pad(file, size, align)
+        if writer.state.name == "TI_DATA" and file.tell() > size:
+            done += size
+            report(min(done, total), total)
+
+    writer.write_padding = counted
+
+
+def _summarize(writer: Any) -> dict[str, Any]:
+    """Scalar keys, number of tokens and the tensors of what was prepared."""
+    keys: dict[str, Any] = {}
+    tokens = 0
+    for data in writer.kv_data:
+        for key, entry in data.items():
+            if isinstance(entry.value, (bool, int, float, str)):
+                keys[key] = entry.value
+            elif key == "tokenizer.ggml.tokens":
+                tokens = len(entry.value)
+    tensors = {
+        name: {
+            "shape": [int(size) for size in info.shape],
+            "type": info.dtype.name,
+            "bytes": int(info.nbytes),
+            "shard": number,
+        }
+        for number, shard in enumerate(writer.tensors)
+        for name, info in shard.items()
+    }
+    return {"keys": keys, "tokens": tokens, "tensors": tensors}

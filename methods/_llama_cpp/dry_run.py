@@ -1,0 +1,238 @@
+"""The rehearsal: llama.cpp's converter run on headers alone, and the exact sizes that follow from it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
+from quantool.methods._llama_cpp import convert, quantize, split
+from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe, shard_names
+from quantool.methods._llama_cpp.pre_tokenizer import known_names
+from quantool.records import Source, fingerprint
+from quantool.runtime import process, toolchain
+from quantool.runtime.workspace import write_text, written
+from quantool.source.resolve import overlay
+from quantool.source.tensor_headers import headers
+
+ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
+SPACE_KEY = "tokenizer.ggml.add_space_prefix"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a converted file: ``shape`` as numpy has it (rows first), ``shard`` counts from 0."""
+
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the converter will write, found by running it on headers alone."""
+
+    folder: Path
+    """Holds the header file and the dry runs made on it."""
+    headers: tuple[int, ...]
+    """Bytes of each shard's header, without the padding that follows."""
+    keys: dict[str, Any]
+    tensors: dict[str, Tensor]
+    space_prefix_dropped: bool = False
+
+    @property
+    def header(self) -> Path:
+        """The GGUF whose tensor data is a hole: enough for llama.cpp's dry runs."""
+        return self.folder / shard_names("header.gguf", len(self.headers))[0]
+
+    def elements(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def space_note(rehearsal: Rehearsal) -> str:
+    """A sentence where the converter was told to put no space after special tokens though nobody asked."""
+    if not rehearsal.space_prefix_dropped:
+        return ""
+    return (
+        f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
+        "after every special token; a text without a template starts without that space in llama.cpp"
+    )
+
+
+def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
+    """Run the real converter on the checkpoint's headers; the result is kept in the user cache.
+
+    Finds what would fail after hours: an architecture or tokenizer that llama.cpp does not know, a vocabulary that does
+    not fit the embeddings, a sliding window that llama.cpp would ignore. ``kind`` is f16, bf16 or f32.
+    """
+    tools = toolchain.locate(options.llama_cpp_path)
+    key = fingerprint(_shape(source), recipe(source, options, tools, kind))
+    folder = toolchain.cache_folder() / "rehearsals" / key[:32]
+    with alone(folder):
+        if not (folder / "summary.json").is_file():
+            _rehearse(source, options, kind, tools, folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    tensors = {
+        name: Tensor(tuple(entry["shape"]), entry["type"], entry["bytes"], entry["shard"])
+        for name, entry in summary["tensors"].items()
+    }
+    return Rehearsal(
+        folder,
+        tuple(summary["headers"]),
+        summary["keys"],
+        tensors,
+        summary["space_prefix_dropped"],
+    )
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a lock beside ``folder``: runs with other output folders share the user cache."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _shape(source: Source) -> list[Any]:
+    """Everything that the converter reads of a checkpoint but the values of its weights."""
+    small = [(file.name, file.sha256) for file in source.files if not file.name.endswith(".safetensors")]
+    if source.commit:
+        return [source.commit, small]
+    return [small, [(tensor.name, tensor.dtype, tensor.shape) for tensor in headers(source).values()]]
+
+
+def _rehearse(
+    source: Source,
+    options: GgufOptions,
+    kind: str,
+    tools: toolchain.Toolchain,
+    folder: Path,
+) -> None:
+    with written(folder) as part:
+        part.mkdir(parents=True)
+        model = _with_weights(source, part / "model")
+        request = conversion(source, options, kind, tools, part / "metadata.json")
+        request |= {"model": str(model), "output": str(part / "header.gguf"), "rehearse": True}
+        summary = process.call(
+            convert.convert,
+            request,
+            log=part / "converter.log",
+            failure=SourceError,
+        )
+        _check_rehearsal(source, summary)
+        for number, file in enumerate(summary["files"]):
+            data = sum(_pad(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
+            os.truncate(file, _pad(summary["headers"][number]) + data)
+        _require_loadable(Path(summary["files"][0]), options, tools, part / "converter.log")
+        shutil.rmtree(part / "model", ignore_errors=True)
+        write_text(part / "summary.json", json.dumps(summary))
+
+
+def _require_loadable(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
+    """Let llama.cpp load a rehearsed file, whose weights are a hole: vocabulary, parameters and every tensor's shape."""
+    try:
+        process.call(
+            quantize.probe,
+            {"path": str(path), "vocabulary_only": False},
+            log=log,
+        )
+    except QuantizationError as error:
+        name = options.pre_tokenizer
+        if name and "unknown pre-tokenizer" in error.message:
+            raise ConfigError(
+                f"quantization_config.pre_tokenizer: llama.cpp knows no pre-tokenizer {name!r}",
+                hint=nearest(name, known_names(tools.folder)),
+            ) from error
+        raise SourceError(
+            f"llama.cpp would convert this checkpoint and then not load it: {error.message}", hint=error.hint
+        ) from error
+
+
+def _with_weights(source: Source, folder: Path) -> Path:
+    """The source's folder, or links to its small files (and another tokenizer's) beside weights without data."""
+    from quantool.formats.safetensors import write_skeleton
+
+    source = overlay(source, folder / "links")
+    weights = [file.name for file in source.files if file.name.endswith(".safetensors")]
+    if all((source.folder / name).is_file() for name in weights):
+        return source.folder
+    folder.mkdir(exist_ok=True)
+    for file in source.files:
+        if not file.name.endswith(".safetensors") and (source.folder / file.name).is_file():
+            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file.name).symlink_to((source.folder / file.name).resolve())
+    write_skeleton(headers(source), folder)
+    return folder
+
+
+def _check_rehearsal(source: Source, summary: dict[str, Any]) -> None:
+    """Refuse what llama.cpp would convert, and then run wrongly or not at all."""
+    keys, architecture = summary["keys"], summary["keys"]["general.architecture"]
+    rows = summary["tensors"].get("token_embd.weight", {"shape": [summary["tokens"]]})["shape"][0]
+    if summary["tokens"] != rows:
+        raise SourceError(
+            f"the tokenizer gives {summary['tokens']} tokens for {rows} embedding rows; llama.cpp would not load the file",
+            hint=""
+            if source.facts.has_sentencepiece
+            else "tokenizer.model is missing: copy it from the original checkpoint",
+        )
+    window = source.facts.sliding_window
+    if window and window < source.facts.context and f"{architecture}.attention.sliding_window" not in keys:
+        raise SourceError(
+            f"the model attends to a sliding window of {window} tokens, which llama.cpp's {architecture} ignores: "
+            f"beyond {window} tokens it would compute something else",
+            hint=f"set sliding_window to null in config.json if the model was not trained with it, or "
+            f"max_position_embeddings to {window}",
+        )
+
+
+def file_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int) -> list[int]:
+    """Exact size of each shard when tensors get ``types`` (ggml type names) and ``extra`` bytes of metadata join."""
+    sizes = [_pad(header + (extra if number == 0 else 0)) for number, header in enumerate(rehearsal.headers)]
+    for name, tensor in rehearsal.tensors.items():
+        sizes[tensor.shard] += _pad(tensor_bytes(tensor, types[name]))
+    return sizes
+
+
+def tensor_bytes(tensor: Tensor, type_name: str) -> int:
+    """Bytes of a tensor stored as ``type_name``."""
+    kind = toolchain.ggml_types()[type_name.lower()]
+    return math.prod(tensor.shape) // kind.block * kind.size
+
+
+def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:
+    """Bits of tensor data per weight."""
+    total = sum(tensor_bytes(tensor, types[name]) for name, tensor in rehearsal.tensors.items())
+    return 8 * total / rehearsal.elements()
+
+
+def split_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int, limit: int) -> list[int]:
+    """Sizes of the parts that one file with ``types`` (in the file's order) makes when split at ``limit`` bytes."""
+    tensors = {name: rehearsal.tensors[name] for name in types}
+    sizes = [split.padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
+    infos = [split.info_bytes(name, len(tensor.shape)) for name, tensor in tensors.items()]
+    return split.part_bytes(_merged_header(rehearsal) + extra, infos, sizes, limit)
+
+
+def _merged_header(rehearsal: Rehearsal) -> int:
+    """Bytes of the header when a base in shards becomes one file: llama.cpp drops the split keys, joins the lists."""
+    further = len(rehearsal.headers) - 1
+    if not further:
+        return rehearsal.headers[0]
+    keys = split.split_keys_bytes()
+    return sum(rehearsal.headers) - keys - (split.FIRST + keys) * further
+
+
+def _pad(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,142 @@
+"""The importance matrix of a run: computed once from the calibration text, or the user's own, in the folder to publish."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quantool.config.schema import Config
+from quantool.errors import ConfigError, QuantizationError
+from quantool.methods._llama_cpp import base_file, imatrix_collect
+from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.plugins.contract import Job
+from quantool.records import FileRecord, Source, fingerprint, sha256_of
+from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import Workspace, written
+
+IMATRIX_CONTEXT = 512  # llama-imatrix's default
+IMATRIX_TOKENS = 1 << 18
+
+
+def label(config: Config) -> str:
+    """Name of the calibration text, as the files' metadata has it; ConfigError when the configuration names none."""
+    if config.dataset_path is not None:
+        return config.dataset_path.name
+    if config.dataset_id is not None:
+        return config.dataset_id
+    raise ConfigError(
+        "imatrix: true needs calibration text, and the configuration names none",
+        hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
+    )
+
+
+def file_name(stem: str) -> str:
+    """Name of the published matrix."""
+    return f"{stem}-imatrix.gguf"
+
+
+def key_bytes(stem: str, text: str) -> int:
+    """Bytes of the ``quantize.imatrix.*`` keys that a level carries: key, type and value; ``text`` is the label."""
+    strings = {"quantize.imatrix.file": file_name(stem), "quantize.imatrix.dataset": text}
+    size = sum(8 + len(key) + 4 + 8 + len(value.encode()[:127]) for key, value in strings.items())
+    return size + sum(8 + len(f"quantize.imatrix.{key}") + 4 + 4 for key in ("entries_count", "chunks_count"))
+
+
+def known_key(
+    wanted: bool | Path, config: Config, source: Source, base_key: str, workspace: Workspace
+) -> str | None:
+    """The key that ``matrix`` will answer, when that can be told before the work: empty where none is wanted."""
+    if wanted is False:
+        return ""
+    if isinstance(wanted, Path):
+        return sha256_of(wanted)
+    ids = workspace.recall("imatrix-ids", _text_key(config, source))
+    return None if ids is None else _matrix_key(config, base_key, str(ids["sha256"]))
+
+
+def matrix(
+    job: Job, options: base_file.GgufOptions, wanted: bool | Path, kind: str, progress: Progress
+) -> tuple[tuple[FileRecord, str] | None, str]:
+    """The matrix in the folder to publish, its text's label, and the key of both; None where not wanted.
+
+    ``wanted`` is the option ``imatrix``; ``kind`` the type of the base that activations are collected on.
+    """
+    if wanted is False:
+        return None, ""
+    target = job.folder / file_name(job.output.files[0].name.rpartition(f"-{job.output.level}")[0])
+    if isinstance(wanted, Path):
+        digest = sha256_of(wanted)
+        if not target.is_file() or sha256_of(target) != digest:
+            with written(target) as part:  # no link: the user's file may change, the published one must not
+                shutil.copyfile(wanted, part)
+        record = FileRecord(name=target.name, bytes=target.stat().st_size, sha256=digest)
+        return (record, read_matrix(wanted).label), digest
+    result, key = _computed(job, options, kind, target, progress)
+    return (FileRecord.model_validate(result["file"]), result["label"]), key
+
+
+def _text_key(config: Config, source: Source) -> str:
+    """Fingerprint of the calibration ids: text, choice of documents, tokenizer."""
+    text = (
+        sha256_of(config.dataset_path) if config.dataset_path else [config.dataset_id, config.dataset_config]
+    )
+    tokenizer = {file.name: file.sha256 for file in source.files if not file.name.endswith(".safetensors")}
+    chosen = config.model_dump(
+        mode="json", include={"split", "sample_size", "shuffle", "dataset_seed", "calibration_config"}
+    )
+    return fingerprint(text, chosen, tokenizer, IMATRIX_CONTEXT)
+
+
+def _matrix_key(config: Config, base_key: str, ids: str) -> str:
+    """Fingerprint of a computed importance matrix; ``ids`` is the hash of its token ids."""
+    return fingerprint(base_key, ids, label(config), toolchain.installed_version())
+
+
+def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
+    """Token ids of the calibration text as an array in ``ids``; made again only when text or tokenizer changed."""
+    source, workspace, config = job.plan.source, job.workspace, job.config
+    limit = int(str((config.calibration_config or {}).get("max_tokens") or IMATRIX_TOKENS))
+    key = _text_key(config, source)
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        request = {
+            "config": config.model_dump(mode="json"),
+            "model": str(source.folder),
+            "context": IMATRIX_CONTEXT,
+            "max_tokens": limit,
+        }
+        log = workspace.logs / "imatrix.log"
+        with written(ids) as part, progress.bar("tokenize calibration text", "tok") as bar:
+            request["output"] = str(part)
+            result = process.call(imatrix_collect.tokenize, request, log=log, bar=bar)
+        return [ids], result
+
+    return workspace.stage("imatrix-ids", key, produce)
+
+
+def _computed(
+    job: Job, options: base_file.GgufOptions, kind: str, target: Path, progress: Progress
+) -> tuple[dict[str, Any], str]:
+    """Collect activations of the calibration text on the base; skipped when both are unchanged."""
+    workspace, config = job.workspace, job.config
+    ids = workspace.work / "imatrix-ids.npy"
+    text = _calibration_ids(job, ids, progress)
+    name = label(config)
+    key = _matrix_key(config, base_file.base_key(job.plan.source, options, kind), text["sha256"])
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        base, _ = base_file.base(job, options, kind, progress)
+        request = {"base": str(base), "ids": str(ids), "label": name, "gpu": config.device == "cuda"}
+        with written(target) as part, progress.bar("importance matrix", "tok") as bar:
+            request["output"] = str(part)
+            log = workspace.logs / "imatrix.log"
+            result = process.call(imatrix_collect.collect, request, log=log, bar=bar)
+        file = FileRecord(name=target.name, bytes=target.stat().st_size, sha256=sha256_of(target))
+        return [target], {"file": file.model_dump(), "label": name, **text, **result}
+
+    result = workspace.stage("imatrix", key, produce)
+    if not result["entries"]:
+        raise QuantizationError("the importance matrix is empty")
+    return result, key

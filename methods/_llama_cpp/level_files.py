@@ -1,0 +1,113 @@
+"""The files of one GGUF level: one file, the shards of a split base, or one file split afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import QuantizationError
+from quantool.methods._llama_cpp import base_file, quantize, split
+from quantool.plugins.contract import Job
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import write_text, written
+
+QUANTIZE = quantize.quantize
+SPLIT = split.split
+WHOLE = "whole.gguf"
+
+
+def write_level(
+    job: Job, request: dict[str, Any], key: str, limit: int, log: Path, progress: Progress
+) -> dict[str, Any]:
+    """Run the quantizer on ``request`` until the output's files lie in the job's folder; what it said.
+
+    ``key`` is the fingerprint of the level: what an interrupted run left under it is gone on with. Files of several
+    parts are split at ``limit`` bytes of tensors unless the quantizer itself keeps the base's shards.
+    """
+    names = [file.name for file in job.output.files]
+    kept = request["settings"]["keep_split"] and len(names) > 1
+    request = {**request, "settings": request["settings"] | {"keep_split": kept}}
+    if kept:
+        return _keep_split(job, request, names, log, progress)
+    if len(names) > 1:
+        return _split(job, request, names, job.workspace.work / f"split-{key[:32]}", limit, log, progress)
+    with written(job.folder / names[0]) as part:
+        said = _quantize(job, request | {"output": str(part)}, log, progress)
+        base_file.load(part, log)
+    return said
+
+
+def temporary(sizes: Sequence[int], *, keep_split: bool) -> int:
+    """Bytes that a level of these parts needs on disk beside them while it is made."""
+    return 0 if keep_split or len(sizes) == 1 else max(sizes)
+
+
+def _quantize(job: Job, request: dict[str, Any], log: Path, progress: Progress) -> dict[str, Any]:
+    with progress.bar(f"quantize {job.output.level}", "tensors") as bar:
+        return process.call(QUANTIZE, request, log=log, bar=bar)
+
+
+def _keep_split(
+    job: Job, request: dict[str, Any], names: Sequence[str], log: Path, progress: Progress
+) -> dict[str, Any]:
+    """llama.cpp names the shards itself, from a prefix."""
+    folder = job.workspace.work / "shards"
+    with written(folder) as part:
+        part.mkdir()
+        prefix = part / names[0].rpartition("-00001-of-")[0]
+        said = _quantize(job, request | {"output": str(prefix)}, log, progress)
+        base_file.load(part / names[0], log)
+    _place(job, folder, names)
+    return said
+
+
+def _split(
+    job: Job,
+    request: dict[str, Any],
+    names: Sequence[str],
+    folder: Path,
+    limit: int,
+    log: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One file, split when it is whole; the folder tells an interrupted run how far it came."""
+    for other in folder.parent.glob("split-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    whole, notes = folder / WHOLE, folder / "said.json"
+    if not whole.is_file() and not all((folder / name).is_file() for name in names):
+        shutil.rmtree(folder, ignore_errors=True)
+        with written(whole) as part:
+            said = _quantize(job, request | {"output": str(part)}, log, progress)
+            write_text(notes, json.dumps(said | {"bytes": part.stat().st_size}))
+    said = json.loads(notes.read_text(encoding="utf-8"))
+    size = said.pop("bytes")
+    if whole.is_file():
+        asked = {
+            "file": str(whole),
+            "folder": str(folder),
+            "names": list(names),
+            "limit": limit,
+            "bytes": size,
+        }
+        with progress.bar(f"split {job.output.level}", "B") as bar:
+            process.call(SPLIT, asked, log=log, bar=bar)
+    try:
+        base_file.load(folder / names[0], log)
+    except QuantizationError:
+        shutil.rmtree(folder)  # nothing to go on with
+        raise
+    _place(job, folder, names)
+    shutil.rmtree(folder)
+    return dict(said)
+
+
+def _place(job: Job, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        base_file.place(folder / name, job.folder / name)
+    for name in names:
+        (folder / name).unlink()

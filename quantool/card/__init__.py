@@ -1,0 +1,1 @@
+"""The model card: records in, README.md out."""

@@ -1,0 +1,252 @@
+"""The model card of a folder to publish, made from records only.
+
+``SECTIONS`` are its parts in order. A template of the user's own (``card.template``) may arrange them anew or replace
+them: it is given the sections and the records (``sandbox.VARIABLES``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from quantool.card.how_to_run import usage
+from quantool.card.memory_table import choosing
+from quantool.card.model_index import model_index
+from quantool.card.redact import without_places
+from quantool.card.user_template import render_card
+from quantool.config.sampling import listed, recommended
+from quantool.config.schema import Config, Sampling
+from quantool.plugins import find
+from quantool.records import Finding, OutputPlan, Plan, Report, Source
+from quantool.report.sections import checks, corpora, pictures, unchecked
+from quantool.report.table import HEADINGS, columns, markdown
+from quantool.runtime.progress import amount
+
+SECTIONS = (
+    "title", "introduction", "files", "corpora", "plots", "parity", "checks", "sampling", "usage",
+    "choosing", "made", "reproduce", "unchecked",
+)  # fmt: skip
+"""Names of the parts between the front matter and the end; one that has nothing to say is empty."""
+
+PARITY = {"tokenizer": "tokenizer", "stop_tokens": "end of text", "chat_template": "chat template"}
+"""Checks of what a chat is made of, and how the card calls that."""
+
+COMPRESSED = frozenset({"awq", "fp8", "gptq", "smoothquant"})
+"""Methods that write the layout of compressed-tensors."""
+
+NOT_TO_REPRODUCE = {"repo_id", "private", "publish", "disk_bounded", "card", "cache_dir", "dataset_cache_dir"}
+"""Keys of a configuration that say where things go."""
+
+
+def write_card(
+    plan: Plan,
+    outputs: Sequence[OutputPlan],
+    reports: Sequence[Report],
+    plots: Sequence[str] = (),
+) -> str:
+    """README.md: front matter for the Hub, files with their measured figures, how to run them, how they were made.
+
+    ``plots`` are the names of pictures in the folder (``plots.draw``). Raises ConfigError for what is wrong in the
+    user's own template.
+    """
+    config = Config.model_validate(plan.config)
+    sampling = recommended(plan.source, config)
+    front = front_text(plan, outputs, reports)
+    sections = _sections(plan, outputs, reports, plots, sampling)
+    card = "\n".join([front, *(sections[name] for name in SECTIONS if sections[name])])
+    if config.card.template is None:
+        return card
+    return render_card(
+        config.card.template,
+        {
+            "front_matter": front,
+            "sections": sections,
+            "card": card,
+            "repo": outputs[0].repo,
+            "repo_id": _repo_id(outputs),
+            "plan": without_places(plan.model_dump(mode="json")),
+            "outputs": without_places([output.model_dump(mode="json") for output in outputs]),
+            "reports": without_places(
+                [report.model_dump(mode="json") | {"verdict": str(report.verdict())} for report in reports]
+            ),
+            "plots": list(plots),
+            "sampling": sampling.model_dump(exclude_none=True),
+        },
+    )
+
+
+def _repo_id(outputs: Sequence[OutputPlan]) -> str | None:
+    return next((output.repo_id for output in outputs if output.repo_id), None)
+
+
+def _sections(
+    plan: Plan,
+    outputs: Sequence[OutputPlan],
+    reports: Sequence[Report],
+    plots: Sequence[str],
+    sampling: Sampling,
+) -> dict[str, str]:
+    known = sampling.model_dump(exclude_none=True)
+    parts = {
+        "title": f"# {outputs[0].repo}\n",
+        "introduction": _introduction(plan, reports),
+        "files": "## Files\n\n" + _files(reports),
+        "corpora": "## Figures by corpus\n\n" + corpora(reports) if _is_scored(reports) else "",
+        "plots": "\n".join(pictures(plots)),
+        "parity": _parity(reports),
+        "checks": "\n".join(checks(reports)),
+        "sampling": f"## Recommended sampling\n\n{listed(sampling)} ({_origin(plan)}).\n" if known else "",
+        "usage": "## How to run it\n\n" + usage(plan, outputs, reports, known),
+        "choosing": "## Which level for which memory\n\n" + choosing(plan.source.facts, reports)
+        if reports
+        else "",
+        "made": "## How it was made\n\n" + _made(plan, outputs, reports),
+        "reproduce": "## How to make it again\n\n" + _reproduction(plan),
+        "unchecked": "\n".join(unchecked(reports, find.names("checks"))),
+    }
+    return {name: parts[name] for name in SECTIONS}
+
+
+def _is_scored(reports: Sequence[Report]) -> bool:
+    return any(report.find("perplexity") for report in reports)
+
+
+def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
+    made_by = f"made and checked by quantool {plan.versions['quantool']}"
+    measured = all(report.find("mean_kld") for report in reports)
+    compared = (
+        "Every file was compared with the bf16 reference on held-out text; the verdicts are below."
+        if measured
+        else "Not every file was compared with the bf16 reference on held-out text: see the checks below."
+    )
+    return f"Quantized versions of {_link(plan.source)}, {made_by}. {compared}\n"
+
+
+def front_text(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
+    """The front matter as text, ``model-index`` at its end."""
+    texts = without_places(plan.config).get("validation", {}).get("corpora", [])
+    found = front_matter(plan.source, outputs)
+    if index := model_index(outputs, reports, {text["name"]: text for text in texts}):
+        found["model-index"] = index
+    return "---\n" + yaml.safe_dump(found, sort_keys=False, allow_unicode=True) + "---\n"
+
+
+def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any]:
+    """Metadata that the Hub reads (hub-docs, "Model Cards"); only what the source or the records say."""
+    card, gguf = source.card, outputs[0].engine == "llama.cpp"
+    found: dict[str, Any] = {"base_model": source.model_id if source.commit else None}
+    found["base_model_relation"] = "quantized" if source.commit else None
+    found |= {"license": card.license, "license_name": card.license_name, "license_link": card.license_link}
+    causal = source.facts.architecture.endswith("ForCausalLM")
+    task = card.pipeline_tag or ("text-generation" if causal else None)
+    found |= {"language": list(card.languages), "pipeline_tag": task}
+    found["library_name"] = "gguf" if gguf else "transformers"
+    tags = [tag for tag in card.tags if tag not in ("safetensors", "transformers")]
+    found["tags"] = list(dict.fromkeys([*tags, *(["gguf"] if gguf else _tags(outputs[0])), "quantized"]))
+    found["quantized_by"] = "quantool"
+    return {key: value for key, value in found.items() if value not in (None, [], "")}
+
+
+def _tags(output: OutputPlan) -> list[str]:
+    """Of a folder for transformers; AutoAWQ's layout is not that of compressed-tensors."""
+    if output.method not in COMPRESSED:
+        return ["vllm"]
+    layout = [] if output.options.get("format") == "autoawq" else ["compressed-tensors"]
+    return [output.method, *layout, "vllm"]
+
+
+def _link(source: Source) -> str:
+    if source.commit is None:
+        return f"**{source.name}**"
+    return f"[{source.model_id}](https://huggingface.co/{source.model_id}) at commit `{source.commit}`"
+
+
+def _files(reports: Sequence[Report]) -> str:
+    """One row a level: the figures are those of the corpus where the divergence is largest."""
+    heads = ["level", *HEADINGS[:-1]]
+    rows = [[report.artifact.level, *columns(report)[:-1]] for report in reports]
+    text = markdown(heads, rows)
+    for report in reports:
+        shards = [file.name for file in report.artifact.files if file.name.endswith(".gguf")]
+        if len(shards) > 1:
+            text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
+    return text + "\nSHA-256 of every file: `SHA256SUMS`.\n"
+
+
+def _parity(reports: Sequence[Report]) -> str:
+    """Verdicts on tokenizer, end of text and chat template, each by level."""
+    rows = []
+    for report in reports:
+        verdicts = {check: _verdict(report, check) for check in PARITY}
+        if any(verdicts.values()):
+            rows.append([report.artifact.level, *(verdicts[check] or "-" for check in PARITY)])
+    if not rows:
+        return ""
+    return "## Tokenizer and chat template\n\nCompared with the source's, id for id.\n\n" + markdown(
+        ["level", *PARITY.values()], rows
+    )
+
+
+def _verdict(report: Report, check: str) -> str:
+    found: tuple[Finding, ...] = tuple(finding for finding in report.findings if finding.check == check)
+    return str(report.model_copy(update={"findings": found}).verdict()) if found else ""
+
+
+def _origin(plan: Plan) -> str:
+    own = plan.config.get("validation")
+    given = isinstance(own, dict) and own.get("generation")
+    return "validation.generation" if given else "generation_config.json of the source"
+
+
+def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
+    facts, versions = plan.source.facts, plan.versions
+    lines = [
+        f"- source: {_link(plan.source)}, {facts.architecture}, {amount(facts.parameters, '')} parameters, {facts.dtype}",
+        f"- seed {plan.seed}; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    for report in reports:
+        details = report.artifact.details
+        if details.get("base"):
+            lines.append(f"- {report.artifact.level}: made from {str(details['base']).upper()}")
+        if note := details.get("note"):
+            lines.append(f"- {note}")
+        lines += [
+            f"- importance matrix: `{file.name}`, SHA-256 `{file.sha256}`" for file in report.artifact.shared
+        ]
+    samples = any(report.artifact.details.get("samples") for report in reports)
+    if samples or any("imatrix" in output.needs for output in outputs):
+        lines.append(f"- calibration: {_calibration(plan)}")
+    lines.append("- plan, findings and thresholds of every check: `quantool.json`")
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _calibration(plan: Plan) -> str:
+    """Text, part of it, number of documents and how they were chosen."""
+    config = Config.model_validate(plan.config)
+    if config.dataset_path is not None:
+        named = f"`{config.dataset_path.name}`"
+    else:
+        parts = (config.dataset_id, config.dataset_config, config.split)
+        named = " ".join(f"`{part}`" for part in parts if part)
+    drawn = f"shuffled with seed {config.dataset_seed}" if config.shuffle else "the first ones"
+    return f"{named}, at most {config.sample_size} documents, {drawn}"
+
+
+def _reproduction(plan: Plan) -> str:
+    """The configuration as YAML, pinned to the source's commit, without places of the machine."""
+    kept = {key: value for key, value in without_places(plan.config).items() if key not in NOT_TO_REPRODUCE}
+    if plan.source.commit:
+        kept["revision"] = plan.source.commit
+    libraries = [
+        f"{name}=={version}"
+        for name, version in plan.versions.items()
+        if name in ("quantool", "llama-cpp-python", "transformers", "torch", "llmcompressor")
+    ]
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return (
+        "Save this as `job.yaml`, with the files that it names beside it, and run `quantool job.yaml`. "
+        f"Versions: {', '.join(libraries)}; other compilers and processors may round differently.\n\n"
+        f"```yaml\n{text}```\n"
+    )

@@ -1,0 +1,126 @@
+"""How to run what a folder holds: commands and snippets for the model card, one set for each engine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from quantool.records import OutputPlan, Plan, Report
+from quantool.report.table import markdown
+
+SERVED = 4096
+"""Tokens of context that the examples ask for; less where the model reads less."""
+USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+"""The level that the examples name is the first of these that there is: llama.cpp takes Q4_K_M when nobody says."""
+PORTS = {"llama.cpp": 8080, "transformers": 8000}
+QUESTION = "What is the capital of France?"
+START = "The capital of France is"
+
+
+def usage(
+    plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], sampling: Mapping[str, float]
+) -> str:
+    """Commands for every file, then what to send them; ``sampling`` is what is recommended."""
+    repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
+    context = min(SERVED, plan.source.facts.context)
+    chat = plan.source.facts.chat_template is not None
+    if outputs[0].engine != "llama.cpp":
+        named = repo_id or outputs[0].repo
+        return _vllm(outputs[0], named, context) + _client("transformers", named, sampling, chat=chat)
+    files = {report.artifact.level: [file.name for file in report.artifact.files] for report in reports}
+    files = files or {output.level: [file.name for file in output.files] for output in outputs}
+    level = next((level for level in USUAL if level in files), next(iter(files)))
+    parts = [
+        _llama(repo_id, files, level, context),
+        _client("llama.cpp", repo_id or files[level][0], sampling, chat=chat),
+        _python(files[level], context, sampling, chat=chat),
+    ]
+    return "\n".join(parts)
+
+
+def _llama(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, context: int) -> str:
+    first = files[level][0]
+    text = f"With [llama.cpp](https://github.com/ggml-org/llama.cpp), for example {level}"
+    text += ":\n\n```sh\n"
+    if repo_id:
+        every = [name for names in files.values() for name in names]
+        chosen = _chosen(repo_id, level, first, every)
+        text += f"llama-server {chosen} -c {context}\nllama-cli {chosen} -c {context}\n```\n"
+        rows = [
+            [tag, f"`llama-server {_chosen(repo_id, tag, names[0], every)} -c {context}`"]
+            for tag, names in files.items()
+        ]
+        text += "\n" + markdown(["level", "command"], rows) if len(files) > 1 else ""
+        return (
+            text
+            + f"\nFrom files on disk:\n\n```sh\n{_download(repo_id, files[level])}llama-server -m {first} -c {context}\n```\n"
+        )
+    text += f"llama-server -m {first} -c {context}\nllama-cli -m {first} -c {context}\n```\n"
+    rows = [[tag, f"`llama-server -m {names[0]} -c {context}`"] for tag, names in files.items()]
+    return text + ("\n" + markdown(["level", "command"], rows) if len(files) > 1 else "")
+
+
+def _chosen(repo_id: str, level: str, name: str, every: Sequence[str]) -> str:
+    """``-hf repo:LEVEL`` where llama.cpp finds this very file by it, else the file by its name.
+
+    As common/download.cpp of llama.cpp: the first model file whose path has the tag before a dot or a dash, in any
+    case; ``F16`` is also the end of ``BF16``.
+    """
+    tag = re.compile(re.escape(level) + "[.-]", re.IGNORECASE)
+    others = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+    models = [path for path in sorted(every) if not any(other in path for other in others)]
+    found = next((path for path in models if tag.search(path)), None)
+    return f"-hf {repo_id}:{level}" if found == name else f"-hf {repo_id} -hff {name}"
+
+
+def _download(repo_id: str, names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"hf download {repo_id} {names[0]} --local-dir .\n"
+    pattern = names[0].rpartition("-00001-of-")[0] + "-*.gguf"
+    return f'hf download {repo_id} --include "{pattern}" --local-dir .\n'
+
+
+def _vllm(output: OutputPlan, named: str, context: int) -> str:
+    text = "With [vLLM](https://docs.vllm.ai):\n\n"
+    text += f"```sh\nvllm serve {named} --max-model-len {context}\n```\n\n"
+    if output.level.startswith("FP8"):
+        text += "GPUs of compute capability 8.9 and more (Ada, Hopper) compute in FP8 themselves.\n\n"
+    return text
+
+
+def _client(engine: str, model: str, sampling: Mapping[str, float], *, chat: bool) -> str:
+    """A request to either server, as OpenAI's API has it."""
+    url = f"http://localhost:{PORTS[engine]}/v1"
+    known = ("temperature", "top_p")  # OpenAI's own; further ones go into extra_body
+    own = "".join(f", {name}={sampling[name]:g}" for name in known if name in sampling)
+    extra = {name: value for name, value in sampling.items() if name not in known}
+    own += f", extra_body={json.dumps(extra)}" if extra else ""
+    if chat:
+        call = f'client.chat.completions.create(\n    model="{model}", messages=[{{"role": "user", "content": "{QUESTION}"}}]'
+        result = "answer.choices[0].message.content"
+    else:
+        call = f'client.completions.create(\n    model="{model}", prompt="{START}"'
+        result = "answer.choices[0].text"
+    return (
+        "Then, with OpenAI's client (`pip install openai`):\n\n"
+        "```python\nfrom openai import OpenAI\n\n"
+        f'client = OpenAI(base_url="{url}", api_key="none")\n'
+        f"answer = {call},\n    max_tokens=64{own},\n)\nprint({result})\n```\n"
+    )
+
+
+def _python(names: Sequence[str], context: int, sampling: Mapping[str, float], *, chat: bool) -> str:
+    """llama-cpp-python on a file; further shards are found beside the first."""
+    renamed = {"repetition_penalty": "repeat_penalty"}
+    own = "".join(f", {renamed.get(name, name)}={value:g}" for name, value in sampling.items())
+    if chat:
+        call = f'model.create_chat_completion(\n    [{{"role": "user", "content": "{QUESTION}"}}], max_tokens=64{own}\n)'
+        result = 'answer["choices"][0]["message"]["content"]'
+    else:
+        call = f'model.create_completion("{START}", max_tokens=64{own})'
+        result = 'answer["choices"][0]["text"]'
+    text = "With llama-cpp-python (`pip install llama-cpp-python`), in the folder of the file:\n\n"
+    text += "```python\nfrom llama_cpp import Llama\n\n"
+    text += f'model = Llama("{names[0]}", n_ctx={context}, verbose=False)\n'
+    return text + f"answer = {call}\nprint({result})\n```\n"

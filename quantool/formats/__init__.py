@@ -1,0 +1,1 @@
+"""File layouts of the field, each described once."""

@@ -1,0 +1,1 @@
+"""``Config`` and ``Source`` in, ``Plan`` out: everything decided before weights are touched."""

@@ -1,0 +1,56 @@
+"""The stages of a run in order, what they write, and whether the disk has room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantool.errors import DependencyError
+from quantool.plugins.contract import Outline
+from quantool.records import OutputPlan, Plan, Source, StagePlan
+from quantool.runtime.progress import amount
+
+
+def stages(
+    source: Source, outlines: Sequence[Outline], outputs: Sequence[OutputPlan], downloads: int
+) -> tuple[StagePlan, ...]:
+    """The steps of the run in order; a stage that several methods share stands once."""
+    shared = {stage.name: stage for outline in outlines for stage in outline.stages}
+    scanned = all(file.sha256 for file in source.files)
+    steps = [StagePlan(name="download", writes=downloads, peak_ram=0, done=not downloads)]
+    steps.append(StagePlan(name="scan", writes=0, peak_ram=100 << 20, done=scanned))
+    steps += shared.values()
+    for output in outputs:
+        size = sum(file.bytes for file in output.files)
+        steps.append(StagePlan(name=output.id, writes=size, peak_ram=output.peak_ram, done=output.done))
+    weights = sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
+    steps.append(StagePlan(name="judge", writes=0, peak_ram=weights + (2 << 30), done=False))
+    return tuple(steps)
+
+
+def peak_disk(stages: Sequence[StagePlan], outputs: Sequence[OutputPlan], *, bounded: bool) -> int:
+    """Bytes that the steps still to do write; of levels that are deleted one after the other the largest alone."""
+    waiting = sum(stage.writes for stage in stages if not stage.done)
+    heavy = [
+        sum(file.bytes for file in output.files if file.name.endswith((".gguf", ".safetensors")))
+        for output in outputs
+        if not output.done
+    ]
+    return waiting - sum(heavy) + max(heavy, default=0) if bounded else waiting
+
+
+def check_disk(plan: Plan, root: Path) -> None:
+    """DependencyError when the run would not fit."""
+    if plan.peak_disk > plan.free_disk:
+        raise DependencyError(
+            f"the run writes {amount(plan.peak_disk, 'B')}, {amount(plan.free_disk, 'B')} are free in {root}",
+            hint="free some, choose fewer levels, or set output_path to another disk",
+        )
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

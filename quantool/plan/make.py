@@ -1,0 +1,104 @@
+"""Everything decided before weights are touched."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+from quantool import gates
+from quantool.config.schema import Config, Quantization
+from quantool.errors import ConfigError
+from quantool.plan import disk
+from quantool.plan.collisions import refuse_collisions, refuse_own_folder
+from quantool.plugins import contract, find
+from quantool.plugins.contract import Outline, Request
+from quantool.records import Plan, Source
+from quantool.runtime.progress import amount
+from quantool.runtime.versions import versions
+from quantool.runtime.workspace import Workspace
+
+JUDGED_FROM = 1_000_000_000
+"""Parameters from which the default gates hold."""
+
+
+def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
+    """Ask every method for its outline and add up what the run needs.
+
+    ``downloads`` is the bytes of weights still to fetch. Raises ConfigError for outputs that would overwrite each
+    other or the checkpoint, for texts and windows that the checks would refuse hours later, and what the methods
+    raise. Nothing is written to the output folder.
+    """
+    _refuse_texts(config, source)
+    _ask_checks(config, source)
+    outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
+    outputs = tuple(output for outline in outlines for output in outline.outputs)
+    refuse_collisions(outputs)
+    refuse_own_folder(source, workspace.root, outputs)
+    steps = disk.stages(source, outlines, outputs, downloads)
+    free = shutil.disk_usage(disk.existing(workspace.root)).free
+    notes = [
+        *source.notes,
+        *(note for outline in outlines for note in outline.warnings),
+        *_advice(source, config),
+    ]
+    return Plan(
+        config=config.model_dump(mode="json", exclude_unset=True),
+        source=source,
+        outputs=outputs,
+        stages=steps,
+        peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
+        free_disk=free,
+        seed=config.seed,
+        versions=versions(),
+        warnings=tuple(dict.fromkeys(notes)),
+    )
+
+
+def options_of(wanted: Quantization, method: contract.Method) -> contract.Options:
+    """The method's typed options; ``config.load`` has reported their mistakes already."""
+    fields = method.options.model_fields
+    given = {k: v for k, v in wanted.quantization_config.items() if v is not None or k not in fields}
+    return method.options.model_validate(given)
+
+
+def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
+    method = find.find_method(wanted.method)
+    chosen = partial(gates.resolve, configured=config.validation.gates)
+    request = Request(config, source, tuple(wanted.levels()), wanted.repo_id, workspace, chosen)
+    return method.outline(request, options_of(wanted, method))
+
+
+def _refuse_texts(config: Config, source: Source) -> None:
+    from quantool.texts import corpus
+
+    corpus.require_texts(config)
+    settings = config.validation
+    asked = "context" in settings.model_fields_set  # the default may be for a check that is not run
+    if asked and settings.context > source.facts.context:
+        raise ConfigError(
+            f"validation.context is {settings.context}, but {source.name} reads no more than "
+            f"{source.facts.context} tokens"
+        )
+
+
+def _ask_checks(config: Config, source: Source) -> None:
+    """Let each check that has a section of the configuration say what it cannot judge."""
+    settings = config.validation
+    for name in settings.checks or find.names("checks"):
+        if name in settings.model_fields_set and (require := find.find_check(name).require) is not None:
+            require(config, source)
+
+
+def _advice(source: Source, config: Config) -> list[str]:
+    settings = config.validation
+    notes = [
+        f"validation.{name} has no effect: validation.checks leaves {name} out"
+        for name in find.names("checks")
+        if settings.checks is not None and name in settings.model_fields_set and name not in settings.checks
+    ]
+    if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
+        notes.append(
+            f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "
+            f"{amount(source.facts.parameters, '')}: set validation.gates if a sound level fails"
+        )
+    return notes

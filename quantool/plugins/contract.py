@@ -1,0 +1,175 @@
+"""What a method and a check are: their registration, and what each is handed.
+
+A method is a function marked ``@method(...)`` in a file of ``methods/`` named like it; a check is a function marked
+``@check(...)`` in a file of ``validation/``. ``quantool.plugins.find`` finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from quantool.config.schema import Config, Validation
+    from quantool.records import Artifact, Finding, Gates, OutputPlan, Plan, Source, StagePlan
+    from quantool.runtime.progress import Progress
+    from quantool.runtime.workspace import Workspace
+
+
+class Options(BaseModel):
+    """Options of a method (``quantization_config``): closed to unknown keys, every field described."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method is asked to outline: one entry of ``quantizations`` on a source."""
+
+    config: Config
+    source: Source
+    levels: tuple[str, ...]
+    repo_id: str | None
+    workspace: Workspace
+    gates: Callable[[str], Gates]
+    """Gates of a level: the defaults under what the configuration says."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a method says before weights are touched: its outputs (one a level) and the stages they share."""
+
+    outputs: tuple[OutputPlan, ...]
+    stages: tuple[StagePlan, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output to make: the plan, the output's part of it, and the workspace to make it in."""
+
+    config: Config
+    plan: Plan
+    output: OutputPlan
+    workspace: Workspace
+
+    @property
+    def folder(self) -> Path:
+        """The publishable folder that the files go to."""
+        return self.workspace.root / self.output.repo
+
+
+class Quantize(Protocol):
+    """The work of a method. ``options`` is an instance of the class that the method was registered with."""
+
+    def __call__(self, job: Job, options: Any, progress: Progress, /) -> Artifact:
+        """Make the job's output in its folder."""
+
+
+class Draft(Protocol):
+    """The planning of a method: validates levels and options against the source, without reading weights."""
+
+    def __call__(self, request: Request, options: Any, /) -> Outline:
+        """Say what the method would make for the request's levels."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method."""
+
+    name: str
+    options: type[Options]
+    levels: Callable[[], dict[str, str]]
+    """Level name to one line of description; may ask the installed tool."""
+    outline: Draft
+    quantize: Quantize
+    needs: tuple[str, ...] = ()
+    """Import names this method cannot work without."""
+    extra: str = ""
+    """The optional dependency group that brings them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One artifact to judge. ``workspace`` keeps what several artifacts share (the reference's scores)."""
+
+    artifact: Path
+    """A GGUF file (the first shard of a split one) or a folder that transformers loads."""
+    engine: str
+    """``llama.cpp`` or ``transformers``."""
+    name: str
+    """For messages and log files: ``gguf/Q4_K_M``."""
+    source: Source
+    config: Config
+    gates: Gates
+    workspace: Workspace
+    output: OutputPlan | None = None
+    """What the plan says about it; None for an artifact that this run did not make."""
+    base: Path | None = None
+    """The unquantized GGUF that it was made from (first shard), when it is there."""
+
+    @property
+    def settings(self) -> Validation:
+        """The validation part of the configuration."""
+        return self.config.validation
+
+
+class Judge(Protocol):
+    """The work of a check."""
+
+    def __call__(self, case: Case, progress: Progress, /) -> Sequence[Finding]:
+        """Judge one artifact."""
+
+
+class Prepare(Protocol):
+    """Work of a check that is cheaper for several artifacts at once; what it finds is kept in their workspace."""
+
+    def __call__(self, cases: Sequence[Case], progress: Progress, /) -> None:
+        """Called once before each of ``cases`` is judged; never with none."""
+
+
+class Require(Protocol):
+    """What a check needs of the configuration, the source and this machine."""
+
+    def __call__(self, config: Config, source: Source, /) -> None:
+        """Raise ConfigError or DependencyError for what the check would refuse hours later."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A registered check."""
+
+    name: str
+    summary: str
+    judge: Judge
+    prepare: Prepare | None = None
+    require: Require | None = None
+
+
+def method(
+    name: str,
+    *,
+    options: type[Options],
+    levels: Callable[[], dict[str, str]],
+    outline: Draft,
+    needs: tuple[str, ...] = (),
+    extra: str = "",
+) -> Callable[[Quantize], Method]:
+    """Mark a function as the method ``name``; the module's attribute becomes the ``Method``."""
+    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra)
+
+
+def check(
+    name: str, *, prepare: Prepare | None = None, require: Require | None = None
+) -> Callable[[Judge], Check]:
+    """Mark a function as the check ``name``; its docstring's first line is the summary.
+
+    ``require`` is asked by the plan when the configuration has a section of the check's name below ``validation``.
+    """
+    return lambda judge: Check(
+        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require
+    )

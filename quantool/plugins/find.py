@@ -1,0 +1,75 @@
+"""Methods and checks by name: built-in ones by listing their folder, others by entry points.
+
+The entry-point groups are ``quantool.methods`` and ``quantool.checks``. Modules that start with an underscore are shared
+code. The core never names a method or a check.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from importlib.metadata import EntryPoint, entry_points
+
+from quantool.errors import ConfigError, DependencyError, nearest
+from quantool.plugins.contract import Check, Method
+
+
+def names(folder: str) -> list[str]:
+    """Names available in ``folder`` (``"methods"`` or ``"checks"``), sorted, without importing any."""
+    package = importlib.import_module(_package(folder))
+    found = {
+        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
+    }
+    found |= {point.name for point in entry_points(group=f"quantool.{folder}")}
+    return sorted(found)
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises ConfigError naming the nearest when there is none, DependencyError with the extra to install when it lacks
+    a library, and when somebody else's cannot be imported.
+    """
+    found = _find("methods", "method", name)
+    if not isinstance(found, Method):
+        raise ConfigError(f"{found!r} is registered as method {name!r} but is not one")
+    missing = [need for need in found.needs if importlib.util.find_spec(need) is None]
+    if missing:
+        hint = f"pip install 'quantool[{found.extra}]'" if found.extra else f"pip install {' '.join(missing)}"
+        raise DependencyError(f"method {name!r} needs {', '.join(missing)}", hint=hint)
+    return found
+
+
+def find_check(name: str) -> Check:
+    """The check called ``name``; ConfigError naming the nearest when there is none."""
+    found = _find("checks", "check", name)
+    if not isinstance(found, Check):
+        raise ConfigError(f"{found!r} is registered as check {name!r} but is not one")
+    return found
+
+
+def _package(folder: str) -> str:
+    return "quantool.validation" if folder == "checks" else f"quantool.{folder}"
+
+
+def _load(point: EntryPoint, kind: str) -> object:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        owner = point.dist.name if point.dist else point.value
+        raise DependencyError(f"{kind} {point.name!r} of {owner} cannot be loaded: {error}") from error
+
+
+def _find(folder: str, kind: str, name: str) -> object:
+    for point in entry_points(group=f"quantool.{folder}"):
+        if point.name == name:
+            return _load(point, kind)
+    known = names(folder)
+    if name not in known:
+        raise ConfigError(f"unknown {kind} {name!r}; known: {', '.join(known)}", hint=nearest(name, known))
+    module = importlib.import_module(f"{_package(folder)}.{name}")
+    for value in vars(module).values():
+        if isinstance(value, (Method, Check)) and value.name == name:
+            return value
+    raise ConfigError(f"{module.__name__} registers no {kind} named {name!r}")

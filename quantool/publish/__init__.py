@@ -1,0 +1,1 @@
+"""``Report`` in, ``Publication`` out: packing a folder and sending it to the Hub."""

@@ -1,0 +1,248 @@
+"""Pictures for the model card: size against divergence over the levels, and both figures of every corpus.
+
+Bytes are the same for the same figures and the same matplotlib: no date, no name of the software, no setting of the
+user, no font but matplotlib's own. Colours are told apart by the colour-blind: Okabe and Ito's palette
+(https://jfly.uni-koeln.de/color/) for corpora, viridis for levels, which have an order.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantool.records import Report, fingerprint
+from quantool.runtime.workspace import Workspace, written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZE = "plots/size-kld.png"
+CORPORA = "plots/corpora.png"
+CAPTIONS = {
+    SIZE: "Size of each level against its mean KL divergence from the reference, one line a corpus",
+    CORPORA: "Mean KL divergence and ln(PPL ratio) of each level on each corpus, with standard errors",
+}
+"""What each picture shows, by its name relative to the folder that holds it."""
+
+DRAWING = 1  # goes up when the same figures shall look different: finished pictures are drawn again
+KLD, RATIO = "mean_kld", "ln_ppl_ratio"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", ":")
+DPI = 144
+DECADES = 20  # a quotient of largest and smallest beyond which a linear axis hides the small ones
+
+
+def draw(reports: Sequence[Report], folder: Path, title: str, workspace: Workspace) -> tuple[str, ...]:
+    """Draw what these reports have figures for into ``folder``; names relative to it, in the order of ``CAPTIONS``.
+
+    Pictures of the same figures that are still there stay as they are; of another run's none is left.
+    """
+    drawn = wanted(reports)
+    for name in CAPTIONS.keys() - set(drawn):
+        (folder / name).unlink(missing_ok=True)
+    if not drawn:
+        return ()
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        for name in drawn:
+            with written(folder / name) as part, _plain_style():
+                _save(_DRAWINGS[name](_by_size(reports), title), part)
+        return [folder / name for name in drawn], {}
+
+    figures = [
+        [report.artifact.level, report.artifact.bytes(), _figures(report, KLD), _figures(report, RATIO)]
+        for report in reports
+    ]
+    key = fingerprint(DRAWING, version("matplotlib"), title, drawn, figures)
+    workspace.stage(f"plots/{folder.relative_to(workspace.root)}", key, produce)
+    return drawn
+
+
+def wanted(reports: Sequence[Report]) -> tuple[str, ...]:
+    """Names of the pictures that compare something: two levels, or two corpora."""
+    levels = [report for report in reports if _figures(report, KLD)]
+    several = len(levels) > 1
+    names = [SIZE] if several else []
+    if several or len(_corpora(reports)) > 1:
+        names.append(CORPORA)
+    return tuple(names)
+
+
+def found(folder: Path) -> tuple[str, ...]:
+    """Names of the pictures that ``draw`` left in ``folder``."""
+    return tuple(name for name in CAPTIONS if (folder / name).is_file())
+
+
+def _figures(report: Report, metric: str) -> dict[str, tuple[float, float]]:
+    """Value and standard error (0 when none is known) by corpus; what is no finite number is left out."""
+    values: dict[str, tuple[float, float]] = {}
+    for finding in report.findings:
+        if finding.metric == metric and finding.corpus and isinstance(finding.measured, float):
+            error = finding.error if finding.error is not None and math.isfinite(finding.error) else 0.0
+            if math.isfinite(finding.measured):
+                values.setdefault(finding.corpus, (finding.measured, error))
+    return values
+
+
+def _corpora(reports: Sequence[Report]) -> list[str]:
+    names = [corpus for metric in (KLD, RATIO) for report in reports for corpus in _figures(report, metric)]
+    return list(dict.fromkeys(names))
+
+
+def _by_size(reports: Sequence[Report]) -> list[Report]:
+    return sorted(reports, key=lambda report: report.artifact.bytes())
+
+
+def _size_kld(reports: Sequence[Report], title: str) -> Figure:
+    """One line a corpus over the sizes of the files; each level is named once, at its topmost point."""
+    from matplotlib.figure import Figure
+
+    reports = [report for report in reports if _figures(report, KLD)]
+    unit, divisor = _unit(max(report.artifact.bytes() for report in reports))
+    sizes = [report.artifact.bytes() / divisor for report in reports]
+    figures = [_figures(report, KLD) for report in reports]
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for number, corpus in enumerate(_corpora(reports)):
+        points = [
+            (size, *known[corpus]) for size, known in zip(sizes, figures, strict=True) if corpus in known
+        ]
+        if not points:
+            continue
+        x, y, errors = zip(*points, strict=True)
+        axes.errorbar(
+            x, y, yerr=errors, label=corpus, capsize=2, markersize=5, linewidth=1.4,
+            color=PALETTE[number % len(PALETTE)],
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle=DASHES[number // len(PALETTE) % len(DASHES)],
+        )  # fmt: skip
+    _scale(axes, [value for known in figures for value, _ in known.values()])
+    _name_levels(axes, reports, sizes, [[value for value, _ in known.values()] for known in figures])
+    axes.set_xlabel(f"size of the files ({unit})")
+    axes.set_ylabel("mean KL divergence (nats)")
+    _finish(figure, axes, title, "corpus")
+    return figure
+
+
+def _name_levels(
+    axes: Axes, reports: Sequence[Report], sizes: Sequence[float], values: Sequence[Sequence[float]]
+) -> None:
+    """Names above the frame, apart from each other however near the sizes are, each with a line to its point."""
+    margin = 0.06 * (max(sizes) - min(sizes)) or 0.05 * sizes[0]
+    low, high = min(sizes) - margin, max(sizes) + margin
+    axes.set_xlim(low, high)
+    places = _apart([(size - low) / (high - low) for size in sizes])
+    for report, size, known, place in zip(reports, sizes, values, places, strict=True):
+        axes.annotate(
+            report.artifact.level, (size, max(known)), xytext=(place, 1.02), textcoords="axes fraction",
+            fontsize=9, rotation=60, rotation_mode="anchor", ha="left", va="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 2, "shrinkB": 4,
+                        "relpos": (0.1, 0)},
+        )  # fmt: skip
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """Rising places between 0 and 1, moved as little as keeps names beside each other legible."""
+    gap = min(0.034, 1 / len(places))
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else place)
+    limit = 1.0
+    for number in range(len(moved) - 1, -1, -1):
+        moved[number] = min(moved[number], limit)
+        limit = moved[number] - gap
+    return moved
+
+
+def _corpus_bars(reports: Sequence[Report], title: str) -> Figure:
+    """Two panels over the corpora: mean KL divergence and ln(PPL ratio), a bar for each level, ± a standard error."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    corpora = _corpora(reports)
+    reports = [report for report in reports if _figures(report, KLD) or _figures(report, RATIO)]
+    inches = min(max(8.0, 1.5 + 0.22 * len(corpora) * len(reports)), 16.0)
+    figure = Figure(figsize=(inches, 7), dpi=DPI, layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    heads = (KLD, "mean KL divergence (nats)"), (RATIO, "ln(PPL / PPL of the reference)")
+    shades = colormaps["viridis"]
+    width = 0.84 / len(reports)
+    for axes, (metric, head) in zip(panels, heads, strict=True):
+        every: list[float] = []
+        for number, report in enumerate(reports):
+            known = _figures(report, metric)
+            places = [corpora.index(corpus) + (number + 0.5) * width - 0.42 for corpus in known]
+            values, errors = [value for value, _ in known.values()], [error for _, error in known.values()]
+            every += values
+            axes.bar(
+                places, values, width * 0.92, yerr=errors, label=report.artifact.level,
+                color=shades(0.92 * number / max(1, len(reports) - 1)), edgecolor="#333333", linewidth=0.4,
+                error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#333333"},
+            )  # fmt: skip
+        if metric == KLD:
+            _scale(axes, every)
+        axes.axhline(0, color="#333333", linewidth=0.8)
+        axes.set_ylabel(head)
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+    crowded = max(map(len, corpora)) * len(corpora) > 11 * inches
+    panels[1].set_xticks(
+        range(len(corpora)), corpora, rotation=40 if crowded else 0, ha="right" if crowded else "center"
+    )
+    _finish(figure, panels[0], title, "level")
+    return figure
+
+
+_DRAWINGS = {SIZE: _size_kld, CORPORA: _corpus_bars}
+
+
+def _unit(size: float) -> tuple[str, float]:
+    """The decimal unit for sizes up to ``size`` bytes."""
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    return next(((name, bytes_) for name, bytes_ in units.items() if size >= bytes_), ("B", 1.0))
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis that still has a zero, when the values span decades; else from zero in even steps."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > DECADES * min(positive):
+        smallest = 10.0 ** math.floor(math.log10(min(positive)))
+        axes.set_yscale("symlog", linthresh=smallest, linscale=0.4)
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    top = max(values, default=0.0)
+    if top > 0 and min(values) >= 0:
+        axes.set_ylim(0, 1.3 * top)
+
+
+def _finish(figure: Figure, axes: Axes, title: str, names: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), title=names, loc="outside right upper", frameon=False)
+
+
+@contextmanager
+def _plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user's matplotlibrc says; a name is text, also with dollars in it."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # another script: the font shows boxes
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", metadata={"Software": None})

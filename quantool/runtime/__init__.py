@@ -1,0 +1,1 @@
+"""Child processes, the output folder, the terminal, the installed tools."""

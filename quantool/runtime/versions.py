@@ -1,0 +1,30 @@
+"""Versions of everything that takes part in a run."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from quantool import __version__
+from quantool.errors import DependencyError
+from quantool.runtime import toolchain
+
+DISTRIBUTIONS = (
+    "compressed-tensors", "datasets", "gguf", "huggingface-hub", "llama-cpp-python", "llmcompressor", "lm_eval",
+    "numpy", "safetensors", "tokenizers", "torch", "transformers", "xllamacpp",
+)  # fmt: skip
+"""Libraries whose version is recorded."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of quantool, Python's libraries and llama.cpp's commit that take part in a run."""
+    found = {"quantool": __version__}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    try:
+        found["llama.cpp"] = toolchain.locate().commit or "unknown"
+    except DependencyError:
+        found["llama.cpp"] = "not installed"
+    return found

@@ -1,0 +1,1 @@
+"""A checkpoint on disk or on the Hub: ``Source``, and what its files say."""

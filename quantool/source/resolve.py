@@ -1,0 +1,253 @@
+"""Where the checkpoint comes from: a local folder, or a Hub repository at one commit.
+
+``resolve`` answers with a ``records.Source``. For a plan only small files are fetched and the safetensors headers are
+read by range requests; for a run the weights too. Pickles are never fetched, Python files only with
+``trust_remote_code``. huggingface_hub does the transfer and honours HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from quantool.config.schema import Config
+from quantool.errors import ConfigError, SourceError
+from quantool.formats.safetensors import (
+    INDEX,
+    PICKLES,
+    TensorHeader,
+    check_index,
+    compare,
+    read_index,
+    remote_headers,
+    weight_files,
+)
+from quantool.hub.download import Listing, fetch, hub_errors, list_repository
+from quantool.records import Source, SourceFile, sha256_of
+from quantool.runtime.progress import Progress
+from quantool.source.model_facts import model_card, model_facts, read_configuration, read_optional
+
+MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.json", "vocab.txt")
+"""Without one of these there is no tokenizer."""
+CODE_FILES = ("*.py",)
+DATA = (".safetensors", ".gguf", *PICKLES)
+
+CACHED = re.compile(r"models--(?P<id>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one repository's files are. ``sizes`` lists all of them, also those that were not fetched."""
+
+    model_id: str
+    name: str
+    commit: str | None
+    folder: Path
+    sizes: Mapping[str, int]
+    remote: bool
+
+
+def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
+    """The checkpoint that ``config`` names, checked as far as its headers go.
+
+    With ``weights`` False (a plan) nothing large is fetched and ``folder`` may lack the weights. Raises SourceError
+    when the checkpoint cannot be used, DependencyError when the Hub cannot be reached or the disk is too small, and
+    ConfigError for a revision of a local folder.
+    """
+    place = _place(config.model_id, config)
+    if "config.json" not in place.sizes:
+        raise SourceError(
+            f"{place.model_id} has no config.json", hint="is it a checkpoint in transformers' format?"
+        )
+    small = _chosen(place.sizes, (*MODEL_FILES, *TOKENIZER_FILES))
+    if config.trust_remote_code:
+        small += _chosen(place.sizes, CODE_FILES)
+    _get(place, small, config)
+    configuration, notes = read_configuration(place.folder, trust_remote_code=config.trust_remote_code)
+    names, headers = _headers(place, config, weights=weights, progress=progress)
+    tokenizer = _tokenizer(place, config)
+    generation = read_optional(place.folder / "generation_config.json")
+    facts, more = model_facts(configuration, generation, tokenizer.folder, headers)
+    card, remarks = model_card(place.folder)
+    ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
+    files = [(place.folder, name) for name in ours]
+    if tokenizer is not place:
+        files += [(tokenizer.folder, name) for name in _chosen(tokenizer.sizes, TOKENIZER_FILES)]
+    return Source(
+        model_id=place.model_id,
+        name=place.name,
+        commit=place.commit,
+        folder=place.folder,
+        files=(
+            *(_read_file(folder, name) for folder, name in sorted(files, key=lambda entry: entry[1])),
+            *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
+        ),
+        facts=facts,
+        card=card,
+        generation=generation,
+        trust_remote_code=config.trust_remote_code,
+        tokenizer=tokenizer.folder if tokenizer is not place else None,
+        notes=(*notes, *more, *remarks),
+    )
+
+
+def identity(source: Source) -> dict[str, JsonValue]:
+    """What stages that depend on the checkpoint put into their fingerprints; reads no weights.
+
+    Small files count by their hash. Weights count by their size, at a Hub commit with it (which is immutable), in a
+    local folder with their modification time. Where the folder lies does not count.
+    """
+    entries: list[JsonValue] = []
+    for file in source.files:
+        entry: list[JsonValue] = [file.name, file.bytes, file.sha256]
+        if file.sha256 is None and source.commit is None:
+            entry[2] = (source.folder / file.name).stat().st_mtime_ns
+        entries.append(entry)
+    where: dict[str, JsonValue] = {"id": source.model_id, "commit": source.commit} if source.commit else {}
+    return {**where, "files": entries}
+
+
+def overlay(source: Source, folder: Path) -> Source:
+    """The same source in one ``folder`` of links, its own files beside those of the other tokenizer.
+
+    Returned as it is when ``tokenizer_name`` asked for no other. Weights that were not fetched are not linked; what
+    links an earlier call left in ``folder`` is replaced.
+    """
+    if source.tokenizer is None:
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            path.unlink()
+    for name in sorted({file.name for file in source.files}):
+        origin = (source.tokenizer if _is_tokenizer(name) else source.folder) / name
+        if origin.exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(origin.resolve())
+    return source.model_copy(update={"folder": folder, "tokenizer": None})
+
+
+def _place(name: str, config: Config, *, tokenizer: bool = False) -> _Place:
+    revision = None if tokenizer else config.revision
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")):
+        return _local(name, path, revision)
+    if not HUB_ID.fullmatch(name):
+        raise SourceError(
+            f"{name!r} is neither a folder here nor a Hub id",
+            hint="a Hub id looks like organisation/model; a relative path starts in the current folder",
+        )
+    listing = list_repository(name, revision, config.cache_dir)
+    return _Place(name, name.rpartition("/")[2], listing.commit, listing.folder, listing.sizes, remote=True)
+
+
+def _local(name: str, path: Path, revision: str | None) -> _Place:
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        hint = "give the folder of a checkpoint, or a Hub id"
+        raise SourceError(f"{name} {what}", hint=hint)
+    folder = path.resolve()
+    cached = CACHED.search(folder.as_posix())
+    commit = cached["commit"] if cached else None
+    if revision is not None and revision != commit:
+        raise ConfigError(
+            f"revision {revision!r} means nothing for the local folder {name}", hint="remove revision"
+        )
+    files = [
+        file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()
+    ]
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    if cached:
+        hub_id = cached["id"].replace("--", "/")
+        return _Place(hub_id, hub_id.rpartition("/")[2], commit, folder, sizes, remote=False)
+    return _Place(name, folder.name, None, folder, sizes, remote=False)
+
+
+def _tokenizer(place: _Place, config: Config) -> _Place:
+    """Where the tokenizer files are, fetched; SourceError when there are none."""
+    found = place
+    if config.tokenizer_name is not None:
+        found = _place(config.tokenizer_name, config, tokenizer=True)
+        _get(found, _chosen(found.sizes, TOKENIZER_FILES), config)
+    if not _chosen(found.sizes, VOCABULARIES):
+        raise SourceError(
+            f"{found.model_id} has no tokenizer ({', '.join(VOCABULARIES)})",
+            hint="name another one: tokenizer_name",
+        )
+    own_code = read_optional(found.folder / "tokenizer_config.json").get("auto_map")
+    if own_code and not config.trust_remote_code and not (found.folder / "tokenizer.json").is_file():
+        raise SourceError(
+            f"{found.folder / 'tokenizer_config.json'}: auto_map: the tokenizer needs Python code of the checkpoint",
+            hint="read that code; then allow it with trust_remote_code: true",
+        )
+    return found
+
+
+def _headers(
+    place: _Place, config: Config, *, weights: bool, progress: Progress
+) -> tuple[tuple[str, ...], dict[str, TensorHeader]]:
+    """The weight files and their headers; fetches the files when ``weights``."""
+    if not place.remote:
+        headers = check_index(place.folder)
+        return tuple(sorted({tensor.file for tensor in headers.values()})), headers
+    index = read_index(place.folder / INDEX) if INDEX in place.sizes else None
+    names = weight_files(place.sizes, index, place.model_id)
+    if weights:
+        _get(place, names, config, progress)
+    if all((place.folder / name).exists() for name in names):
+        return names, check_index(place.folder)
+    with hub_errors(place.model_id, config.revision):
+        headers = remote_headers(
+            place.model_id, place.commit or "main", {name: place.sizes[name] for name in names}
+        )
+    if index is not None:
+        compare(index, headers, place.model_id)
+    return names, headers
+
+
+def _get(place: _Place, names: Iterable[str], config: Config, progress: Progress | None = None) -> None:
+    if place.remote:
+        listing = Listing(place.commit or "main", place.folder, place.sizes)
+        fetch(place.model_id, listing, tuple(names), config.cache_dir, progress)
+
+
+def _chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match a pattern, folder by folder; data and code never match by accident."""
+    return sorted(
+        name
+        for name in names
+        if not name.endswith(DATA) and any(_matches(name, pattern) for pattern in patterns)
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    code = name.endswith(".py") == pattern.endswith(".py")  # tokenizer* is not meant to bring tokenizer_x.py
+    return code and name.count("/") == pattern.count("/") and fnmatch(name, pattern)
+
+
+def _is_tokenizer(name: str) -> bool:
+    return bool(_chosen((name,), TOKENIZER_FILES))
+
+
+def _read_file(folder: Path, name: str) -> SourceFile:
+    path = folder / name
+    return SourceFile(name=name, bytes=path.stat().st_size, sha256=sha256_of(path))

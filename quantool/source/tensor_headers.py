@@ -1,0 +1,20 @@
+"""The tensor headers of a source, wherever its weights are."""
+
+from __future__ import annotations
+
+from quantool.formats.safetensors import TensorHeader, check_index, remote_headers
+from quantool.hub.download import hub_errors
+from quantool.records import Source
+
+
+def headers(source: Source) -> dict[str, TensorHeader]:
+    """Name to header of every weight tensor; read from the files, or by range requests where they are not fetched."""
+    names = [file.name for file in source.files if file.name.endswith(".safetensors")]
+    if source.commit is None or all((source.folder / name).exists() for name in names):
+        return check_index(source.folder)
+    with hub_errors(source.model_id, source.commit):
+        return remote_headers(
+            source.model_id,
+            source.commit,
+            {file.name: file.bytes for file in source.files if file.name in names},
+        )

@@ -1,0 +1,98 @@
+"""Memory by level and context: the sum is llama.cpp's own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import making
+import pytest
+
+from quantool.card.memory_table import GIB, cache_bytes, choosing, contexts, needed
+from quantool.records import Artifact, FileRecord, ModelFacts, Report
+from quantool.runtime import process
+
+
+@pytest.fixture(scope="module")
+def made() -> making.Made:
+    with making.own_cache():
+        return making.made("tiny-chat")
+
+
+@pytest.fixture(scope="module")
+def large(made: making.Made) -> ModelFacts:
+    """A model of 7 B parameters with grouped queries."""
+    changes = {"layers": 32, "kv_heads": 8, "head_size": 128, "context": 131072, "vocabulary": 128256}
+    return made.plan.source.facts.model_copy(update=changes)
+
+
+def report(level: str, gib: float) -> Report:
+    file = FileRecord(name=f"m-{level}.gguf", bytes=int(gib * GIB), sha256="ab" * 32)
+    artifact = Artifact.model_validate(
+        {"output": f"gguf/{level}", "method": "gguf", "level": level, "folder": "out", "files": [file],
+         "bits_per_weight": 8.0, "seconds": 1.0}
+    )  # fmt: skip
+    return Report(artifact=artifact, reference="bf16", findings=(), seconds=1.0)
+
+
+LOAD = """
+import sys, llama_cpp
+llama_cpp.Llama(sys.argv[1], n_ctx=int(sys.argv[2]), verbose=True)
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["tiny-chat", "moe"])
+def test_the_cache_is_as_large_as_llama_cpp_makes_it(name: str) -> None:
+    with making.own_cache():
+        one = making.made(name)
+    facts, context = one.plan.source.facts, 2048
+    assert facts.sliding_window is None
+    file = one.folder / one.artifacts[0].files[0].name
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(file), str(context)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=process.environment(),
+    )
+    (said,) = re.findall(r"KV buffer size = +([\d.]+) MiB", done.stderr)
+    assert float(said) == pytest.approx(cache_bytes(facts, context) / (1 << 20), abs=0.005)
+
+
+def test_weights_cache_and_scores_are_added(large: ModelFacts) -> None:
+    cache = 2 * 32 * 8 * 128 * 2 * 8192
+    assert cache == GIB
+    assert needed(report("Q4_K_M", 4), large, 8192) == 4 * GIB + cache + 4 * 512 * 128256
+
+
+def test_the_models_own_context_is_the_last(large: ModelFacts) -> None:
+    assert contexts(large) == [4096, 8192, 16384, 32768, 65536, 131072]
+    assert contexts(large.model_copy(update={"context": 40960})) == [4096, 8192, 16384, 32768, 40960]
+    assert contexts(large.model_copy(update={"context": 2048})) == [2048]
+
+
+def test_the_largest_level_that_fits(large: ModelFacts) -> None:
+    facts = large.model_copy(update={"context": 16384})
+    lines = choosing(facts, [report("Q8_0", 7.4), report("Q4_K_M", 4.0)]).splitlines()
+    assert "| Q4_K_M | 4.00 | 4.75 | 5.25 | 6.25 |" in lines
+    start = lines.index("| memory | 4,096 tokens | 8,192 tokens | 16,384 tokens |")
+    assert lines[start + 2 : start + 6] == [
+        "| 6 GiB | Q4_K_M | Q4_K_M | - |",
+        "| 8 GiB | Q4_K_M | Q4_K_M | Q4_K_M |",
+        "| 12 GiB | Q8_0 | Q8_0 | Q8_0 |",
+        "",
+    ]
+
+
+def test_one_level_needs_no_choice(large: ModelFacts) -> None:
+    text = choosing(large, [report("Q8_0", 7.4)])
+    assert "largest level" not in text
+    assert "131,072 bytes of attention cache for each token" in text
+
+
+def test_a_sliding_window_is_told(large: ModelFacts) -> None:
+    assert "sliding window" not in choosing(large, [report("Q8_0", 7.4)])
+    text = choosing(large.model_copy(update={"sliding_window": 4096}), [report("Q8_0", 7.4)])
+    assert "Layers with a sliding window of 4,096 tokens need less cache" in text

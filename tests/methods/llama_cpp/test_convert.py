@@ -1,0 +1,354 @@
+"""The traps of converting: each ends in the right result, or in a refusal before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import making
+import pytest
+from safetensors.torch import load_file, save_file
+
+from quantool import pipeline
+from quantool.errors import ConfigError, QuantizationError, QuantoolError, SourceError
+from quantool.methods._llama_cpp import base_file, convert, dry_run, quantize
+from quantool.methods._llama_cpp.pre_tokenizer import KNOWN, is_byte_level, suggest
+from quantool.records import Plan
+from quantool.source.resolve import resolve
+
+pytestmark = pytest.mark.e2e
+
+# sha256(str(ids)) of upstream's check text by the tokenizer of tiny-chat, as upstream's converter prints it
+TINY_HASH = "6f4cf441fb8636efdf038b2bfa02796205e109070d34eb8186ffc4c5dbec4b14"
+Case = tuple[Path, dict[str, Any]]
+"""A checkpoint, and options."""
+COPY_IT = "copy it from the original checkpoint"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache() -> Iterator[None]:
+    with making.own_cache():
+        yield
+
+
+def plan(model: Path, level: str = "F16", pre_tokenizer: str | None = "qwen2", **options: Any) -> Plan:
+    wanted = making.config(
+        model,
+        making.room() / "never-written",
+        level,
+        method="fp16",
+        quantization_config={"pre_tokenizer": pre_tokenizer, **options},
+    )
+    made = pipeline.plan(wanted, making.QUIET)
+    assert not (making.room() / "never-written").exists()
+    return made
+
+
+def attempt(model: Path, options: dict[str, Any]) -> Plan | QuantoolError:
+    try:
+        return plan(model, **options)
+    except QuantoolError as error:
+        return error
+
+
+@cache
+def outcomes() -> dict[str, Plan | QuantoolError]:
+    """The plan of every case, or its refusal; two at a time, because each is one Python importing torch."""
+    cases = {name: prepare(making.room() / "cases" / name) for name, prepare in CASES.items()}
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda case: attempt(*case), cases.values())
+        return dict(zip(cases, found, strict=True))
+
+
+def refusal(name: str, kind: type[QuantoolError]) -> QuantoolError:
+    found = outcomes()[name]
+    assert isinstance(found, kind), found
+    return found
+
+
+def accepted(name: str) -> Plan:
+    found = outcomes()[name]
+    assert isinstance(found, Plan), found
+    return found
+
+
+def copy(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose small files may be changed."""
+    shutil.copytree(model, folder)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(making.read_json(path) | changes))
+
+
+def unknown_structure(folder: Path) -> Case:
+    model = copy(making.TINY, folder)
+    saved = making.read_json(model / "tokenizer.json")
+    saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+|\W"
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+    return model, {"pre_tokenizer": None}
+
+
+def broken_template(folder: Path) -> Case:
+    model = copy(making.TINY, folder)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m }\n{% endfor %}")
+    return model, {}
+
+
+def padded(folder: Path) -> Case:
+    """30 rows of embeddings more than tokens."""
+    model = copy(making.model("spm_llama"), folder)
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = tensors[name]
+        tensors[name] = rows[[*range(len(rows)), *[0] * 30]].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    edit(model / "config.json", vocab_size=len(tensors["lm_head.weight"]))
+    return model, {"pre_tokenizer": None}
+
+
+def without_tokenizer_model(case: Case) -> Case:
+    (case[0] / "tokenizer.model").unlink()
+    return case
+
+
+def short_window(folder: Path) -> Case:
+    """The context is no longer than the window, so that it does not matter."""
+    model = copy(making.model("sliding_mistral"), folder)
+    edit(model / "config.json", max_position_embeddings=64)
+    return model, {}
+
+
+def unknown_architecture(folder: Path) -> Case:
+    model = copy(making.TINY, folder)
+    edit(model / "config.json", architectures=["LlamaForSomethingElse"])
+    return model, {}
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "unknown hash": lambda _: (making.TINY, {"pre_tokenizer": None}),
+    "unknown structure": unknown_structure,
+    "unknown name": lambda _: (making.TINY, {"pre_tokenizer": "qwen22"}),
+    "broken template": broken_template,
+    "padded": padded,
+    "padded without tokenizer.model": lambda folder: without_tokenizer_model(padded(folder)),
+    "gemma without tokenizer.model": lambda folder: without_tokenizer_model(
+        (copy(making.model("gemma3"), folder), {"pre_tokenizer": None})
+    ),
+    "gemma without tokenizer.model, named": lambda folder: without_tokenizer_model(
+        (copy(making.model("gemma3"), folder), {"pre_tokenizer": "qwen2"})
+    ),
+    "sliding window": lambda _: (making.model("sliding_mistral"), {}),
+    "short window": short_window,
+    "My-Phi-3-tune": lambda folder: (copy(making.TINY, folder), {}),
+    "My-Phi-3-tune, named": lambda folder: (
+        copy(making.TINY, folder / "My-Phi-3-tune"),
+        {"model_name": "tuned"},
+    ),
+    "unknown architecture": unknown_architecture,
+}
+
+
+def test_unknown_pre_tokenizer_names_the_hash_and_what_to_set() -> None:
+    error = refusal("unknown hash", SourceError)
+    assert TINY_HASH in error.message
+    assert "quantization_config.pre_tokenizer: qwen2" in error.hint
+
+
+def test_unknown_pre_tokenizer_of_unknown_structure_says_how_to_choose() -> None:
+    error = refusal("unknown structure", SourceError)
+    assert "with the hash " in error.message
+    assert TINY_HASH not in error.message
+    assert "quantization_config.pre_tokenizer" in error.hint
+    assert "qwen2" not in error.hint
+
+
+def test_pre_tokenizer_that_llama_cpp_does_not_know_is_refused_with_the_nearest() -> None:
+    error = refusal("unknown name", ConfigError)
+    assert "'qwen22'" in error.message
+    assert "qwen2" in error.hint
+
+
+@pytest.mark.parametrize("name", KNOWN.values())
+def test_structure_suggests_a_name(name: str) -> None:
+    (steps, merges), _ = next(item for item in KNOWN.items() if item[1] == name)
+    spelled: dict[str, dict[str, Any]] = {
+        "BYTES": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        "GPT2": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "DIGIT": {"type": "Digits", "individual_digits": True},
+    }
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    inner = [spelled.get(step) or split | {"pattern": {"Regex": step}} for step in steps]
+    tokenizer: dict[str, Any] = {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": inner},
+        "model": {"ignore_merges": merges},
+    }
+    assert suggest(tokenizer) == name
+    tokenizer["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Whitespace"})
+    assert suggest(tokenizer) is None
+
+
+def test_structure_of_a_real_tokenizer_is_recognized() -> None:
+    tokenizer = making.read_json(making.TINY / "tokenizer.json")
+    assert suggest(tokenizer) == "qwen2"
+    assert is_byte_level(tokenizer)
+    assert not is_byte_level(making.read_json(making.model("gemma3") / "tokenizer.json"))
+
+
+@cache
+def with_both_templates() -> tuple[Path, str]:
+    model = copy(making.TINY, making.room() / "both-templates")
+    edit(model / "tokenizer_config.json", chat_template="{{ 'the old one' }}")
+    return model, (model / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def stored_template(model: Path) -> Any:
+    return stored_keys(model)["tokenizer.chat_template"]
+
+
+def stored_keys(model: Path) -> dict[str, Any]:
+    wanted = making.config(model, making.room() / "never-written", "F16")
+    source = resolve(wanted, weights=False, progress=making.QUIET)
+    options = base_file.GgufOptions(pre_tokenizer="qwen2")
+    return dry_run.rehearse(source, options, "f16").keys
+
+
+def test_template_file_wins_over_tokenizer_config() -> None:
+    from transformers import AutoTokenizer
+
+    model, template = with_both_templates()
+    assert stored_template(model) == template == AutoTokenizer.from_pretrained(model).chat_template
+
+
+def test_template_in_tokenizer_config_is_taken_where_there_is_no_file(tmp_path: Path) -> None:
+    model = copy(with_both_templates()[0], tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    assert stored_template(model) == "{{ 'the old one' }}"
+
+
+def test_named_templates_are_those_of_transformers_in_a_fixed_order(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = copy(with_both_templates()[0], tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag", "a-b"):
+        (model / "additional_chat_templates" / f"{name}.jinja").write_text(f"{{{{ '{name}' }}}}")
+    keys = stored_keys(model)
+    found = AutoTokenizer.from_pretrained(model).chat_template
+    assert keys["tokenizer.chat_template"] == found["default"]
+    for name in ("tool_use", "rag", "a-b"):
+        assert keys[f"tokenizer.chat_template.{name.replace('-', '_')}"] == found[name]
+
+
+def test_template_that_does_not_parse_is_refused_with_its_line() -> None:
+    assert "chat_template.jinja:2" in refusal("broken template", SourceError).message
+
+
+def test_fewer_tokens_than_rows_without_tokenizer_model_is_refused() -> None:
+    error = refusal("padded without tokenizer.model", SourceError)
+    assert "embedding rows" in error.message
+    assert "tokenizer.model is missing" in error.hint
+    assert accepted("padded").outputs[0].files
+
+
+@pytest.mark.parametrize("name", ["gemma without tokenizer.model", "gemma without tokenizer.model, named"])
+def test_gemma_without_tokenizer_model_is_refused(name: str) -> None:
+    error = refusal(name, SourceError)
+    assert "tokenizer.model" in error.message
+    assert COPY_IT in error.hint
+
+
+def test_sliding_window_that_llama_cpp_ignores_is_refused() -> None:
+    error = refusal("sliding window", SourceError)
+    assert "sliding window of 64 tokens" in error.message
+    assert "max_position_embeddings to 64" in error.hint
+    assert accepted("short window").outputs[0].files
+
+
+def test_name_that_changes_llama_cpp_is_refused_and_mended() -> None:
+    error = refusal("My-Phi-3-tune", ConfigError)
+    assert "'My-Phi-3-tune'" in error.message
+    assert "quantization_config.model_name" in error.hint
+    assert accepted("My-Phi-3-tune, named").outputs[0].files[0].name == "tuned-5.2M-F16.gguf"
+
+
+def test_architecture_that_the_converter_does_not_know_is_refused() -> None:
+    assert "LlamaForSomethingElse" in refusal("unknown architecture", SourceError).message
+
+
+def test_what_converts_and_does_not_load_is_refused(tmp_path: Path) -> None:
+    """phi-3 in general.name makes llama.cpp look for a token; the converter ends well."""
+    from quantool.runtime import process, toolchain
+
+    metadata = tmp_path / "metadata.json"
+    metadata.write_text(json.dumps({"general.name": "phi-3"}))
+    request: dict[str, Any] = {
+        "toolchain": str(toolchain.locate().folder), "model": str(making.model("spm_llama")), "type": "f16",
+        "output": str(tmp_path / "out.gguf"), "metadata": str(metadata), "pre_tokenizer": None,
+        "chat_template": None, "named_templates": {}, "add_space_prefix": None, "extra": {}, "split_bytes": 0, "rehearse": False,
+    }  # fmt: skip
+    process.call(convert.convert, request, log=tmp_path / "log")
+    loading = {"path": str(tmp_path / "out.gguf"), "vocabulary_only": False}
+    with pytest.raises(QuantizationError, match=r"cannot load out\.gguf: .*unordered_map::at"):
+        process.call(quantize.probe, loading, log=tmp_path / "log")
+
+
+def test_missing_tensor_is_found_by_the_plan(tmp_path: Path) -> None:
+    model = copy(making.TINY, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    found = attempt(model, {"level": "F16"})
+    assert isinstance(found, SourceError)
+    assert "tensor 'blk.1.ffn_up.weight' not found" in found.message
+
+
+def test_other_tokenizer_is_the_one_that_is_planned_and_written(tmp_path: Path) -> None:
+    other = copy(making.TINY, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (other / name).unlink()
+    wanted = making.config(making.TINY, tmp_path / "out", "F16", method="fp16", tokenizer_name=str(other))
+    planned = pipeline.plan(wanted, making.QUIET).outputs[0].files[0]
+    plain = plan(making.TINY).outputs[0].files[0]
+    assert planned.bytes < plain.bytes - 1000  # the template's length
+    artifact = making.make(wanted)[1][0]
+    assert artifact.files[0].bytes == planned.bytes
+    written = making.keys(artifact.folder / artifact.files[0].name)
+    assert written["tokenizer.chat_template"] == "{{ messages[0]['content'] }}"
+
+
+@cache
+def overflowing() -> Path:
+    """tiny-chat with one weight beyond f16's largest number."""
+    model = copy(making.TINY, making.room() / "overflowing")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = 70_000
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_base_is_bf16_where_f16_overflows(tmp_path: Path) -> None:
+    made, artifacts = making.make(making.config(overflowing(), tmp_path, "Q8_0"))
+    assert any("beyond f16's 65504: the base is bf16" in note for note in made.warnings)
+    assert [stage.name for stage in made.stages if stage.name.startswith("base")] == ["base-bf16"]
+    assert [path.name for path in (tmp_path / ".quantool/work").glob("base-*")] == ["base-bf16"]
+    assert "the base is bf16" in str(artifacts[0].details["note"])
+
+
+@pytest.mark.parametrize(
+    ("method", "level", "options"), [("fp16", "F16", {}), ("gguf", "Q8_0", {"base_type": "f16"})]
+)
+def test_f16_is_refused_where_it_overflows(
+    tmp_path: Path, method: str, level: str, options: dict[str, Any]
+) -> None:
+    wanted = making.config(overflowing(), tmp_path, level, method=method, quantization_config=options)
+    with pytest.raises(QuantizationError, match="weights reach 7"):
+        making.make(wanted)
+    assert not list(tmp_path.rglob("*.gguf"))

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantool.errors import SourceError
+from quantool.formats.safetensors import check_index
+from quantool.records import ModelCard, ModelFacts
+from quantool.source.model_facts import (
+    class_defaults,
+    model_card,
+    model_facts,
+    read_configuration,
+    read_json,
+    special_tokens,
+)
+from tests.checkpoint import CONFIG, TOKENIZER, write_checkpoint, write_json
+
+
+def facts(
+    folder: Path, generation: dict[str, Any] | None = None, **config: Any
+) -> tuple[ModelFacts, list[str]]:
+    write_checkpoint(folder, **config)
+    found, _ = read_configuration(folder, trust_remote_code=False)
+    return model_facts(found, generation or {}, folder, check_index(folder))
+
+
+def test_facts_of_a_plain_model(tmp_path: Path) -> None:
+    found, notes = facts(tmp_path, {"eos_token_id": [2, 0]})
+    assert found.architecture == "LlamaForCausalLM"
+    assert found.parameters == 32 * 8 * 2 + 64 + 8
+    assert (found.dtype, found.largest_tensor) == ("F16", 512)
+    assert (found.vocabulary, found.context, found.layers, found.hidden) == (32, 64, 2, 8)
+    assert (found.heads, found.kv_heads, found.head_size) == (4, 2, 2)
+    assert (found.bos_token_id, found.eos_token_ids) == (1, (2, 0))
+    assert (found.sliding_window, found.tied_embeddings, found.has_sentencepiece) == (None, False, False)
+    assert notes == []
+
+
+def test_an_answer_that_would_not_stop_is_noted(tmp_path: Path) -> None:
+    _, notes = facts(tmp_path, eos_token_id=0)
+    assert len(notes) == 1
+    assert "<|im_end|> (2)" in notes[0]
+    assert "[0]" in notes[0]
+
+
+def test_special_tokens_of_an_older_tokenizer_config(tmp_path: Path) -> None:
+    assert special_tokens(tmp_path, {"added_tokens_decoder": {"7": {"content": "<e>"}}}) == {"<e>": 7}
+    write_json(tmp_path / "tokenizer.json", TOKENIZER)
+    assert special_tokens(tmp_path, {}) == {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [1]}')
+    with pytest.raises(SourceError, match="added_tokens"):
+        special_tokens(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"sliding_window": 16}, 16),
+        ({"sliding_window": 64}, None),  # as long as the context
+        ({"sliding_window": 16, "use_sliding_window": False}, None),
+        ({"sliding_window": 16, "layer_types": ["full_attention"] * 2}, None),
+        ({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, 16),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 8192},
+            4096,
+        ),  # the class has it, config.json not
+        ({"model_type": "qwen2", "sliding_window": 16}, None),  # the class switches it off
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True}, None),  # from layer 28 on
+        (
+            {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            16,
+        ),
+    ],
+)
+def test_a_sliding_window_counts_only_where_it_is_active(
+    tmp_path: Path, config: dict[str, Any], window: int | None
+) -> None:
+    assert facts(tmp_path, **config)[0].sliding_window == window
+
+
+def test_a_multimodal_model_is_described_by_its_text_part(tmp_path: Path) -> None:
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 32,
+    }
+    gone: dict[str, Any] = dict.fromkeys(CONFIG)
+    found, _ = facts(
+        tmp_path,
+        **{
+            **gone,
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": text,
+        },
+    )
+    assert (found.hidden, found.layers, found.context) == (16, 3, 32)
+    assert (found.heads, found.kv_heads, found.head_size) == (8, 4, 256)  # from the class
+    assert found.tied_embeddings
+
+
+def test_names_that_a_class_maps_are_understood(tmp_path: Path) -> None:
+    gone: dict[str, Any] = dict.fromkeys(CONFIG)
+    names = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 16, "vocab_size": 32}
+    found, _ = facts(
+        tmp_path, **{**gone, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **names}
+    )
+    assert (found.hidden, found.heads, found.layers, found.context) == (8, 2, 1, 16)
+    assert found.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt2", "phi3"]
+)
+@pytest.mark.e2e
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    made = CONFIG_MAPPING[model_type]()
+    found = class_defaults(model_type)
+    assert found is not None
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "tie_word_embeddings",
+    ):
+        name = found.get("attribute_map", {}).get(key, key)
+        assert found[name] == getattr(made, key), key
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "hint"),
+    [
+        ({"model_type": None}, "names no model_type", ""),
+        ({"model_type": "lama"}, "unknown model type 'lama'", "llama"),
+        ({"model_type": "../x"}, "unknown model type", ""),
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized .*awq", "bf16"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+            "already quantized .*fp8",
+            "bf16",
+        ),
+        ({"text_config": [1]}, "text_config is not an object", ""),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
+            "auto_map: model type 'own'",
+            "trust_remote_code",
+        ),
+        ({"architectures": None}, "names no architecture", ""),
+        ({"vocab_size": "many"}, "vocab_size is 'many'", ""),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0", ""),
+    ],
+)
+def test_a_configuration_that_cannot_be_used(
+    tmp_path: Path, config: dict[str, Any], said: str, hint: str
+) -> None:
+    with pytest.raises(SourceError, match=said) as caught:
+        facts(tmp_path, **config)
+    assert "config.json" in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_code_of_the_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, auto_map={"AutoConfig": "x.X"})
+    assert "not used" in read_configuration(tmp_path, trust_remote_code=False)[1][0]
+    write_checkpoint(tmp_path, model_type="own", auto_map={"AutoConfig": "x.X"})
+    assert read_configuration(tmp_path, trust_remote_code=True)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{\n "a": 1,,\n}', r"config.json:2:9: not JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[]", ":1:1: not a JSON object"),
+    ],
+)
+def test_malformed_json_names_the_place(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=said):
+        read_json(path)
+
+
+def test_a_missing_file_and_a_byte_order_mark(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="is missing"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+def test_the_card(tmp_path: Path) -> None:
+    front = "license: other\nlicense_name: x-1.0\nlicense_link: LICENSE\nlanguage: [no, ca]\nbase_model: a/b\ntags:\n- t"
+    (tmp_path / "README.md").write_text(f"---\n{front}\npipeline_tag: text-generation\n---\n# Title\n---\n")
+    card, notes = model_card(tmp_path)
+    assert card == ModelCard(
+        license="other",
+        license_name="x-1.0",
+        license_link="LICENSE",
+        languages=("no", "ca"),
+        pipeline_tag="text-generation",
+        tags=("t",),
+        base_models=("a/b",),
+    )
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("---\na: [1\nb: 2\n---\n", "README.md:3: the front matter is not YAML"),
+        ("---\n- a\n---\n", "not a mapping"),
+        ("---\na: 1\n", "has no end"),
+    ],
+)
+def test_a_malformed_card_is_a_note(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    card, notes = model_card(tmp_path)
+    assert card == ModelCard()
+    assert said in notes[0]
+
+
+@pytest.mark.parametrize("text", [None, "# no front matter", "---\n---\n"])
+def test_a_card_that_says_nothing(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert model_card(tmp_path) == (ModelCard(), [])

@@ -1,0 +1,214 @@
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantool.config.schema import Config, Corpus, Validation
+from quantool.errors import ConfigError, SourceError
+from quantool.texts import corpus as texts
+from quantool.texts.corpus import Document
+from quantool.texts.readers import BUILT_IN, docstrings
+
+CHAT: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+    ],
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+}
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path, **fields: Any) -> tuple[Document, ...]:
+    return texts.read(Corpus(name="c", path=path, **fields))
+
+
+def config(**fields: Any) -> Config:
+    return Config(model_id="m", **fields)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffuno\n\ndos\n", encoding="utf-8")
+    assert read(path) == (Document(text="uno\n\ndos\n"),)
+
+
+def test_reading_stops_at_the_characters_needed(tmp_path: Path) -> None:
+    long = tmp_path / "a.txt"
+    long.write_text("x" * 100)
+    many = lines(tmp_path / "a.jsonl", *({"text": "x" * 10} for _ in range(10)))
+    assert texts.read(Corpus(name="c", path=long), characters=30) == (Document(text="x" * 30),)
+    assert len(texts.read(Corpus(name="c", path=many), characters=30)) == 3
+
+
+def test_lines_hold_texts_or_conversations(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"text": "uno"}, "", CHAT, '"dos"')
+    first, chat, last = read(path)
+    assert (first.text, last.text) == ("uno", "dos")
+    assert list(chat.messages) == CHAT["messages"]
+    assert list(chat.tools) == CHAT["tools"]
+
+
+def test_field_names_the_column(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"text": "no", "body": "yes"})
+    assert read(path, field="body") == (Document(text="yes"),)
+
+
+def test_parquet_rows_lose_the_nulls_of_other_rows(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist([CHAT, {"messages": [{"role": "user", "content": "x"}]}]), path)
+    first, second = read(path)
+    assert list(first.messages) == CHAT["messages"]
+    assert second.messages == ({"role": "user", "content": "x"},)
+    assert second.tools == ()
+
+
+@pytest.mark.e2e
+def test_a_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines(folder / "train.jsonl", {"text": "uno"}, {"text": "dos"})
+    found = texts.read(Corpus(name="c", dataset=str(folder)), cache_dir=tmp_path / "cache")
+    assert [document.text for document in found] == ["uno", "dos"]
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        texts.read(Corpus(name="c", dataset=str(folder), split="absent"), cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
+        ('{"text": "a"}\n{"body": "b"}\n', r"line 2 has no column 'text' or 'messages'; it has 'body'"),
+        ('{"text": "a"}\n[1]\n', "line 2 is a list"),
+        ('{"text": null}\n', "text is null"),
+        ('{"messages": [{"content": "x"}]}\n', "line 1: a message in 'messages' has no role"),
+        ('{"messages": [{"role": "user", "content": "x"}], "tools": "[}"}\n', "line 1: tools is not JSON"),
+        ('\n{"text": ""}\n', "is empty"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read(path)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    (tmp_path / "a.parquet").write_bytes(b"PAR?")
+    (tmp_path / "a.csv").touch()
+    lines(tmp_path / "a.jsonl", {"text": "x"})
+    with pytest.raises(ConfigError, match=r"a\.txt is not UTF-8: .* at byte 2"):
+        read(tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="not a parquet file"):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a\.csv is not a text"):
+        read(tmp_path / "a.csv")
+    with pytest.raises(ConfigError, match=r"not found: .*absent\.txt"):
+        read(tmp_path / "absent.txt")
+    with pytest.raises(ConfigError, match="no column 'body'; it has 'text'"):
+        read(tmp_path / "a.jsonl", field="body")
+    with pytest.raises(ConfigError, match="plain text and has no column"):
+        read(tmp_path / "a.txt", field="body")
+
+
+class Tokenizer:
+    def __init__(self, template: str | None) -> None:
+        self.chat_template = template
+
+    def apply_chat_template(self, conversation: Any, tools: Any = None, *, tokenize: bool = True) -> Any:
+        import jinja2
+
+        assert not tokenize
+        if self.chat_template == "refuse":
+            raise jinja2.TemplateError("roles must alternate")
+        return f"{len(conversation)} messages, {tools and len(tools)} tools"
+
+
+def test_rendering() -> None:
+    chat = Document(messages=tuple(CHAT["messages"]), tools=tuple(CHAT["tools"]))
+    plain = Document(messages=({"role": "user", "content": "x"},))
+    assert texts.render(Document(text="a"), Tokenizer(None)) == "a"
+    assert texts.render(chat, Tokenizer("t")) == "2 messages, 1 tools"
+    assert texts.render(plain, Tokenizer("t")) == "1 messages, None tools"
+    with pytest.raises(SourceError, match="no chat template"):
+        texts.render(chat, Tokenizer(None))
+    with pytest.raises(ConfigError, match=r"roles user, assistant.*must alternate"):
+        texts.render(chat, Tokenizer("refuse"))
+
+
+def test_the_corpora_of_a_run(tmp_path: Path) -> None:
+    given = Corpus(name="x", path=tmp_path / "x.txt")
+    assert texts.corpora(config(validation=Validation(corpora=(given,)), eval_dataset="y")) == (given,)
+    (file,) = texts.corpora(config(eval_dataset="some/held out.txt"))
+    assert (file.name, file.path) == ("held-out", Path("some/held out.txt"))
+    (data,) = texts.corpora(config(eval_dataset="owner/set", dataset_config="eu", split="test"))
+    assert (data.dataset, data.config, data.split) == ("owner/set", "eu", "test")
+    (default,) = texts.corpora(config())
+    assert default.name == BUILT_IN
+    with pytest.raises(ConfigError, match="same name"):
+        texts.corpora(config(validation=Validation(corpora=(given, given))))
+
+
+def test_the_default_text_needs_nothing_and_never_changes() -> None:
+    corpus = Corpus(name="c", dataset=BUILT_IN)
+    first = texts.read(corpus, characters=20_000)
+    assert first == texts.read(corpus, characters=20_000)
+    assert 20_000 <= sum(document.size() for document in first) < 40_000
+    assert texts.identity(corpus) == texts.identity(corpus)
+
+
+def test_docstrings_are_taken_once_and_tests_left_out(tmp_path: Path) -> None:
+    text = "A sentence that is long enough to be worth reading."
+    (tmp_path / "b.py").write_text(f'def f():\n    """{text}"""\n')
+    (tmp_path / "a.py").write_text(f'"""Module: {text}"""\nclass A:\n    """{text}"""\n    x = "\\d"\n')
+    (tmp_path / "bad.py").write_text("print 'two'")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c.py").write_text(f'"""Test: {text}"""')
+    assert list(docstrings(tmp_path)) == [f"Module: {text}", text]
+
+
+def test_identity_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = texts.identity(Corpus(name="c", path=path))
+    path.write_text("two")
+    assert texts.identity(Corpus(name="c", path=path)) != before
+    assert texts.identity(Corpus(name="c", dataset="owner/set")) is None
+
+
+def test_calibration_samples_by_seed(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"text": str(number)} for number in range(20)))
+    order = list(range(20))
+    random.Random(7).shuffle(order)
+    shuffled = texts.calibration(config(dataset_path=path, sample_size=5, dataset_seed=7))
+    assert [document.text for document in shuffled] == [str(number) for number in order[:5]]
+    plain = texts.calibration(config(dataset_path=path, sample_size=2, shuffle=False))
+    assert [document.text for document in plain] == ["0", "1"]
+
+
+def test_calibration_settings(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"body": "x"})
+    named = config(dataset_path=path, calibration_config={"text_field": "body"})
+    assert texts.calibration(named) == (Document(text="x"),)
+    with pytest.raises(ConfigError, match="text_field must be the name"):
+        texts.calibration(config(dataset_path=path, calibration_config={"text_field": 3}))
+    with pytest.raises(ConfigError, match="neither dataset_path nor dataset_id"):
+        texts.calibration(config())
+    with pytest.raises(ConfigError, match="is empty"):
+        texts.calibration(config(dataset_path=lines(tmp_path / "b.jsonl", "")))

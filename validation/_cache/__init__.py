@@ -1,0 +1,1 @@
+"""Answers of reference and artifact, kept under what they depend on."""

@@ -1,0 +1,1 @@
+"""Chats: conversations to try, how engines render and answer them."""

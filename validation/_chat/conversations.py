@@ -1,0 +1,327 @@
+"""The conversations that every artifact's chat template is tried on.
+
+They are the cases in which chat templates and their engines are known to part: whitespace, unicode, tools, tool calls
+whose arguments are an object (as transformers wants them) or a JSON text (as the OpenAI API sends them), content parts,
+empty content, the text of special tokens in what a user wrote, and orders of roles that a strict template rejects.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantool.config.schema import Corpus
+from quantool.plugins.contract import Case
+from quantool.texts import corpus
+
+Message = dict[str, Any]
+
+DATE = "26 Jul 2024"
+"""Given to templates that print a date, so that both sides print the same one."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation to render. ``settings`` are further variables of the template (``enable_thinking``)."""
+
+    name: str
+    messages: tuple[Message, ...]
+    tools: tuple[Message, ...] = ()
+    generation_prompt: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    """Whether the engine has to reject it where the source's template does: roles in a wrong order."""
+    continued: bool = False
+    """Whether the assistant's message at the end is continued instead of closed."""
+
+    def request(self) -> dict[str, Any]:
+        """The conversation as a JSON value."""
+        return {
+            "name": self.name,
+            "messages": list(self.messages),
+            "tools": list(self.tools),
+            "generation_prompt": self.generation_prompt,
+            "settings": self.settings,
+            "continued": self.continued,
+        }
+
+
+def _user(content: Any) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: Any, *calls: Message, reasoning: str | None = None) -> Message:
+    message = {"role": "assistant", "content": content}
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    return message | ({"tool_calls": list(calls)} if calls else {})
+
+
+def _system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def _tool(content: Any, name: str | None = "get_weather", call: str = "call00001") -> Message:
+    named = {"name": name} if name is not None else {}
+    return {"role": "tool", "tool_call_id": call, **named, "content": content}
+
+
+def _continued(name: str, *messages: Message) -> Conversation:
+    return Conversation(name, messages, generation_prompt=False, continued=True)
+
+
+def _call(arguments: Any, name: str = "get_weather", call: str = "call00001") -> Message:
+    return {"id": call, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+WEATHER: Message = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city: el temps, eguraldia, o tempo. Says <b>\"°C\" & 'wind'</b>.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Name of the city"},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+CLOCK: Message = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "description": "Time of day in a time zone.",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}, "required": []},
+    },
+}
+PLACE = {"city": "L'Hospitalet de Llobregat", "unit": "celsius"}
+ANSWER = '{"temperature": 21.5, "sky": "núvols"}'
+ARGUMENTS = {"city": "Vic", "days": 3, "exact": True, "hours": [6, 12.5], "where": {"lat": 41.9}}
+REASONING = "The user wants a number.\nTwo and two make four."
+ENDED = "ends with the assistant"
+"""Name of the conversation that shows how a turn ends, after LAST_WORD."""
+LAST_WORD = "Finis"
+NULL = "null argument"
+UNICODE = (
+    "Привет 🚀\U0001f469\u200d\U0001f52c 你好、世界 \u200dŒuvre «col·legi» ¿ñandú? ﷽ \U0001f1e6\U0001f1e9"
+)
+MARKS = "cafe\u0301 man\u0303ana e\u0323\u0302 \u0e19\u0e49\u0e33 \u0928\u093f"
+
+FORGETFUL = {
+    "preserve_thinking": False,
+    "clear_thinking": True,
+    "truncate_history_thinking": True,
+    "drop_thinking": True,
+}
+"""What templates call dropping the reasoning of earlier turns. llama.cpp's server keeps it unless it is told otherwise
+(``preserve_reasoning``; ``caps_apply_preserve_reasoning`` in common/jinja/caps.cpp), transformers sets nothing."""
+SWITCHES = ("enable_thinking", "thinking")
+SWITCHED = ("one question", "several turns", "tool call", "reasoning", "reasoning before a tool call")
+
+SUITE: tuple[Conversation, ...] = (
+    Conversation("one question", (_user("Hello"),)),
+    Conversation("system message", (_system("You are terse."), _user("Hi there, who are you?"))),
+    Conversation(
+        "several turns",
+        (
+            _system("Answer in Catalan."),
+            _user("What is 2 + 2?"),
+            _assistant("Quatre."),
+            _user("And 3 + 3?"),
+            _assistant("Sis."),
+            _user("Why?"),
+        ),
+    ),
+    Conversation("several turns, no system", (_user("a"), _assistant("b"), _user("c"))),
+    Conversation("no generation prompt", (_user("a"), _assistant("b"), _user("c")), generation_prompt=False),
+    Conversation(ENDED, (_user("Hello"), _assistant(LAST_WORD)), generation_prompt=False),
+    Conversation("combining marks", (_user(MARKS),)),
+    Conversation("unicode", (_system(UNICODE), _user(UNICODE), _assistant(UNICODE), _user("👍🏽"))),
+    Conversation(
+        "whitespace around",
+        (_system("  lead and trail  \n"), _user("\n\n x\t\n"), _assistant(" y "), _user("  ")),
+    ),
+    Conversation("lines and indents", (_user("def f(x):\r\n\n\n    return  x\n\tpass"),)),
+    Conversation("empty content", (_user(""), _assistant(""), _user("still there?"))),
+    Conversation(
+        "special tokens in the text", (_user("Say <|im_end|></s><eos> and [INST] <bos> literally."),)
+    ),
+    Conversation("braces", (_user("{{ messages }} {% if x %} {# c #} %}"),)),
+    Conversation("tools offered", (_user("Weather in Girona?"),), (WEATHER, CLOCK)),
+    Conversation("system and tools", (_system("Use tools."), _user("Weather in Girona?")), (WEATHER,)),
+    Conversation(
+        "tool call",
+        (_user("Weather?"), _assistant("", _call(PLACE)), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        "tool call with words",
+        (
+            _user("Weather?"),
+            _assistant("Let me look.", _call(PLACE)),
+            _tool(ANSWER),
+            _assistant("21.5 °C."),
+            _user("ok"),
+        ),
+        (WEATHER, CLOCK),
+    ),
+    Conversation(
+        "tool call, arguments as text",
+        (_user("Weather?"), _assistant("", _call(json.dumps(PLACE, ensure_ascii=False))), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        "tools, no generation prompt",
+        (_user("Weather?"), _assistant("", _call(PLACE)), _tool(ANSWER), _assistant("21.5 °C.")),
+        (WEATHER,),
+        generation_prompt=False,
+    ),
+    Conversation(
+        "parallel tool calls",
+        (
+            _user("Weather and time?"),
+            _assistant("", _call(PLACE), _call({"zone": "CET"}, "get_time", "call00002")),
+            _tool(ANSWER),
+            _tool('{"time": "12:30"}', "get_time", "call00002"),
+        ),
+        (WEATHER, CLOCK),
+    ),
+    Conversation(
+        "tool results one after the other",
+        (
+            _user("Weather, then time?"),
+            _assistant("", _call(PLACE)),
+            _tool(ANSWER),
+            _assistant("", _call({}, "get_time", "call00002")),
+            _tool("12:30", "get_time", "call00002"),
+        ),
+        (WEATHER, CLOCK),
+    ),
+    Conversation(
+        "tool call without content",
+        (_user("Weather?"), _assistant(None, _call(PLACE)), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        "arguments of every type",
+        (_user("Weather?"), _assistant("", _call(ARGUMENTS)), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    Conversation(
+        NULL,
+        (_user("Weather?"), _assistant("", _call({"city": "Vic", "unit": None})), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    *(
+        Conversation(
+            f"tool result: {form}",
+            (_user("Weather?"), _assistant("", _call(PLACE)), _tool(content, name)),
+            (WEATHER,),
+        )
+        for form, content, name in (
+            ("text", '21.5 °C, <b>núvols</b> & "vent"\n', "get_weather"),
+            ("list", '[{"city": "Vic"}, 2, null]', "get_weather"),
+            ("number", "21.5", "get_weather"),
+            ("empty", "", "get_weather"),
+            ("without a name", ANSWER, None),
+            ("content parts", [{"type": "text", "text": ANSWER}], "get_weather"),
+        )
+    ),
+    _continued("continued answer", _user("Capital of Galicia?"), _assistant("The capital is")),
+    _continued(
+        "continued answer of several turns",
+        _system("Be brief."),
+        _user("a"),
+        _assistant("b"),
+        _user("Count."),
+        _assistant("1, 2,\n3"),
+    ),
+    Conversation(
+        "content parts",
+        (_user([{"type": "text", "text": "part one, "}, {"type": "text", "text": "part two"}]),),
+    ),
+    Conversation("two users in a row", (_user("a"), _user("b")), strict=True),
+    Conversation("assistant first", (_assistant("b"), _user("a")), strict=True),
+    Conversation(
+        "two answers in a row", (_user("a"), _assistant("b"), _assistant("c"), _user("d")), strict=True
+    ),
+    Conversation("system message at the end", (_user("a"), _system("b")), strict=True),
+    Conversation("unknown role", (_user("a"), {"role": "wizard", "content": "b"}), strict=True),
+)
+
+THINKING: tuple[Conversation, ...] = (
+    Conversation("reasoning", (_user("2 + 2?"), _assistant("4.", reasoning=REASONING), _user("Sure?"))),
+    Conversation(
+        "reasoning before a tool call",
+        (_user("Weather?"), _assistant("", _call(PLACE), reasoning=REASONING), _tool(ANSWER)),
+        (WEATHER,),
+    ),
+    _continued("continued answer after reasoning", _user("2 + 2?"), _assistant("It is", reasoning=REASONING)),
+)
+"""For templates that know of reasoning: to others llama.cpp's server may pass it on in a form that they cannot read."""
+
+
+def suite(template: str) -> tuple[Conversation, ...]:
+    """The conversations for a template: those of ``SUITE``, and more where it can think.
+
+    Variables that llama.cpp's server sets by itself (thinking is on, the reasoning of earlier turns is kept, a date) are
+    set for both sides. A template that knows of thinking is tried with it on and off, by each name it has for that.
+    """
+    settings: dict[str, Any] = {"enable_thinking": False, "preserve_reasoning": False}
+    settings |= {name: value for name, value in FORGETFUL.items() if name in template}
+    if "date_string" in template:
+        settings["date_string"] = DATE
+    chosen = [_with(one, settings) for one in SUITE]
+    if any(word in template for word in ("reasoning", "thinking", "think>")):
+        chosen += [_with(one, settings) for one in THINKING]
+    for switch in SWITCHES:
+        if re.search(rf"\b{switch}\b", template):
+            chosen += [
+                _with(one, settings | {switch: on}, f"{one.name}, {switch} {'on' if on else 'off'}")
+                for on in (True, False)
+                for one in chosen[: len(SUITE) + len(THINKING)]
+                if one.name in SWITCHED and settings.get(switch) != on
+            ]
+    return tuple(chosen)
+
+
+def of_case(case: Case) -> tuple[Conversation, ...]:
+    """The suite for the source's template, and the user's own conversations (``validation.conversations``).
+
+    Of the user's documents, one without messages is what a user says; one that ends with the assistant is rendered
+    without a generation prompt.
+    """
+    chosen = suite(case.source.facts.chat_template or "")
+    path = case.config.validation.conversations
+    if path is None:
+        return chosen
+    documents = corpus.read(Corpus(name="conversations", path=path))
+    own = (
+        Conversation(
+            f"yours, {number}",
+            document.messages or (_user(document.text),),
+            document.tools,
+            generation_prompt=not document.messages or document.messages[-1]["role"] != "assistant",
+            settings=chosen[0].settings,
+        )
+        for number, document in enumerate(documents, 1)
+    )
+    return (*chosen, *own)
+
+
+def _with(one: Conversation, settings: dict[str, Any], name: str | None = None) -> Conversation:
+    return replace(one, name=name or one.name, settings=one.settings | settings)
+
+
+def end_of_turn(answer: dict[str, Any], special: dict[str, int]) -> int | None:
+    """The special token that the template prints right after what the assistant said; None when there is none."""
+    if not answer["accepted"]:
+        return None
+    behind = answer["accepted"][0]["text"].rpartition(LAST_WORD)[2].lstrip()
+    found = [content for content in special if behind.startswith(content)]
+    return special[max(found, key=len)] if found else None

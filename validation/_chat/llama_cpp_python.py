@@ -1,0 +1,80 @@
+"""Chats as llama-cpp-python renders them: what ``Llama.create_chat_completion`` makes of a GGUF.
+
+It is Jinja2 with other variables than transformers', and it does not always use the file's template: one that is, to the
+byte, a template it knows is replaced by its own format of that name (``guess_chat_format_from_gguf_metadata``), and a
+file without a template is taken for Llama 2. So the question is put to a real ``Llama`` (vocabulary only), and what it
+hands to its tokenizer is compared. Named templates are never used for tools; a generation prompt is always asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quantool.errors import QuantizationError
+from quantool.plugins.contract import Case
+from quantool.runtime.process import call, tail
+from quantool.runtime.worker import Report
+from quantool.validation._chat.conversations import Conversation
+from quantool.validation._engines.vocabulary import UnloadableError
+
+OWN = "chat_template."  # formats of this name come from the file
+
+
+def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """What llama-cpp-python makes of ``conversations`` with the case's GGUF; raises UnloadableError.
+
+    Returns ``engine`` (name and version), ``format`` (of its own, or an empty string where the file's template is used)
+    and ``answers``: for each conversation ``text`` and ``ids``, or ``error``.
+    """
+    log = case.workspace.logs / f"formatter-{case.name.replace('/', '-')}.log"
+    request = {
+        "model": str(case.artifact.resolve()),
+        "conversations": [conversation.request() for conversation in conversations],
+    }
+    try:
+        answered = call(answer, request, log=log)
+    except QuantizationError as error:
+        raise UnloadableError("\n".join([error.message, tail(log)])) from error
+    if answered["failure"]:
+        raise UnloadableError(answered["failure"])
+    return answered
+
+
+def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: load the vocabulary of ``model`` as users do and render every one of ``conversations``."""
+    import jinja2
+    import llama_cpp
+    from llama_cpp.llama_chat_format import get_chat_completion_handler
+
+    class RenderedError(Exception):
+        """Carries a rendered chat out of llama-cpp-python, before it is evaluated."""
+
+    class Reader(llama_cpp.Llama):
+        def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+            raise RenderedError(text.decode("utf-8", "replace"), super().tokenize(text, add_bos, special))
+
+    engine = f"llama-cpp-python {llama_cpp.__version__}"
+    try:
+        reader = Reader(request["model"], vocab_only=True, n_gpu_layers=0, verbose=False)
+    except (ValueError, jinja2.TemplateError) as error:
+        failure = f"{engine} cannot load the file: {type(error).__name__}: {error}"
+        return {"failure": failure, "engine": engine, "format": "", "answers": []}
+    name = str(reader.chat_format)  # never None: without any other it is llama-2
+    handler = reader._chat_handlers.get(name) or get_chat_completion_handler(name)  # noqa: SLF001 - as Llama itself does
+    answers = []
+    for done, one in enumerate(request["conversations"]):
+        try:
+            handler(llama=reader, messages=one["messages"], tools=one["tools"] or None, **one["settings"])
+        except RenderedError as rendered:
+            text, ids = rendered.args
+            answers.append({"text": text, "ids": ids})
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+        report(done + 1, len(request["conversations"]))
+    return {
+        "failure": "",
+        "engine": engine,
+        "format": "" if name.startswith(OWN) else name,
+        "answers": answers,
+    }

@@ -1,0 +1,245 @@
+"""llama.cpp's own chat template engine, the one that users of ``llama-server`` and its relatives run.
+
+llama-cpp-python renders templates with Jinja2, as transformers does, so it proves nothing about llama.cpp's engine. That
+is reached through its HTTP server: the ``llama-server`` binary of ``llama_cpp_path``, LLAMA_CPP_PATH or PATH when there
+is one, else the server inside the ``xllamacpp`` wheel. Both listen on 127.0.0.1 on a free port, inside a worker that is
+killed with everything it started.
+
+A fair comparison needs (tools/server/README.md and common/chat.cpp of llama.cpp): an assistant message at the end is
+not continued (``--no-prefill-assistant``); variables are given to both sides (``chat_template_kwargs``); the server takes a
+leading BOS off the rendered text when the tokenizer adds one, so ids are made with ``add_special``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import DependencyError, QuantizationError
+from quantool.plugins.contract import Case
+from quantool.runtime.process import call, tail
+from quantool.runtime.worker import PR_SET_PDEATHSIG, Report
+from quantool.validation._chat.conversations import Conversation
+from quantool.validation._engines.vocabulary import UnloadableError
+
+START_SECONDS = (
+    600.0  # a large file on a slow disk, other work on every core; one that dies is noticed at once
+)
+ANSWER_SECONDS = 60.0
+HOST = "127.0.0.1"
+LISTENING = re.compile(rb"listening on (http://[0-9.]+:[0-9]+)")
+TOO_OLD = b"invalid argument"  # common/arg.cpp on an option that it does not know
+BINARY = "llama-server"
+
+
+def find_binary(case: Case) -> Path | None:
+    """llama-server of ``llama_cpp_path`` or LLAMA_CPP_PATH (``build/bin``, ``bin`` or the folder itself), or of PATH."""
+    configured = [
+        case.config.quantization_config or {},
+        *(one.quantization_config for one in case.config.quantizations),
+    ]
+    named = [options.get("llama_cpp_path") for options in configured] + [os.environ.get("LLAMA_CPP_PATH")]
+    for root in named:
+        if isinstance(root, str) and root:
+            for folder in ("build/bin", "bin", "."):
+                candidate = Path(root) / folder / BINARY
+                if os.access(candidate, os.X_OK):
+                    return candidate.resolve()
+    found = shutil.which(BINARY)
+    return Path(found) if found else None
+
+
+def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """What llama.cpp's server makes of ``conversations`` with the case's GGUF; raises UnloadableError.
+
+    Returns ``engine`` (which server), ``template`` and ``caps`` as it reports them, and ``answers``: for each
+    conversation ``text``, ``ids`` and ``nfc_ids`` (of the text in Unicode's NFC), or ``error``.
+    """
+    binary = find_binary(case)
+    log = case.workspace.logs / f"server-{case.name.replace('/', '-')}.log"
+    request = {
+        "model": str(case.artifact.resolve()),
+        "binary": str(binary) if binary is not None else None,
+        "bodies": [_body(conversation) for conversation in conversations],
+    }
+    try:
+        return call(answer, request, log=log)
+    except QuantizationError as error:
+        said = tail(log).splitlines()
+        errors = [line.strip() for line in said if " E " in line] or said
+        raise UnloadableError("\n".join([error.message, *errors])) from error
+
+
+def _body(conversation: Conversation) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "messages": list(conversation.messages),
+        "add_generation_prompt": conversation.generation_prompt,
+        "chat_template_kwargs": conversation.settings,
+    }
+    if conversation.continued:
+        body["continue_final_message"] = True
+    if conversation.tools:
+        body["tools"] = list(conversation.tools)
+    return body
+
+
+def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: start a server on ``model``, render every one of ``bodies`` and tokenize what came out."""
+    start = _serve_binary(request) if request["binary"] else _serve_wheel(request)
+    with start as address:
+        properties = _post(address, "/props", None)
+        answers = []
+        for done, body in enumerate(request["bodies"]):
+            try:
+                answers.append(_render(address, body))
+            except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+                said = body["messages"][-1]
+                raise QuantizationError(
+                    f"llama.cpp's server broke off at a chat that ends with {said}: {error}"
+                ) from error
+            report(done + 1, len(request["bodies"]))
+    return {
+        "engine": f"{request['binary'] or 'xllamacpp'} {properties.get('build_info', '')}".strip(),
+        "template": properties.get("chat_template"),
+        "caps": properties.get("chat_template_caps", {}),
+        "answers": answers,
+    }
+
+
+def _render(address: str, body: dict[str, Any]) -> dict[str, Any]:
+    rendered = _post(address, "/apply-template", body)
+    if "prompt" not in rendered:
+        return {"error": _reason(rendered)}
+    text = rendered["prompt"]
+    normalized = unicodedata.normalize("NFC", text)
+    ids = _tokenize(address, text)
+    return {
+        "text": text,
+        "ids": ids,
+        "nfc_ids": ids if normalized == text else _tokenize(address, normalized),
+    }
+
+
+def _tokenize(address: str, text: str) -> list[int]:
+    asked = {"content": text, "add_special": True, "parse_special": True}
+    ids: list[int] = _post(address, "/tokenize", asked)["tokens"]
+    return ids
+
+
+def _reason(answered: dict[str, Any]) -> str:
+    error = answered.get("error", answered)
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def _post(address: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """The JSON answer of the server, also of a refusal (status 4xx or 5xx)."""
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})  # noqa: S310
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=ANSWER_SECONDS) as response:
+            answered: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            answered = json.load(error)
+    return answered
+
+
+@contextlib.contextmanager
+def _serve_wheel(request: dict[str, Any]) -> Iterator[str]:
+    """The server of the xllamacpp wheel, in this process."""
+    try:
+        import xllamacpp  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            "no llama.cpp server to render chat templates with",
+            hint=f"pip install xllamacpp, or put {BINARY} on PATH",
+        ) from error
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = request["model"]
+    parameters.hostnames = [HOST]
+    parameters.port = 0
+    parameters.n_ctx = 512
+    parameters.n_batch = 512
+    parameters.n_parallel = 1
+    parameters.n_gpu_layers = 0
+    parameters.warmup = False
+    parameters.prefill_assistant = False
+    parameters.no_extra_bufts = True
+    parameters.fit_params = False
+    parameters.offline = True
+    parameters.ui = False
+    try:
+        server = xllamacpp.Server(parameters)
+    except (RuntimeError, ValueError) as error:
+        raise QuantizationError(f"llama.cpp's server does not start with this file: {error}") from error
+    yield str(server.listening_address)
+
+
+@contextlib.contextmanager
+def _serve_binary(request: dict[str, Any]) -> Iterator[str]:
+    """A llama-server child of this worker; it dies with it.
+
+    It chooses its port itself and says which, so no other program can take it in between. What it says goes to this
+    worker's log, also when it dies.
+    """
+    arguments = f"-c 512 -np 1 -ngl 0 --no-warmup --offline --no-ui --no-repack --no-prefill-assistant --jinja --host {HOST}"
+    with tempfile.NamedTemporaryFile() as said:
+        child = subprocess.Popen(
+            [request["binary"], "-m", request["model"], "--port", "0", *arguments.split()],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
+        )
+        try:
+            yield _await(child, Path(said.name))
+        finally:
+            child.kill()
+            child.wait()
+            print(Path(said.name).read_text(encoding="utf-8", errors="replace"), flush=True)  # noqa: T201 - to the log
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _await(child: subprocess.Popen[bytes], log: Path) -> str:
+    """The server's address, once it says where it listens and answers /health with ok."""
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        ended, said = child.poll(), log.read_bytes()
+        if ended is not None:
+            if TOO_OLD in said:
+                raise DependencyError(
+                    f"{child.args[0]!r} lacks an option that quantool needs: "  # type: ignore[index]
+                    + said.decode("utf-8", "replace").strip().splitlines()[0],
+                    hint="take a newer llama.cpp, or take it off PATH: the server of the xllamacpp wheel is used then",
+                )
+            raise QuantizationError(f"llama.cpp's server does not start with this file (exit code {ended})")
+        if (found := LISTENING.search(said)) is not None:
+            address = found[1].decode()
+            with contextlib.suppress(
+                urllib.error.URLError, ConnectionError, TimeoutError, json.JSONDecodeError
+            ):
+                if _post(address, "/health", None).get("status") == "ok":
+                    return address
+        time.sleep(0.05)
+    raise QuantizationError(
+        f"llama.cpp's server was not ready after {START_SECONDS:.0f} s; what it said is in the log"
+    )

@@ -1,0 +1,1 @@
+"""llama.cpp, transformers and vLLM as engines, and the reference that artifacts are compared with."""

@@ -1,0 +1,235 @@
+"""A tokenizer through transformers: that of the source (the reference), or that of an artifact that transformers loads.
+
+The functions here are workers (``quantool.runtime.process``); their ids are lists of int, a failed rendering is its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from quantool.errors import SourceError
+from quantool.runtime.worker import Report
+
+RAISED = "TemplateError: "  # what raise_exception of a template becomes: a rejection that the template's author wrote
+SPECIALS = 64  # special tokens that text is put around; some tokenizers have thousands of reserved ones
+
+
+def load(folder: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder; SourceError when transformers cannot load it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise SourceError(f"transformers cannot load the tokenizer of {folder}: {error}") from error
+
+
+def render(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Render conversations.
+
+    Request: ``folder``, ``trust_remote_code``, ``conversations`` (``Conversation.request``). Result: ``facts``
+    (``describe``) and per conversation ``answers``: ``accepted``, a list of acceptable renderings (``text``, ``ids``), or
+    ``error``; ``given`` is why the messages as they are could not be rendered, or empty.
+    A conversation that engines hand to a template in several ways has several (``_readings``).
+    """
+    tokenizer = load(request["folder"], trust_remote_code=request["trust_remote_code"])
+    answers = []
+    for done, conversation in enumerate(request["conversations"]):
+        readings = _readings(conversation["messages"])
+        rendered = [_render(tokenizer, conversation, messages) for messages in readings]
+        good = [one for one in rendered if "error" not in one]
+        errors = [one.get("error", "") for one in rendered]
+        refused = next((error for error in errors if error.startswith(RAISED)), errors[0])
+        answers.append({"accepted": good, "error": "" if good else refused, "given": errors[0]})
+        report(done + 1, len(request["conversations"]))
+    return {"facts": describe(tokenizer), "answers": answers}
+
+
+def _render(tokenizer: Any, conversation: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=conversation["tools"] or None,
+            add_generation_prompt=conversation["generation_prompt"],
+            continue_final_message=conversation["continued"],
+            tokenize=False,
+            **conversation["settings"],
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+def _readings(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages as given, and in the other forms in which llama.cpp's server may hand them to a template.
+
+    Arguments of tool calls that are text become objects (``func_args_not_string`` in common/chat.cpp), content that is
+    null becomes empty (``common_chat_msg::to_json_oaicompat``), and reasoning goes where families look for it: in a
+    field ``thinking`` (common/parsers/gpt-oss.cpp, lfm2.cpp) or among the content parts (ministral3.cpp).
+    """
+    readings = [messages]
+    for change in (_parse_arguments, _fill_content, _name_thinking, _part_thinking):
+        readings += [changed for one in readings if (changed := change(one)) != one]
+    return readings
+
+
+def _fill_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with empty content where it is null."""
+    return [one | {"content": ""} if one.get("content", "") is None else one for one in messages]
+
+
+def _name_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their reasoning in ``thinking`` too."""
+    return [
+        one | {"thinking": one["reasoning_content"]} if "reasoning_content" in one else one
+        for one in messages
+    ]
+
+
+def _part_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their reasoning as the first part of their content."""
+    return [
+        {
+            "role": one["role"],
+            **{key: value for key, value in one.items() if key == "tool_calls"},
+            "content": [
+                {"type": "thinking", "thinking": one["reasoning_content"]},
+                {"type": "text", "text": one["content"]},
+            ],
+        }
+        if "reasoning_content" in one
+        else one
+        for one in messages
+    ]
+
+
+def _parse_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of tool calls as objects where they are JSON texts."""
+    parsed = json.loads(json.dumps(messages))
+    for message in parsed:
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            if isinstance(function.get("arguments"), str):
+                with contextlib.suppress(json.JSONDecodeError):  # not JSON: only the reading as given is left
+                    function["arguments"] = json.loads(function["arguments"])
+    return list(parsed)
+
+
+def encode(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Tokenize texts.
+
+    Request: ``folder``, ``trust_remote_code``, ``texts`` (each ``name``, ``text``, ``add_special``, ``parse_special``) and
+    ``around`` (the same; ``{}`` in ``text`` stands for each special token in turn, ``SPECIALS`` at most).
+    Result: ``facts``, ``texts`` (all of them, written out), ``ids`` (a list for each text; null where this tokenizer
+    cannot leave special tokens unparsed). For a tokenizer that puts a space before the first word only (Metaspace with
+    ``prepend_scheme: first``) also what llama.cpp can do instead, else null: ``bare``, the ids with no space put
+    anywhere, and ``spaced``, those with one before the text and after every special token.
+    """
+    tokenizer = load(request["folder"], trust_remote_code=request["trust_remote_code"])
+    facts = describe(tokenizer)
+    texts = request["texts"] + [
+        text | {"name": text["name"].replace("{}", token), "text": text["text"].replace("{}", token)}
+        for token in facts["special"][:SPECIALS]
+        for text in request["around"]
+    ]
+    ids = [_encode(tokenizer, text) for text in texts]
+    report(1, 2)
+    bare = spaced = None
+    if facts["prepend_scheme"] == "first":
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        _drop_prefix(tokenizer)
+        bare = [_encode(tokenizer, text) for text in texts]
+        spaced = [_encode(tokenizer, _with_spaces(text, added)) for text in texts]
+    return {"facts": facts, "texts": texts, "ids": ids, "bare": bare, "spaced": spaced}
+
+
+def _with_spaces(text: dict[str, Any], added: Iterable[Any]) -> dict[str, Any]:
+    """The text with a space before every run between added tokens (llama-vocab.cpp, LLAMA_VOCAB_TYPE_SPM)."""
+    cut = [re.escape(token.content) for token in added if text["parse_special"] or not token.special]
+    runs = (
+        re.split(f"({'|'.join(sorted(cut, key=len, reverse=True))})", text["text"]) if cut else [text["text"]]
+    )
+    spaced = [run if place % 2 or not run else " " + run for place, run in enumerate(runs)]
+    return text | {"text": "".join(spaced)}
+
+
+def _encode(tokenizer: Any, text: dict[str, Any]) -> list[int] | None:
+    split = not text["parse_special"]
+    if split and not tokenizer.is_fast:
+        return None
+    return list(
+        tokenizer(text["text"], add_special_tokens=text["add_special"], split_special_tokens=split)[
+            "input_ids"
+        ]
+    )
+
+
+def _drop_prefix(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    scheme = json.loads(backend.to_str())["pre_tokenizer"]
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=scheme["replacement"], prepend_scheme="never", split=scheme["split"]
+    )
+
+
+def describe(tokenizer: Any) -> dict[str, Any]:
+    """What the other side must agree with: special ids, what is added, the template, normalizer and prefix scheme."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    saved = json.loads(backend.to_str()) if backend is not None else {}
+    template = tokenizer.chat_template
+    plain, dressed = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    first = dressed[: len(dressed) - len(plain)] if dressed[-len(plain) :] == plain else []
+    return {
+        "bos": tokenizer.bos_token_id,
+        "bos_text": tokenizer.bos_token,
+        "eos": tokenizer.eos_token_id,
+        "eos_text": tokenizer.eos_token,
+        "pad": tokenizer.pad_token_id,
+        "adds_bos": tokenizer.bos_token_id is not None and tokenizer.bos_token_id in first,
+        "adds_eos": tokenizer.eos_token_id is not None and dressed[-1] == tokenizer.eos_token_id != plain[-1],
+        "special": _ordered(tokenizer, template),
+        "special_ids": _added(tokenizer),
+        "templates": template if isinstance(template, dict) else {"default": template} if template else {},
+        "nfc": "NFC" in _kinds(saved.get("normalizer")),
+        "prepend_scheme": _scheme(saved.get("pre_tokenizer")),
+        "size": len(tokenizer),
+    }
+
+
+def _ordered(tokenizer: Any, template: Any) -> list[str]:
+    """The special tokens and what looks like one: those that a template prints first, then the special ones."""
+    texts = "".join(template.values()) if isinstance(template, dict) else template or ""
+    special = set(tokenizer.all_special_tokens)
+    found = special.union(_added(tokenizer))
+    return sorted(found, key=lambda token: (token not in texts, token not in special, token))
+
+
+def _added(tokenizer: Any) -> dict[str, int]:
+    """Every added token that is marked as special or looks like it, with its id."""
+    tokens = tokenizer.added_tokens_decoder
+    return {
+        token.content: number
+        for number, token in tokens.items()
+        if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+    }
+
+
+def _kinds(normalizer: dict[str, Any] | None) -> set[str]:
+    if normalizer is None:
+        return set()
+    inner = [_kinds(step) for step in normalizer.get("normalizers", [])]
+    return {normalizer["type"]}.union(*inner)
+
+
+def _scheme(step: dict[str, Any] | None) -> str | None:
+    return step.get("prepend_scheme") if step is not None and step["type"] == "Metaspace" else None

@@ -1,0 +1,266 @@
+"""The reference: what the checkpoint itself, run by transformers, says about the windows. Computed once, kept, shared.
+
+Not the logits are kept but the final hidden states that enter the output head, [windows, scored positions, width] in the
+checkpoint's dtype. With 256,000 entries and width 2,048 that is 1 MB a window, where llama-perplexity's base file takes
+131 MB; ``Head`` turns them into float32 logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantool import __version__
+from quantool.config.schema import Corpus
+from quantool.errors import DependencyError, SourceError
+from quantool.plugins.contract import Case
+from quantool.records import fingerprint
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import written
+from quantool.source.resolve import identity
+from quantool.validation._engines import unpacked
+from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
+from quantool.validation._engines.windows import Windows, scored, windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""How a checkpoint is run: as it is stored, anything else (FP8) in bfloat16."""
+
+BATCH_TOKENS = 2048
+VERIFIED_POSITIONS = 32
+LOGIT_TOLERANCE = 2**-6
+"""Largest difference between the model's own logits and the recomputed ones, over the largest logit: four roundings to
+bfloat16 (2^-8 each), which is what the model's own head and a soft cap lose."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference's hidden states on the windows of one corpus, and how to make logits of them."""
+
+    windows: Windows
+    hidden: Path
+    head: HeadPlan
+    key: str
+
+
+def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Reference, ...]:
+    """The reference of each corpus, from the workspace where it is still the one of this source and text.
+
+    Raises SourceError when transformers cannot load or run the source, or when its output head is of a kind whose
+    logits cannot be recomputed; ConfigError like ``windows``.
+    """
+    cut = windows(case, corpora, progress)
+    source, settings = case.source, case.config.validation
+    origin = identity(source)
+    keys = {
+        part.corpus.name: fingerprint(
+            origin, part.sha256, settings.context, __version__, version("torch"), version("transformers")
+        )
+        for part in cut
+    }
+    heads: dict[str, dict[str, Any]] = {}
+    for part in cut:
+        name = part.corpus.name
+        known = case.workspace.recall(f"reference/{name}", keys[name])
+        if known:
+            heads[name] = known
+    missing = [part for part in cut if part.corpus.name not in heads]
+    if missing:
+        request = {
+            "folder": str(source.folder),
+            "dtype": TORCH_DTYPES.get(source.facts.dtype, "bfloat16"),
+            "trust_remote_code": source.trust_remote_code,
+            "device": case.config.device or "auto",
+            "windows": [str(part.path) for part in missing],
+            "outputs": [str(_file(case, part.corpus)) for part in missing],
+        }
+        with progress.bar("reference", "tok") as bar:
+            head = process.call(
+                capture,
+                request,
+                log=case.workspace.logs / "reference.log",
+                bar=bar,
+                failure=SourceError,
+            )
+        for part in missing:
+            name = part.corpus.name
+            case.workspace.keep(f"reference/{name}", keys[name], [_file(case, part.corpus)], head)
+            heads[name] = head
+    return tuple(
+        Reference(
+            part,
+            _file(case, part.corpus),
+            HeadPlan.of(heads[part.corpus.name]["head"]),
+            keys[part.corpus.name],
+        )
+        for part in cut
+    )
+
+
+def _file(case: Case, corpus: Corpus) -> Path:
+    return case.workspace.work / "reference" / f"{corpus.name}.hidden.npy"
+
+
+def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
+    """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``."""
+    import numpy as np
+
+    folder = Path(request["folder"])
+    model = load(folder, request["dtype"], request["device"], request["trust_remote_code"])
+    plan = plan_head(model, folder)
+    head = Head(folder, plan)
+    texts = [np.load(path) for path in request["windows"]]
+    total = sum(text.size for text in texts)
+    done = 0
+    for number, (ids, output) in enumerate(zip(texts, request["outputs"], strict=True)):
+        if ids.max() >= head.rows:
+            raise SourceError(f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries")
+        if not number:
+            verify(model, head, ids[:1])
+        with written(Path(output)) as part:
+            for count in _saved(model, ids, part):
+                report(done + count, total)
+        done += ids.size
+    return {"head": plan.fields()}
+
+
+def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
+    """Write the hidden states of the windows ``ids`` to ``path`` as they come; yields the number of tokens done.
+
+    As a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16).
+    """
+    import numpy as np
+    import torch
+
+    target, done = None, 0
+    for count, states in run(model, ids, keep_logits=False):
+        plain = states.cpu()
+        values = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+        if target is None:
+            shape = (len(ids), *values.shape[1:])
+            target = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
+        target[done:count] = values
+        done = count
+        yield count * ids.shape[1]
+    if target is not None:
+        target.flush()
+
+
+def recalled(path: Path) -> Any:
+    """Hidden states [windows, scored, width] that ``stored`` wrote, mapped, not read; see ``tensor``."""
+    import numpy as np
+
+    return np.load(path, mmap_mode="r")
+
+
+def tensor(part: Any) -> Tensor:
+    """A part of ``recalled`` hidden states as a tensor, in the dtype that the model gave them."""
+    import numpy as np
+    import torch
+
+    values = torch.from_numpy(np.array(part))
+    return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
+
+
+def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
+    """A causal language model of ``folder``, every weight from its files, ready to run.
+
+    Raises SourceError when transformers does not know it or a weight is missing (which transformers would fill with
+    random numbers), DependencyError when the device is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError("device is cuda, but torch finds none", hint="set device: cpu")
+    try:
+        loaded: Any = (
+            unpacked.load(folder, dtype, trust_remote_code)
+            if unpacked.must_unpack(folder)
+            else AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise SourceError(f"transformers cannot load {folder}: {error}") from error
+    model, info = loaded
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise SourceError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(absent[:5])}")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return model.eval().to("cuda" if on_gpu else "cpu")
+
+
+def run(model: Any, ids: Any, *, keep_logits: bool) -> Iterator[tuple[int, Tensor]]:
+    """Run ``ids`` [windows, context] in batches; yield the number of windows done and what was computed.
+
+    That is, for the scored positions of the batch, the hidden states before the head [windows, scored, width] or, with
+    ``keep_logits``, the logits [windows, scored, vocabulary].
+    """
+    import torch
+
+    context = ids.shape[1]
+    positions = scored(context)
+    step = max(1, BATCH_TOKENS // context)
+    if keep_logits:
+        window_bytes = 4 * len(positions) * len(model.get_output_embeddings().weight)
+        step = max(1, min(step, LOGIT_BYTES // window_bytes))
+    with torch.no_grad(), tapped(model, positions, keep_logits=keep_logits) as seen:
+        for start in range(0, len(ids), step):
+            batch = torch.from_numpy(ids[start : start + step]).long().to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            yield start + len(batch), logits if keep_logits else seen[-1]
+            seen.clear()
+
+
+@contextmanager
+def tapped(model: Any, positions: range, *, keep_logits: bool) -> Iterator[list[Tensor]]:
+    """Note the head's input at ``positions`` in the list, and give the head no more than is asked for.
+
+    Without ``keep_logits`` the head computes one position, which costs nothing.
+    """
+    seen: list[Tensor] = []
+
+    def tap(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
+        states = inputs[0][:, positions.start : positions.stop]
+        seen.append(states.detach().clone())
+        return (states if keep_logits else states[:, -1:], *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(tap)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def verify(model: Any, head: Head, ids: Any) -> None:
+    """Compare recomputed logits with the model's own on the window ``ids`` [1, context].
+
+    Raises SourceError naming the architecture when they differ by more than roundings: then the model does something
+    to the head's output that ``transforms`` does not know.
+    """
+    import torch
+
+    positions = scored(ids.shape[1])[-VERIFIED_POSITIONS:]
+    with torch.no_grad(), tapped(model, positions, keep_logits=True) as seen:
+        batch = torch.from_numpy(ids).long().to(model.device)
+        own = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+    made = head.logits(seen[-1][0].cpu())
+    if own.shape != made.shape or not torch.isfinite(own).all():
+        raise SourceError(
+            f"{type(model).__name__} gives logits {list(own.shape)} that are not finite or not its head's {list(made.shape)}"
+        )
+    off = float((own - made).abs().max() / own.abs().max())
+    if off > LOGIT_TOLERANCE:
+        raise SourceError(
+            f"the logits of {type(model).__name__} cannot be recomputed from its output head"
+            f" (they differ by {off:.1%} of the largest)",
+            hint="quantool does not know what this architecture does after its head; please report it",
+        )

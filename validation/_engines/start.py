@@ -1,0 +1,37 @@
+"""An engine opened by its name."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import ConfigError, nearest
+from quantool.validation._engines import llama_cpp_answers, transformers_answers, vllm
+from quantool.validation._engines.interface import Engine
+
+ENGINES = ("llama.cpp", "transformers", "vllm")
+
+
+def start(
+    engine: str, artifact: Path, *, context: int, device: str, trust_remote_code: bool
+) -> AbstractContextManager[Engine]:
+    """Load ``artifact`` (a GGUF file or a folder) into ``engine``; freed afterwards.
+
+    ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises Unsound when the artifact does not load, DependencyError when this
+    machine lacks the library or the device, ConfigError for an engine that there is not.
+    """
+    held: Any  # mypy knows these files by two names, so their classes are not the same to it
+    if engine == "llama.cpp":
+        held = llama_cpp_answers.opened(artifact, context, gpu=device == "cuda")
+    elif engine == "transformers":
+        held = transformers_answers.opened(artifact, context, device, trust_remote_code)
+    elif engine == "vllm":
+        held = vllm.opened(artifact, context, trust_remote_code)
+    else:
+        raise ConfigError(
+            f"no engine {engine!r} to answer with; known: {', '.join(ENGINES)}",
+            hint=nearest(engine, list(ENGINES)),
+        )
+    manager: AbstractContextManager[Engine] = held
+    return manager

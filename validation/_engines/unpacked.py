@@ -1,0 +1,123 @@
+"""Artifacts that transformers cannot load by itself, as ordinary models: their packed weights are unpacked first.
+
+These are the AutoAWQ layout, which transformers leaves to AutoAWQ (archived, and not to be installed beside the libraries
+of today), and experts of a mixture in the compressed-tensors layout with zero points, which transformers 5.17 cannot
+join. The products of level and scale are rounded once, to the dtype that config.json names: the very weights that
+transformers makes of the same numbers where it can (``quantool.formats.int4_layouts``).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantool.errors import SourceError
+from quantool.formats.int4_layouts import BITS, COMPRESSED_PARTS, PARTS, dequantize, dequantize_compressed
+from quantool.formats.safetensors import TensorHeader, check_index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUANTIZATION = "quantization_config"
+LAYOUTS = (("qweight", PARTS, dequantize), ("weight_packed", COMPRESSED_PARTS, dequantize_compressed))
+"""Part that tells a layout, all its parts, and what makes a weight of them."""
+OPTIONAL = "weight_zero_point"
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    """``quantization_config`` of config.json in ``folder``; empty when there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8")).get(QUANTIZATION)
+    return found if isinstance(found, dict) else {}
+
+
+def is_autoawq(folder: Path) -> bool:
+    """Whether config.json says ``quant_method: awq``."""
+    return str(quantization(folder).get("quant_method", "")).lower() == "awq"
+
+
+def must_unpack(folder: Path) -> bool:
+    """Whether transformers needs ``load`` for ``folder``."""
+    if is_autoawq(folder):
+        return True
+    if not quantization(folder):
+        return False
+    return any(".experts." in name and name.endswith(f".{OPTIONAL}") for name in check_index(folder))
+
+
+def load(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The model of ``folder`` with its packed weights dequantized, and transformers' account of the loading.
+
+    ``dtype`` is the name of a torch dtype, or ``auto`` for that of config.json. Takes as much memory as the
+    unquantized model. Raises SourceError for versions of the layout other than gemm with 4 bits and for layers that
+    lack a part; what transformers raises passes.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+
+    if is_autoawq(folder):
+        _check(folder)
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    del config.quantization_config
+    named = config.get_text_config().dtype if dtype == "auto" else getattr(torch, dtype)
+    kind = named if isinstance(named, torch.dtype) else torch.float16
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SourceError(f"{folder}: transformers has no language model of type {config.model_type}")
+    kind_of_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = kind_of_model.from_pretrained(
+        None, config=config, state_dict=_weights(folder, kind), dtype=kind, output_loading_info=True
+    )
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, info
+
+
+def _check(folder: Path) -> None:
+    found = quantization(folder)
+    version, bits = str(found.get("version", "gemm")).lower(), found.get("bits", found.get("w_bit"))
+    if version != "gemm" or bits != BITS:
+        raise SourceError(
+            f"{folder}: {bits}-bit AutoAWQ weights of version {version!r} cannot be unpacked",
+            hint="4 bits of version gemm can",
+        )
+
+
+def _weights(folder: Path, dtype: Any) -> dict[str, Tensor]:
+    """All tensors, packed ones dequantized to ``dtype`` under the name that the unquantized model gives them."""
+    found: dict[str, Tensor] = {}
+    headers = check_index(folder)
+    files = _Files(folder)
+    taken: set[str] = set()
+    for mark, parts, unpacked in LAYOUTS:
+        for module in [name.removesuffix(f".{mark}") for name in headers if name.endswith(f".{mark}")]:
+            names = {part: f"{module}.{part}" for part in parts}
+            absent = [part for part, name in names.items() if name not in headers and part != OPTIONAL]
+            if absent:
+                raise SourceError(f"{folder}: {module} lacks {' and '.join(absent)}")
+            words = {part: files.read(headers[name]) for part, name in names.items() if name in headers}
+            found[f"{module}.weight"] = unpacked(words).to(dtype).contiguous()
+            taken |= set(names.values())
+    for name, tensor in headers.items():
+        if name not in taken:
+            found[name] = files.read(tensor)
+    return found
+
+
+class _Files:
+    """Open weight files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: dict[str, Any] = {}
+
+    def read(self, tensor: TensorHeader) -> Tensor:
+        from safetensors import safe_open
+
+        if tensor.file not in self._opened:
+            self._opened[tensor.file] = safe_open(self._folder / tensor.file, framework="pt")
+        read: Tensor = self._opened[tensor.file].get_tensor(tensor.name)
+        return read

@@ -1,0 +1,259 @@
+"""Texts as token ids on both sides: llama.cpp's tokenizer of a GGUF, and the tokenizers of ``hf_tokenizer``.
+
+llama.cpp loads the vocabulary only, in a worker: a file that it cannot load raises ``UnloadableError`` here, which a
+check turns into a REGRESSION.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import QuantizationError
+from quantool.plugins.contract import Case
+from quantool.records import Finding, Verdict, fingerprint
+from quantool.runtime.process import call, name_of
+from quantool.runtime.worker import Report, Work
+
+GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp's Python names for them are wrong
+SURROUNDINGS = 4  # tokens shown on each side of a difference
+TEMPLATE = "tokenizer.chat_template"
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+
+
+class UnloadableError(Exception):
+    """The artifact's vocabulary does not load; the message is the engine's reason."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to tokenize: whether BOS/EOS are added as the tokenizer's settings say, and special tokens recognized."""
+
+    name: str
+    text: str
+    add_special: bool = False
+    parse_special: bool = True
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF's vocabulary says through llama.cpp; ids are None where there is no such token."""
+
+    size: int
+    bos: int | None
+    eos: int | None
+    eot: int | None
+    pad: int | None
+    adds_bos: bool
+    adds_eos: bool
+    space_prefix: bool
+    """Whether llama.cpp puts a space before the text and before what follows a special token (SentencePiece only)."""
+    ends: tuple[int, ...]
+    """Ids at which generation stops (``llama_vocab_is_eog``)."""
+    templates: dict[str, str]
+    """The chat templates by name; the one without a name is ``default``."""
+    template_names: tuple[str, ...]
+    """What ``tokenizer.chat_templates`` lists."""
+    keys: dict[str, str]
+    """The single values of the file's ``tokenizer.ggml.`` keys, as text."""
+    pieces: tuple[str, ...]
+
+
+def of_gguf(case: Case, texts: Sequence[Text] = ()) -> tuple[Vocabulary, list[list[int]]]:
+    """The vocabulary of the case's GGUF and the ids of ``texts`` in it; raises UnloadableError."""
+    log = case.workspace.logs / f"vocabulary-{case.name.replace('/', '-')}.log"
+    request = {"model": str(case.artifact), "texts": [asdict(text) for text in texts]}
+    try:
+        result = call(tokenize, request, log=log)
+    except QuantizationError as error:
+        raise UnloadableError(f"{error.message}\n{error.hint}") from error
+    if result["failure"]:
+        raise UnloadableError(result["failure"])
+    fields = result["vocabulary"]
+    lists = {name: tuple(fields[name]) for name in ("ends", "pieces", "template_names")}
+    return Vocabulary(**fields | lists), result["ids"]
+
+
+def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """What the worker ``work`` answers for the source's folder.
+
+    Kept in the workspace under ``name``, for the next artifact and for other checks that ask the same.
+    """
+    whole = {
+        "folder": str(case.source.folder),
+        "trust_remote_code": case.source.trust_remote_code,
+        **request,
+    }
+    files = [
+        (file.name, file.bytes, file.sha256) for file in case.source.files if not file.name.endswith(WEIGHTS)
+    ]
+    key = fingerprint(name_of(work), whole, files, version("transformers"), version("tokenizers"))
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        log = case.workspace.logs / "tokenizer-reference.log"
+        return [], call(work, whole, log=log)
+
+    return case.workspace.stage(f"reference-{name}", key, produce)
+
+
+def by_artifact(case: Case, work: Work, request: dict[str, Any]) -> dict[str, Any]:
+    """The same for the folder of an artifact that transformers loads."""
+    log = case.workspace.logs / f"tokenizer-{case.name.replace('/', '-')}.log"
+    return call(
+        work,
+        {
+            "folder": str(case.artifact),
+            "trust_remote_code": case.source.trust_remote_code,
+            **request,
+        },
+        log=log,
+    )
+
+
+def unloadable(check: str, error: UnloadableError) -> list[Finding]:
+    """The one finding of a check on an artifact that does not load."""
+    return [Finding(check=check, metric="loads", verdict=Verdict.REGRESSION, detail=f"llama.cpp: {error}")]
+
+
+def differing(expected: Sequence[int], found: Sequence[int]) -> int | None:
+    """Index of the first difference; None when equal."""
+    if list(expected) == list(found):
+        return None
+    for index, (one, other) in enumerate(zip(expected, found, strict=False)):
+        if one != other:
+            return index
+    return min(len(expected), len(found))
+
+
+def explain(expected: Sequence[int], found: Sequence[int], pieces: Sequence[str]) -> str:
+    """The first difference of two lists of ids with its surroundings, as pieces and ids."""
+    index = differing(expected, found)
+    if index is None:
+        raise AssertionError
+
+    def around(ids: Sequence[int]) -> str:
+        shown = ids[max(0, index - SURROUNDINGS) : index + SURROUNDINGS]
+        return " ".join(f"{_piece(token, pieces)!r}:{token}" for token in shown) or "nothing"
+
+    return f"at token {index}: expected {around(expected)}; found {around(found)}"
+
+
+def _piece(token: int, pieces: Sequence[str]) -> str:
+    return pieces[token] if 0 <= token < len(pieces) else "?"
+
+
+def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: load the vocabulary of a GGUF and tokenize.
+
+    Request: ``model`` (path), ``texts`` (``Text`` as objects). Result: ``failure`` (the reason when it does not load,
+    else empty), ``vocabulary`` (fields of ``Vocabulary``), ``ids`` (a list for each text).
+    """
+    import ctypes
+    import os
+
+    import llama_cpp
+
+    problems: list[str] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(level: int, text: bytes | None, _: ctypes.c_void_p) -> None:
+        line = (text or b"").decode("utf-8", "replace")
+        print(line, end="", flush=True)  # noqa: T201 - to the log file
+        if level == GGML_LOG_LEVEL_ERROR:
+            problems.append(line.strip())
+
+    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(request["model"]), parameters)
+    if not model:
+        return {
+            "failure": "; ".join(dict.fromkeys(problems)) or "no reason given",
+            "vocabulary": {},
+            "ids": [],
+        }
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    ids = []
+    for done, text in enumerate(request["texts"]):
+        ids.append(_tokenize(llama_cpp, vocabulary, text))
+        report(done + 1, len(request["texts"]))
+    described = _describe(llama_cpp, model, vocabulary, request["model"])
+    llama_cpp.llama_model_free(model)
+    return {"failure": "", "vocabulary": described, "ids": ids}
+
+
+def _tokenize(library: Any, vocabulary: Any, text: dict[str, Any]) -> list[int]:
+    raw = text["text"].encode()
+    room = len(raw) + 16
+    ids = (library.llama_token * room)()
+    count = library.llama_tokenize(
+        vocabulary, raw, len(raw), ids, room, text["add_special"], text["parse_special"]
+    )
+    if count < 0:  # more tokens than bytes: only a normalizer that llama.cpp does not have could do that
+        raise QuantizationError(f"llama.cpp made {-count} tokens of {len(raw)} bytes")
+    return list(ids[:count])
+
+
+def _keys(library: Any, model: Any) -> dict[str, str]:
+    """The single values of the file's ``tokenizer.`` keys, as text."""
+    import ctypes
+
+    def read(get: Any, index: int) -> str:
+        size = get(model, index, None, 0) + 1
+        value = ctypes.create_string_buffer(size)
+        get(model, index, value, size)
+        return value.value.decode("utf-8", "replace")
+
+    names = (
+        read(library.llama_model_meta_key_by_index, index)
+        for index in range(library.llama_model_meta_count(model))
+    )
+    return {
+        name: read(library.llama_model_meta_val_str_by_index, index)
+        for index, name in enumerate(names)
+        if name.startswith("tokenizer.")
+    }
+
+
+def _template_names(model: str) -> list[str]:
+    """The list ``tokenizer.chat_templates``, which llama.cpp's own interface does not give."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(model).get_field(f"{TEMPLATE}s")
+    return list(field.contents()) if field is not None else []
+
+
+def _describe(library: Any, model: Any, vocabulary: Any, path: str) -> dict[str, Any]:
+    def known(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    def text_of(token: int) -> str:
+        found: bytes = library.llama_vocab_get_text(vocabulary, token) or b""
+        return found.decode("utf-8", "replace")
+
+    size = library.llama_vocab_n_tokens(vocabulary)
+    keys = _keys(library, model)
+    templates = {
+        name.removeprefix(TEMPLATE).removeprefix(".") or "default": text
+        for name, text in keys.items()
+        if name == TEMPLATE or name.startswith(f"{TEMPLATE}.")
+    }
+    sentencepiece = library.llama_vocab_type(vocabulary) == library.LLAMA_VOCAB_TYPE_SPM
+    return {
+        "size": size,
+        "bos": known(library.llama_vocab_bos(vocabulary)),
+        "eos": known(library.llama_vocab_eos(vocabulary)),
+        "eot": known(library.llama_vocab_eot(vocabulary)),
+        "pad": known(library.llama_vocab_pad(vocabulary)),
+        "adds_bos": bool(library.llama_vocab_get_add_bos(vocabulary)),
+        "adds_eos": bool(library.llama_vocab_get_add_eos(vocabulary)),
+        "space_prefix": sentencepiece and keys.get("tokenizer.ggml.add_space_prefix") != "false",
+        "ends": [token for token in range(size) if library.llama_vocab_is_eog(vocabulary, token)],
+        "templates": templates,
+        "template_names": _template_names(path) if templates.keys() - {"default"} else [],
+        "keys": {name: text for name, text in keys.items() if name.startswith("tokenizer.ggml.")},
+        "pieces": [text_of(token) for token in range(size)],
+    }

@@ -1,0 +1,184 @@
+"""Held-out text as windows of the reference's token ids, cut as llama-perplexity does.
+
+llama.cpp, tools/perplexity/perplexity.cpp: the ids of the whole text are cut into windows of ``context`` tokens without
+overlap; the first id of each window is replaced by BOS when the tokenizer adds one; positions context/2 to context-2 are
+scored on the id that follows (255 of 512), so that every scored position has at least half a window before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantool import __version__
+from quantool.config.schema import Corpus
+from quantool.errors import ConfigError, SourceError
+from quantool.plugins.contract import Case
+from quantool.records import Source, fingerprint
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import written
+from quantool.source.resolve import identity
+from quantool.texts import corpus as texts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one corpus: ``path`` holds int32 ids [count, context], BOS in place."""
+
+    corpus: Corpus
+    path: Path
+    sha256: str
+    count: int
+    vocabulary: int
+    """Entries of the tokenizer; the model may have more (padding)."""
+
+
+def scored(context: int) -> range:
+    """The positions of a window whose prediction of the next token is scored."""
+    return range(context // 2, context - 1)
+
+
+def windows(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Windows, ...]:
+    """The windows of each corpus, made once per text, tokenizer and context and kept in the workspace.
+
+    Raises ConfigError for a text that cannot be read or is shorter than one window, or a context longer than the model's.
+    """
+    settings, source = case.config.validation, case.source
+    if settings.context > source.facts.context:
+        raise ConfigError(
+            f"validation.context is {settings.context}, but {source.name} reads no more than {source.facts.context} tokens"
+        )
+    results: dict[str, dict[str, Any]] = {}
+    keys: dict[str, str | None] = {}
+    for corpus in corpora:
+        text = texts.identity(corpus)
+        keys[corpus.name] = text and fingerprint(
+            text,
+            identity(_small(source)),
+            settings.context,
+            settings.max_tokens,
+            __version__,
+            version("transformers"),
+        )
+        known = text and case.workspace.recall(f"windows/{corpus.name}", keys[corpus.name] or "")
+        if known:
+            results[corpus.name] = known
+    missing = [corpus for corpus in corpora if corpus.name not in results]
+    if missing:
+        request = {
+            "corpora": [corpus.model_dump(mode="json") for corpus in missing],
+            "outputs": [str(_file(case, corpus)) for corpus in missing],
+            "tokenizer": str(source.tokenizer or source.folder),
+            "trust_remote_code": source.trust_remote_code,
+            "context": settings.context,
+            "max_tokens": settings.max_tokens,
+            "cache_dir": case.config.dataset_cache_dir and str(case.config.dataset_cache_dir),
+        }
+        with progress.bar("tokenize held-out text") as bar:
+            answer = process.call(
+                tokenize,
+                request,
+                log=case.workspace.logs / "reference.log",
+                bar=bar,
+                failure=SourceError,
+            )
+        for corpus, made in zip(missing, answer["corpora"], strict=True):
+            results[corpus.name] = made
+            key = keys[corpus.name]
+            if key:
+                case.workspace.keep(f"windows/{corpus.name}", key, [_file(case, corpus)], made)
+    return tuple(
+        Windows(corpus=corpus, path=_file(case, corpus), **results[corpus.name]) for corpus in corpora
+    )
+
+
+def _small(source: Source) -> Source:
+    """The source without its weights, which do not change what the tokenizer does."""
+    files = tuple(file for file in source.files if not file.name.endswith(".safetensors"))
+    return source.model_copy(update={"files": files})
+
+
+def _file(case: Case, corpus: Corpus) -> Path:
+    return case.workspace.work / "reference" / f"{corpus.name}.windows.npy"
+
+
+def tokenize(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
+    """Worker: tokenize the ``corpora`` of the request and save their windows to its ``outputs``."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            request["tokenizer"], trust_remote_code=request["trust_remote_code"]
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(f"the tokenizer of {request['tokenizer']} cannot be loaded: {error}") from error
+    made = []
+    for number, (fields, output) in enumerate(zip(request["corpora"], request["outputs"], strict=True)):
+        corpus = Corpus.model_validate(fields)
+        documents = texts.read(
+            corpus,
+            characters=request["max_tokens"] * texts.CHARACTERS_PER_TOKEN,
+            cache_dir=request["cache_dir"] and Path(request["cache_dir"]),
+        )
+        ids = np.fromiter(itertools.chain.from_iterable(token_ids(documents, tokenizer)), dtype=np.int32)
+        cut = cut_windows(ids, request["context"], request["max_tokens"], _bos(tokenizer), corpus.name)
+        with written(Path(output)) as part, part.open("wb") as file:
+            np.save(file, cut)
+        digest = hashlib.sha256(cut.tobytes()).hexdigest()
+        made.append({"sha256": digest, "count": len(cut), "vocabulary": len(tokenizer)})
+        report(number + 1, len(request["corpora"]))
+    return {"corpora": made}
+
+
+def token_ids(documents: Sequence[texts.Document], tokenizer: Any) -> Iterator[list[int]]:
+    """Ids of the documents in order: neighbouring texts as one text, each conversation by itself.
+
+    A text gets the tokenizer's special tokens (as llama-perplexity with add_special); a rendered conversation does not,
+    since its template prints them.
+    """
+    for is_chat, group in itertools.groupby(documents, key=lambda document: bool(document.messages)):
+        if is_chat:
+            for document in group:
+                text = texts.render(document, tokenizer)
+                yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            text = "\n\n".join(document.text for document in group)
+            yield tokenizer(text, verbose=False)["input_ids"]
+
+
+def cut_windows(
+    ids: NDArray[np.int32], context: int, max_tokens: int, bos: int | None, name: str
+) -> NDArray[np.int32]:
+    """Windows [count, context] of ``ids`` [tokens], at most ``max_tokens`` in all; ConfigError when not even one fits.
+
+    (llama-perplexity prints a perplexity of 0 and exits with 0 then.)
+    """
+    count = min(len(ids), max_tokens) // context
+    if not count:
+        short = f"has {len(ids)} tokens" if len(ids) < context else f"may use {max_tokens} tokens"
+        raise ConfigError(
+            f"corpus {name!r} {short}, less than one window of {context}",
+            hint="give more text, or a smaller validation.context",
+        )
+    cut = ids[: count * context].reshape(count, context).copy()
+    if bos is not None:
+        cut[:, 0] = bos
+    return cut
+
+
+def _bos(tokenizer: Any) -> int | None:
+    """The BOS id if the tokenizer puts it before a text."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and ids[:1] == [bos] else None

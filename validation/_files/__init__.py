@@ -1,0 +1,1 @@
+"""What an artifact's files say of themselves: headers, names, samples of their numbers."""

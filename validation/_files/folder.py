@@ -1,0 +1,293 @@
+"""A folder of safetensors by its headers: what config.json promises of each layer against what is stored.
+
+Layouts: compressed-tensors 0.19 (``compressors/``) and AutoAWQ 0.2.9. A pattern of ``targets`` and ``ignore`` is a name, a
+class (``Linear``) or, behind ``re:``, a regular expression from the start of the name (``utils/match.py``); AutoAWQ leaves
+alone what has an entry of ``modules_to_not_convert`` in its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantool.formats.int4_layouts import PER_WORD
+from quantool.formats.safetensors import TensorHeader
+from quantool.plugins.contract import Case
+from quantool.records import Finding
+from quantool.validation._files.gguf_levels import options_of
+from quantool.validation._files.modules import (
+    EMBEDDING,
+    HEAD,
+    QUANTIZED,
+    ROUTER,
+    Module,
+    Numbers,
+    Promise,
+    Scheme,
+    modules,
+)
+from quantool.validation._findings.builder import SHOWN, Voice, some
+
+FLOATS = ("BF16", "F16", "F32")
+EXPERT = re.compile(r"\.experts\.\d+\.")
+LINEAR = "Linear"
+EVERY_CLASS = frozenset({LINEAR, "Embedding"})
+LEVELS = {
+    "FP8_DYNAMIC": ("float", 8, "channel", True),
+    "FP8_BLOCK": ("float", 8, "block", True),
+    "FP8": ("float", 8, "tensor", True),
+    "W4A16_ASYM": ("int", 4, "group", False),
+    "W4A16": ("int", 4, "group", True),
+    "W8A16": ("int", 8, "group", True),
+    "W8A8": ("int", 8, "channel", True),
+}
+"""Kind, bits, strategy and symmetry of the weights at each level (compressed-tensors' ``quant_scheme.py``)."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The headers of artifact and source, and what config.json promises (None: not quantized)."""
+
+    stored: Mapping[str, TensorHeader]
+    source: Mapping[str, TensorHeader]
+    promise: Promise | None
+
+    @property
+    def linear(self) -> dict[str, Module]:
+        """Every linear layer that is stored, by name."""
+        return {module.name: module for module in modules(self.stored)}
+
+    def wanted(self) -> dict[str, tuple[int, int]]:
+        """Every linear layer of the source, [outputs, inputs]; experts are one each."""
+        found = {}
+        for name, tensor in self.source.items():
+            module = name.removesuffix(".weight")
+            if name.endswith(".weight") and len(tensor.shape) == 2 and not EMBEDDING.search(module):
+                found[module] = (tensor.shape[0], tensor.shape[1])
+        return found
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """What the promise says of a layer; None for one that is left alone."""
+        if self.promise is None or any(ignores(self.promise, name, entry) for entry in self.promise.ignore):
+            return None
+        if self.promise.method == "awq" and name == HEAD and not self.promise.head:
+            return None
+        for scheme in self.promise.schemes:
+            if any(target == LINEAR or matches(name, target) for target in scheme.targets):
+                return scheme
+        return None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer is meant by a pattern of compressed-tensors."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+def ignores(promise: Promise, name: str, entry: str) -> bool:
+    """Whether an entry of ``ignore`` leaves the layer ``name`` alone."""
+    if promise.method == "awq":
+        return entry in name
+    return entry == LINEAR or matches(name, entry)
+
+
+def judge_layers(case: Case, folder: Folder, voice: Voice) -> list[Finding]:
+    """Layers are quantized or left alone as config.json says; routers and, by default, the head are floats."""
+    linear, wanted = folder.linear, folder.wanted()
+    problems: list[str] = []
+    counts = {"quantized": 0, "left alone": 0, "experts": 0}
+    for name in dict.fromkeys((*wanted, *linear)):
+        module, shape = linear.get(name), wanted.get(name)
+        scheme = folder.scheme_of(name)
+        if module is None:
+            if not (name == HEAD and case.source.facts.tied_embeddings):
+                problems.append(f"{name} is missing")
+            continue
+        if scheme is None:
+            counts["left alone"] += 1
+            problems += _untouched(module, shape)
+        else:
+            counts["quantized"] += 1
+            counts["experts"] += bool(EXPERT.search(name))
+            problems += _layer(module, shape or _shape(module, scheme), scheme)
+    if folder.promise is not None and not counts["quantized"]:
+        problems.append("config.json has a quantization_config, and no layer is quantized")
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return [
+        voice.say("layers", shown, _joined(problems)),
+        voice.say("kept_layers", *_kept(case, linear)),
+        voice.say("other_tensors", *_others(case, folder, linear)),
+    ]
+
+
+def _joined(problems: list[str]) -> str:
+    """The first few problems, and how many more there are."""
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more
+
+
+def _shape(module: Module, scheme: Scheme) -> tuple[int, int]:
+    return module.shape(scheme.weights.bits)
+
+
+def _untouched(module: Module, shape: tuple[int, int] | None) -> Iterator[str]:
+    weight = module.parts.get("weight")
+    if weight is None or weight.dtype not in FLOATS:
+        yield f"{module.name} is quantized, although config.json leaves it alone"
+    elif shape is not None and weight.shape != shape:
+        yield f"{module.name} is {list(weight.shape)}, the source's is {list(shape)}"
+
+
+def _layer(module: Module, shape: tuple[int, int], scheme: Scheme) -> Iterator[str]:
+    """What is wrong with a layer that should be quantized by ``scheme``; ``shape`` is [outputs, inputs]."""
+    if not module.quantized:
+        yield f"{module.name} is not quantized: its weight is {module.parts['weight'].dtype}"
+        return
+    expected = dict(_expected(scheme, shape))
+    for part, (dtypes, size) in expected.items():
+        tensor = module.parts.get(part)
+        if tensor is None:
+            yield f"{module.name} has no {part}"
+        elif tensor.dtype not in dtypes or tensor.shape not in (size, _scalar(size)):
+            yield (
+                f"{module.name}.{part} is {tensor.dtype} {list(tensor.shape)}, "
+                f"{' or '.join(dtypes)} {list(size)} is expected"
+            )
+
+
+def _scalar(size: tuple[int, ...]) -> tuple[int, ...]:
+    """A single number may be stored without dimensions."""
+    return () if size == (1,) else size
+
+
+def _expected(
+    scheme: Scheme, shape: tuple[int, int]
+) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+    """Part to the dtypes that it may have and its shape."""
+    weights = scheme.weights
+    rows, columns = shape
+    if scheme.form == "awq":
+        size = weights.group or columns
+        yield "qweight", (("I32",), (columns, rows // PER_WORD))
+        yield "qzeros", (("I32",), (columns // size, rows // PER_WORD))
+        yield "scales", (("F16", "BF16"), (columns // size, rows))
+        return
+    scale = _scale_shape(weights, shape)
+    if scheme.form == "pack-quantized":
+        yield "weight_packed", (("I32",), (rows, -(-columns * weights.bits // 32)))
+        yield "weight_shape", (("I64", "I32"), (2,))
+        if not weights.symmetric:
+            yield "weight_zero_point", (("I32",), (-(-rows * weights.bits // 32), scale[-1]))
+    else:
+        yield "weight", (("F8_E4M3",) if weights.kind == "float" else ("I8",), shape)
+    yield "weight_scale", (FLOATS, scale)
+    if scheme.inputs is not None and not scheme.inputs.dynamic:
+        yield "input_scale", (FLOATS, (1,))
+
+
+def _scale_shape(weights: Numbers, shape: tuple[int, int]) -> tuple[int, ...]:
+    rows, columns = shape
+    if weights.strategy == "channel":
+        return (rows, 1)
+    if weights.strategy == "group":
+        return (rows, columns // (weights.group or columns))
+    if weights.strategy == "block":
+        height, width = weights.block or (128, 128)
+        return (-(-rows // height), -(-columns // width))
+    return (1,)
+
+
+def _kept(case: Case, linear: Mapping[str, Module]) -> tuple[str, str]:
+    """Routers, and the output head unless the plan asked for it: how many, and which of them are quantized."""
+    options = options_of(case)
+    routers = [module for name, module in linear.items() if ROUTER.search(name)]
+    heads = [linear[HEAD]] if HEAD in linear and options.get("ignore") is None else []
+    wrong = [module.name for module in (*routers, *heads) if module.quantized]
+    shown = f"{len(routers)} routers" + (f", {HEAD}" if heads else "")
+    return shown, f"quantized, and engines expect floats: {some(wrong)}" if wrong else ""
+
+
+def _others(case: Case, folder: Folder, linear: Mapping[str, Module]) -> tuple[str, str]:
+    """Embeddings, norms, biases: every one of the source is there, as a float of the same shape."""
+    mine = {f"{name}.weight" for name in (*linear, *folder.wanted())}
+    others = {name: tensor for name, tensor in folder.source.items() if name not in mine}
+    missing = [
+        name for name in others if name not in folder.stored and not name.endswith("rotary_emb.inv_freq")
+    ]
+    changed = [
+        name
+        for name, tensor in others.items()
+        if name in folder.stored
+        and (folder.stored[name].shape != tensor.shape or folder.stored[name].dtype in QUANTIZED)
+    ]
+    del case
+    problems = [f"missing: {some(missing)}"] * bool(missing) + [f"changed: {some(changed)}"] * bool(changed)
+    return f"{len(others) - len(missing) - len(changed)} of {len(others)}", "; ".join(problems)
+
+
+def judge_ignore(folder: Folder, voice: Voice) -> list[Finding]:
+    """Every entry of ``ignore`` and ``targets`` means a layer that exists: else a layer was renamed, or mistyped."""
+    promise = folder.promise
+    if promise is None:
+        return []
+    names = {*folder.wanted(), *folder.linear, HEAD, *_parents(folder.stored), *_parents(folder.source)}
+    lost = [entry for entry in promise.ignore if not any(ignores(promise, name, entry) for name in names)]
+    targets = [target for scheme in promise.schemes for target in scheme.targets]
+    lost += [
+        target
+        for target in targets
+        if target not in EVERY_CLASS and not any(matches(name, target) for name in names)
+    ]
+    problem = f"matches no layer: {some([repr(entry) for entry in lost])}" if lost else ""
+    return [voice.say("ignore", some(list(promise.ignore)) or "nothing", problem)]
+
+
+def _parents(headers: Iterable[str]) -> set[str]:
+    """All modules of a checkpoint: every beginning of a tensor's name."""
+    found = set()
+    for name in headers:
+        parts = name.split(".")
+        found |= {".".join(parts[:end]) for end in range(1, len(parts))}
+    return found
+
+
+def judge_level(case: Case, promise: Promise | None, dtype: str, voice: Voice) -> Finding:
+    """The level in the plan or the folder's name is what config.json promises; ``dtype`` is most of the weights'."""
+    level = case.output.level if case.output is not None else _named(case.artifact.name)
+    if level is None:
+        return voice.skip("level", f"the name {case.artifact.name} holds no level")
+    if level in FLOATS:
+        problem = "" if promise is None and dtype == level else f"the weights are {_said(promise, dtype)}"
+        return voice.say("level", _said(promise, dtype), problem, level)
+    found = {_key(scheme, promise) for scheme in promise.schemes} if promise is not None else set()
+    wanted = LEVELS[level]
+    if promise is not None and promise.method == "awq":
+        wanted = (*wanted[:3], False)  # the layout always holds zero points
+    problem = "" if found == {wanted} else f"config.json says {_said(promise, dtype)}, not {level}"
+    return voice.say("level", _said(promise, dtype), problem, level)
+
+
+def _named(name: str) -> str | None:
+    """The level that a folder's name ends with; vendors write FP8-dynamic and W4A16-ASYM."""
+    text = name.upper().replace("-", "_").replace(".", "_")
+    return next((level for level in (*LEVELS, *FLOATS) if re.search(rf"(?:^|_){level}$", text)), None)
+
+
+def _key(scheme: Scheme, promise: Promise | None) -> tuple[Any, ...]:
+    weights = scheme.weights
+    symmetric = weights.symmetric if promise is None or promise.method != "awq" else False
+    return (weights.kind, weights.bits, weights.strategy, symmetric)
+
+
+def _said(promise: Promise | None, dtype: str) -> str:
+    if promise is None:
+        return f"{dtype}, not quantized"
+    parts = []
+    for scheme in promise.schemes:
+        weights = scheme.weights
+        even = "symmetric" if weights.symmetric else "asymmetric"
+        parts.append(f"{weights.bits}-bit {weights.kind} by {weights.strategy}, {even}")
+    return f"{promise.method}: " + (", ".join(parts) or "nothing quantized")

@@ -1,0 +1,1 @@
+"""Measured numbers as findings: limits, error bars, statistics."""

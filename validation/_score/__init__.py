@@ -1,0 +1,1 @@
+"""Perplexity and divergence of artifacts beside the reference."""

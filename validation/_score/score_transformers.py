@@ -1,0 +1,122 @@
+"""Score an artifact folder that transformers loads (safetensors, compressed-tensors), in the dtype it is saved in.
+
+As for the reference, the output head is computed in float32: a head in bfloat16 rounds the logits so much that two runs
+of one model prefer other tokens at 1 % of the positions. Only a head that is itself quantized speaks for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantool.errors import SourceError
+from quantool.validation._engines.head import (
+    LOGIT_BYTES,
+    Head,
+    HeadPlan,
+    Unsound,
+    common_vocabulary,
+    compare,
+    entries_of,
+    find_head,
+    following,
+    joined,
+)
+from quantool.validation._engines.reference import load, recalled, run, tensor, verify
+from quantool.validation._engines.windows import scored
+from quantool.validation._findings.statistics import Tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
+    """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``."""
+    import numpy as np
+
+    texts = [np.load(path) for path in request["windows"]]
+    size = sum(ids.size for ids in texts)
+    failures: list[str | None] = []
+    for number, (folder, outputs) in enumerate(zip(request["models"], request["outputs"], strict=True)):
+
+        def advanced(tokens: int, before: int = number * size) -> None:
+            report(before + tokens, len(request["models"]) * size)
+
+        try:
+            _score_folder(Path(folder), request, texts, outputs, advanced)
+        except SourceError as error:
+            failures.append(error.message)
+        except Unsound as outcome:
+            failures.append(str(outcome))
+        else:
+            failures.append(None)
+    return {"failures": failures}
+
+
+def _score_folder(
+    folder: Path,
+    request: dict[str, Any],
+    texts: Sequence[NDArray[np.int32]],
+    outputs: Sequence[str],
+    advanced: Callable[[int], None],
+) -> None:
+    """Score one folder on all texts; its memory is given back before the next one is loaded."""
+    model = load(folder, "auto", request["device"], request["trust_remote_code"])
+    head, own = _heads(model, folder, request, texts[0])
+    done = 0
+    for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
+
+        def moved(tokens: int, before: int = done) -> None:
+            advanced(before + tokens)
+
+        _score_text(model, head, own, ids, recalled(Path(hidden)), moved).save(Path(output))
+        done += ids.size
+
+
+def _heads(
+    model: Any, folder: Path, request: dict[str, Any], ids: NDArray[np.int32]
+) -> tuple[Head, Head | None]:
+    """The reference's head cut to the common vocabulary, and the artifact's own if it is not quantized."""
+    source, plan = Path(request["source"]), HeadPlan.of(request["head"])
+    entries = model.get_output_embeddings().out_features
+    rows = common_vocabulary(entries_of(source, plan), entries, request["tokens"])
+    found = find_head(model, folder)
+    if found is None:
+        return Head(source, plan, rows), None
+    verify(model, Head(folder, found), ids[:1])
+    return Head(source, plan, rows), Head(folder, found, rows)
+
+
+def _score_text(
+    model: Any,
+    head: Head,
+    own: Head | None,
+    ids: NDArray[np.int32],
+    hidden: Any,
+    advanced: Callable[[int], None],
+) -> Tokens:
+    parts = []
+    step = max(1, LOGIT_BYTES // (4 * head.rows))
+    done = 0
+    for count, batch in run(model, ids, keep_logits=own is None):
+        states = tensor(hidden[done:count]).flatten(0, 1)
+        targets = following(ids[done:count], scored(ids.shape[1]))
+        for rows, logits in _logits(own, batch.flatten(0, 1), step):
+            part = compare(head.log_probs(states[rows]), logits[:, : head.rows], targets[rows])
+            if part is None:
+                raise Unsound(f"its logits are not finite (window {done + 1})")
+            parts.append(part)
+        done = count
+        advanced(count * ids.shape[1])
+    return joined(parts)
+
+
+def _logits(own: Head | None, batch: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+    """Float32 logits of ``batch`` (what ``run`` gives, positions in one row), ``step`` positions at a time."""
+    for start in range(0, len(batch), step):
+        rows = slice(start, start + step)
+        part = batch[rows].cpu()
+        yield rows, part.float() if own is None else own.logits(part)

@@ -1,0 +1,300 @@
+"""Scores of artifacts beside the reference: computed for several at once, kept in the workspace under what they depend on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import ConfigError, QuantizationError
+from quantool.plugins.contract import Case
+from quantool.records import fingerprint
+from quantool.runtime import process
+from quantool.runtime.progress import Progress
+from quantool.runtime.worker import Work
+from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._engines import vllm
+from quantool.validation._engines.reference import Reference
+from quantool.validation._findings.statistics import Tokens
+from quantool.validation._score import score_llama_cpp, score_transformers
+from quantool.validation._score.conversion_loss import UNQUANTIZED, Base, windows_of
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """A worker, the libraries whose versions its scores depend on, and whether it takes several artifacts."""
+
+    work: Work
+    libraries: tuple[str, ...]
+    several: bool
+
+
+ENGINES = {
+    "llama.cpp": _Engine(score_llama_cpp.score, ("llama-cpp-python", "torch"), True),
+    "transformers": _Engine(score_transformers.score, ("torch", "transformers"), True),
+    "vllm": _Engine(vllm.score, ("vllm", "torch"), False),
+}
+CRASHES = ("SIGABRT", "SIGSEGV")
+"""llama.cpp aborts on a file that breaks its assumptions; another end (out of memory) says nothing about the file."""
+
+
+class _WorkerError(QuantizationError):
+    """The worker ended without an answer."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The scores of one artifact."""
+
+    tokens: tuple[Tokens, ...]
+    """By corpus; empty when it cannot be scored (``failure``)."""
+    bases: tuple[Base, ...]
+    """By corpus; empty without a base, or when the artifact is not quantized itself."""
+    failure: str
+    file_type: int | None
+    """``general.file_type`` of a GGUF; None when it does not load."""
+    kernels: tuple[str, ...] = ()
+    """Matrix kernels that the engine said it chose."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one set of scores is kept: stage, key, file."""
+
+    stage: str
+    key: str
+    file: Path
+
+    def kept(self, case: Case) -> dict[str, Any] | None:
+        """What was recorded with the scores: ``failure``, ``file_type``."""
+        return case.workspace.recall(self.stage, self.key)
+
+    def keep(
+        self, case: Case, failure: str | None, file_type: int | None, kernels: Sequence[str] = ()
+    ) -> None:
+        files = [] if failure or not self.file.is_file() else [self.file]
+        said = {"failure": failure, "file_type": file_type, "kernels": list(kernels)}
+        case.workspace.keep(self.stage, self.key, files, said)
+
+
+def require(case: Case) -> None:
+    """Raise ConfigError when there is nothing to score or no such engine, DependencyError when vLLM is not there."""
+    if case.engine not in ENGINES:
+        raise ConfigError(
+            f"{case.name}: no engine {case.engine!r} to score with; known: {', '.join(ENGINES)}"
+        )
+    if not case.artifact.exists():
+        raise ConfigError(f"artifact not found: {case.artifact}")
+    if case.engine == "vllm":
+        from quantool.validation._engines import vllm
+
+        vllm.require()
+
+
+def compute(cases: Sequence[Case], known: Sequence[Reference], progress: Progress) -> None:
+    """Score all of ``cases`` whose scores on the corpora of ``known`` are not kept yet, together where that is possible.
+
+    Raises ConfigError when a base is quantized, QuantizationError when a worker ends for a reason other than the artifact.
+    """
+
+    def kind(case: Case) -> tuple[str, str]:
+        return case.engine, str(_base(case) or "")
+
+    missing = [case for case in cases if any(_lacking(case, reference) for reference in known)]
+    for _, alike in itertools.groupby(sorted(missing, key=kind), kind):
+        group = list(alike)
+        several = ENGINES[group[0].engine].several
+        for part in [group] if several else [[case] for case in group]:
+            texts = [one for one in known if any(_lacking(case, one) for case in part)]
+            _score(part, _base(part[0]), texts, progress)
+
+
+def outcome(case: Case, known: Sequence[Reference]) -> Outcome:
+    """The kept scores of an artifact that ``compute`` was called for."""
+    places = [_place(case, reference) for reference in known]
+    said = [place.kept(case) or {} for place in places]
+    file_type = said[0].get("file_type")
+    failure = next((one["failure"] for one in said if one.get("failure")), "")
+    own = file_type in UNQUANTIZED
+    return Outcome(
+        tokens=() if failure else tuple(Tokens.load(place.file) for place in places),
+        bases=() if own or _base(case) is None else tuple(_base_of(case, reference) for reference in known),
+        failure=failure,
+        file_type=file_type,
+        kernels=tuple(said[0].get("kernels", ())),
+    )
+
+
+def _base_of(case: Case, reference: Reference) -> Base:
+    base = _base(case)
+    if base is None:  # the caller asked before
+        raise AssertionError
+    place, divided = _base_place(case, base, reference), _divided_place(case, base, reference)
+    said = place.kept(case) or {}
+    failure = said.get("failure") or ""
+    beside = divided.kept(case) is not None and divided.file.is_file() and not failure
+    return Base(
+        name=base.name,
+        file_type=said.get("file_type") or 0,
+        scores=None if failure else Tokens.load(place.file),
+        divided=Tokens.load(divided.file) if beside else None,
+        failure=failure,
+    )
+
+
+def _base(case: Case) -> Path | None:
+    """The base to compare with; None for other engines and where the artifact is the base."""
+    if case.engine != "llama.cpp" or case.base is None or case.base.resolve() == case.artifact.resolve():
+        return None
+    return case.base
+
+
+def _lacking(case: Case, reference: Reference) -> bool:
+    said = _place(case, reference).kept(case)
+    if said is None:
+        return True
+    base = _base(case)
+    if base is None or said["failure"] or said["file_type"] in UNQUANTIZED:
+        return False
+    places = (_base_place(case, base, reference), _divided_place(case, base, reference))
+    return any(place.kept(case) is None for place in places)
+
+
+def _score(cases: list[Case], base: Path | None, known: list[Reference], progress: Progress) -> None:
+    """Score all of ``cases`` on all of ``known`` and keep what was found."""
+    answer = _answer(cases, base, known, progress)
+    base_type = answer.get("base_type")
+    if base is not None and base_type is not None and base_type not in UNQUANTIZED:
+        raise ConfigError(
+            f"the base {base} is quantized (general.file_type {base_type})",
+            hint=f"give the file before quantization, {', '.join(UNQUANTIZED.values())}",
+        )
+    failures = answer["failures"]
+    types = answer.get("types", [None] * len(cases))
+    for reference in known:
+        for case, failure, file_type in zip(cases, failures, types, strict=True):
+            _place(case, reference).keep(case, failure, file_type, answer.get("kernels", ()))
+            if base is not None:
+                _divided_place(case, base, reference).keep(case, failure, file_type)
+        if base is not None:
+            place = _base_place(cases[0], base, reference)
+            place.keep(cases[0], answer.get("base_failure"), base_type)
+
+
+def _answer(
+    cases: Sequence[Case], base: Path | None, known: Sequence[Reference], progress: Progress
+) -> dict[str, Any]:
+    """The worker's answer; when it crashes with several files, each is tried by itself, so that the bad one is named."""
+    first = cases[0]
+    try:
+        return _call(cases, base, known, first, progress)
+    except _WorkerError as error:
+        if not any(name in error.message for name in CRASHES):
+            raise
+        failure = f"{first.engine} crashes on it: {error.message}\n{error.hint}"
+    if len(cases) == 1 and base is None:
+        return {"failures": [failure]}
+    progress.warn(f"{first.engine} crashed on one of {len(cases) + (base is not None)} files: now one by one")
+    single = [_answer([case], None, known, progress) for case in cases]
+    answer = {
+        "failures": [one["failures"][0] for one in single],
+        "types": [one.get("types", [None])[0] for one in single],
+    }
+    if base is None:
+        return answer
+    try:
+        return answer | _only(_call([], base, known, first, progress), "base_failure", "base_type")
+    except _WorkerError as error:
+        if not any(name in error.message for name in CRASHES):
+            raise
+        failure = f"{first.engine} crashes on it: {error.message}\n{error.hint}"
+        return answer | {"base_failure": failure, "base_type": None}
+
+
+def _only(answer: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: answer[name] for name in names}
+
+
+def _call(
+    cases: Sequence[Case],
+    base: Path | None,
+    known: Sequence[Reference],
+    first: Case,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run the worker on ``cases`` (none: the base alone); ``first`` says what they all share."""
+    device = first.config.device or "auto"
+    for place in _places(cases, base, known, first):
+        place.file.unlink(missing_ok=True)  # a comparison that is left out must not leave an older one
+    request: dict[str, Any] = {
+        "models": [str(case.artifact) for case in cases],
+        "outputs": [[str(_place(case, one).file) for one in known] for case in cases],
+        "windows": [str(one.windows.path) for one in known],
+        "hidden": [str(one.hidden) for one in known],
+        "source": str(first.source.folder),
+        "head": known[0].head.fields(),
+        "tokens": known[0].windows.vocabulary,
+        "context": first.config.validation.context,
+        "gpu": device == "cuda",
+        "device": device,
+        "trust_remote_code": first.source.trust_remote_code,
+        "base": base
+        and {
+            "path": str(base),
+            "outputs": [str(_base_place(first, base, one).file) for one in known],
+            "divided": [[str(_divided_place(case, base, one).file) for one in known] for case in cases],
+            "windows": windows_of(first.config.validation.context),
+        },
+    }
+    names = [case.name for case in cases] or ["the base"]
+    label = ", ".join(names) if len(names) <= 3 else f"{len(names)} artifacts"
+    stem = f"{names[0].replace('/', '-')}.perplexity" if len(cases) == 1 else "perplexity"
+    with progress.bar(f"score {label}", "tok") as bar:
+        return process.call(
+            ENGINES[first.engine].work,
+            request,
+            log=first.workspace.logs / f"{stem}.log",
+            bar=bar,
+            failure=_WorkerError,
+        )
+
+
+def _places(
+    cases: Sequence[Case], base: Path | None, known: Sequence[Reference], first: Case
+) -> Iterator[_Place]:
+    for reference in known:
+        yield from (_place(case, reference) for case in cases)
+        if base is not None:
+            yield from (_divided_place(case, base, reference) for case in cases)
+            yield _base_place(first, base, reference)
+
+
+def _place(case: Case, reference: Reference) -> _Place:
+    corpus = reference.windows.corpus.name
+    return _Place(
+        f"scores/{case.name}/{corpus}",
+        fingerprint(
+            reference.key, stamp(case.artifact), case.engine, versions(ENGINES[case.engine].libraries)
+        ),
+        case.workspace.work / "scores" / case.name / f"{corpus}.npz",
+    )
+
+
+def _base_place(case: Case, base: Path, reference: Reference) -> _Place:
+    corpus = reference.windows.corpus.name
+    return _Place(
+        f"base-scores/{base.stem}/{corpus}",
+        fingerprint(reference.key, stamp(base), versions(ENGINES[case.engine].libraries)),
+        case.workspace.work / "base-scores" / base.stem / f"{corpus}.npz",
+    )
+
+
+def _divided_place(case: Case, base: Path, reference: Reference) -> _Place:
+    corpus, own = reference.windows.corpus.name, _place(case, reference)
+    return _Place(
+        f"divided-scores/{case.name}/{corpus}",
+        fingerprint(own.key, _base_place(case, base, reference).key),
+        case.workspace.work / "divided-scores" / case.name / f"{corpus}.npz",
+    )

@@ -1,0 +1,1 @@
+"""Questions with right answers: lm-eval and the needle."""
