@@ -139,7 +139,7 @@ def memory(pid: int, field: str) -> float:
 def quantool_command(model: Path, output: Path, levels: list[str]) -> list[str]:
     """Base and levels through the same code as a run, without judging."""
     code = (
-        "import sys; from pathlib import Path; from quantool import pipeline, registry; "
+        "import sys; from pathlib import Path; from quantool import pipeline; "
         "from quantool.config.schema import Config; from quantool.runtime.progress import Progress; "
         "c = Config(model_id=sys.argv[1], method='gguf', quant_level=sys.argv[3].split(','), "
         "output_path=Path(sys.argv[2]), quantization_config={'pre_tokenizer': 'qwen2'}); "
