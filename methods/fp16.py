@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from quantool.formats.gguf_header import shard_names
+from quantool.methods._artifacts.files import checkpoint_folder, file_records, need_disk, place
 from quantool.methods._llama_cpp import base_file, dry_run
 from quantool.methods._safetensors import cast
 from quantool.methods._safetensors.cast import plan_header
@@ -17,7 +19,6 @@ from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, fingerprint
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import written
 from quantool.source.tensor_headers import headers
 
 LEVELS = {
@@ -54,7 +55,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
     rehearsal = dry_run.rehearse(source, options, kind)
     types = {name: tensor.type for name, tensor in rehearsal.tensors.items()}
     sizes = dry_run.file_bytes(rehearsal, types, 0)
-    names = base_file.shard_names(
+    names = shard_names(
         f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
@@ -156,8 +157,8 @@ def _export_gguf(job: Job, options: Options, progress: Progress) -> Artifact:
     started = time.monotonic()
     base, _ = base_file.base(job, options, kind, progress)
     for number, name in enumerate(names):
-        made = base_file.shard_names("base.gguf", len(names))[number]
-        base_file.place(base.with_name(made), job.folder / name)
+        made = shard_names("base.gguf", len(names))[number]
+        place(base.with_name(made), job.folder / name)
     return _finish(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
 
 
@@ -168,10 +169,9 @@ def _export_safetensors(job: Job, options: Options, progress: Progress) -> Artif
     if (kept := job.workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
     started = time.monotonic()
-    base_file.need_disk(job.workspace.root, sum(file.bytes for file in output.files))
+    need_disk(job.workspace, sum(file.bytes for file in output.files))
     names = [file.name for file in output.files]
-    with written(job.folder) as part, progress.bar(f"export {output.level}", "B") as bar:
-        part.mkdir(parents=True)
+    with checkpoint_folder(job) as part, progress.bar(f"export {output.level}", "B") as bar:
         request = {"source": str(source.folder), "target": str(part), "files": names, "dtype": output.level}
         log = job.workspace.logs / f"export-{output.level}.log"
         process.call(cast.cast, request, log=log, bar=bar)
@@ -213,7 +213,7 @@ def _finish(job: Job, key: str, names: list[str], started: float, details: dict[
         method="fp16",
         level=job.output.level,
         folder=job.folder,
-        files=base_file.records(job.folder, names),
+        files=file_records(job.folder, names),
         bits_per_weight=job.output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details=details,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from quantool.errors import ConfigError, nearest
+from quantool.formats.gguf_header import shard_names
+from quantool.methods._artifacts.files import file_records, need_disk
 from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -85,7 +87,7 @@ def outline(request: Request, options: Options) -> Outline:
             sizes = dry_run.file_bytes(rehearsal, run["types"], extra)
         else:
             sizes = dry_run.split_bytes(rehearsal, run["types"], extra, options.split_bytes())
-        names = base_file.shard_names(f"{stem}-{level}.gguf", len(sizes))
+        names = shard_names(f"{stem}-{level}.gguf", len(sizes))
         outputs.append(
             OutputPlan(
                 id=f"gguf/{level}",
@@ -266,9 +268,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     base, _ = base_file.base(job, options, kind, progress)
     started = time.monotonic()
     sizes = [file.bytes for file in output.files]
-    base_file.need_disk(
-        workspace.root, sum(sizes) + level_files.temporary(sizes, keep_split=options.keep_split)
-    )
+    need_disk(workspace, sum(sizes) + level_files.temporary(sizes, keep_split=options.keep_split))
     log = workspace.logs / f"quantize-{output.level}.log"
     request = {
         "base": str(base),
@@ -283,7 +283,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         method="gguf",
         level=output.level,
         folder=job.folder,
-        files=base_file.records(job.folder, names),
+        files=file_records(job.folder, names),
         shared=(matrix[0],) if matrix else (),
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,

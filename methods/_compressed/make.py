@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from quantool.methods._artifacts.files import checkpoint_folder, file_records, relative_files
 from quantool.methods._compressed import autoawq, calibrate, stream
 from quantool.methods._compressed.outline import (
     Recipe,
@@ -23,11 +24,10 @@ from quantool.methods._compressed.outline import (
 from quantool.methods._compressed.proof import verify
 from quantool.methods._safetensors.layout import arrange
 from quantool.plugins.contract import Job
-from quantool.records import Artifact, FileRecord, Source, sha256_of
+from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
-from quantool.runtime.workspace import written
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
 
@@ -43,8 +43,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     log = workspace.logs / f"{output.id.replace('/', '-')}.log"
     source = overlay(job.plan.source, workspace.work / "source")
     located = headers(source)
-    with written(job.folder) as part:
-        part.mkdir()
+    with checkpoint_folder(job) as part:
         result = _recalled(task, job, options, part)
         if result is None:
             work, request = _work(task, job, options, source, part)
@@ -58,20 +57,13 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
             arrange(part, split(task.tensors(located)))
         _copy_companions(source, part)
         verify(part, task.tensors(located), task.selection, streamed=not task.calibrated)
-    paths = sorted(path for path in job.folder.rglob("*") if path.is_file())
+        names = relative_files(part)
     artifact = Artifact(
         output=output.id,
         method=recipe.method,
         level=output.level,
         folder=job.folder,
-        files=tuple(
-            FileRecord(
-                name=path.relative_to(job.folder).as_posix(),
-                bytes=path.stat().st_size,
-                sha256=sha256_of(path),
-            )
-            for path in paths
-        ),
+        files=file_records(job.folder, names),
         bits_per_weight=8 * sum(t.bytes for t in task.tensors(located)) / source.facts.parameters,
         seconds=time.monotonic() - started,
         details={
@@ -81,7 +73,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
             **result,
         },
     )
-    workspace.keep(output.id, key, paths, artifact.model_dump(mode="json"))
+    workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
     return artifact
 
 

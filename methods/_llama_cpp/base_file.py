@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from quantool import __version__
-from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
 from quantool.plugins.contract import Job, Options
-from quantool.records import FileRecord, Source, fingerprint, sha256_of
+from quantool.records import Source, fingerprint, sha256_of
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text, written
@@ -84,14 +83,6 @@ def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
         name, source.facts.parameters
     )
     return str(gguf.naming_convention(full, base, finetune, version, size or size_label, None))
-
-
-def shard_names(name: str, count: int) -> list[str]:
-    """File names of ``count`` shards of ``name`` (which ends in .gguf), as llama.cpp splits them."""
-    if count == 1:
-        return [name]
-    stem = name.removesuffix(".gguf")
-    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
@@ -201,30 +192,6 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
 def load(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
-
-
-def records(folder: Path, names: list[str]) -> tuple[FileRecord, ...]:
-    """Size and hash of finished files."""
-    return tuple(
-        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-        for name in names
-    )
-
-
-def place(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
-    with written(target) as part:
-        try:
-            part.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, part)
-
-
-def need_disk(folder: Path, wanted: int) -> None:
-    """DependencyError when less than ``wanted`` bytes are free where ``folder`` is."""
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise DependencyError(f"{wanted / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free")
 
 
 def export_ram(source: Source) -> int:

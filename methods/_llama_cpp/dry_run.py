@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
+from quantool.formats.gguf_header import FIRST, padded, shard_names
 from quantool.methods._llama_cpp import convert, quantize, split
-from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe, shard_names
+from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe
 from quantool.methods._llama_cpp.pre_tokenizer import known_names
 from quantool.records import Source, fingerprint
 from quantool.runtime import process, toolchain
@@ -23,7 +24,6 @@ from quantool.runtime.workspace import write_text, written
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
 
-ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 SPACE_KEY = "tokenizer.ggml.add_space_prefix"
 
 
@@ -132,8 +132,8 @@ def _rehearse(
         )
         _check_rehearsal(source, summary)
         for number, file in enumerate(summary["files"]):
-            data = sum(_pad(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
-            os.truncate(file, _pad(summary["headers"][number]) + data)
+            data = sum(padded(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
+            os.truncate(file, padded(summary["headers"][number]) + data)
         _require_loadable(Path(summary["files"][0]), options, tools, part / "converter.log")
         shutil.rmtree(part / "model", ignore_errors=True)
         write_text(part / "summary.json", json.dumps(summary))
@@ -199,9 +199,11 @@ def _check_rehearsal(source: Source, summary: dict[str, Any]) -> None:
 
 def file_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int) -> list[int]:
     """Exact size of each shard when tensors get ``types`` (ggml type names) and ``extra`` bytes of metadata join."""
-    sizes = [_pad(header + (extra if number == 0 else 0)) for number, header in enumerate(rehearsal.headers)]
+    sizes = [
+        padded(header + (extra if number == 0 else 0)) for number, header in enumerate(rehearsal.headers)
+    ]
     for name, tensor in rehearsal.tensors.items():
-        sizes[tensor.shard] += _pad(tensor_bytes(tensor, types[name]))
+        sizes[tensor.shard] += padded(tensor_bytes(tensor, types[name]))
     return sizes
 
 
@@ -220,7 +222,7 @@ def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:
 def split_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int, limit: int) -> list[int]:
     """Sizes of the parts that one file with ``types`` (in the file's order) makes when split at ``limit`` bytes."""
     tensors = {name: rehearsal.tensors[name] for name in types}
-    sizes = [split.padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
+    sizes = [padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
     infos = [split.info_bytes(name, len(tensor.shape)) for name, tensor in tensors.items()]
     return split.part_bytes(_merged_header(rehearsal) + extra, infos, sizes, limit)
 
@@ -231,8 +233,4 @@ def _merged_header(rehearsal: Rehearsal) -> int:
     if not further:
         return rehearsal.headers[0]
     keys = split.split_keys_bytes()
-    return sum(rehearsal.headers) - keys - (split.FIRST + keys) * further
-
-
-def _pad(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return sum(rehearsal.headers) - keys - (FIRST + keys) * further

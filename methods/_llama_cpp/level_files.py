@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError
+from quantool.methods._artifacts.files import place
 from quantool.methods._llama_cpp import base_file, quantize, split
 from quantool.plugins.contract import Job
 from quantool.runtime import process
@@ -108,6 +109,6 @@ def _split(
 
 def _place(job: Job, folder: Path, names: Sequence[str]) -> None:
     for name in names:
-        base_file.place(folder / name, job.folder / name)
+        place(folder / name, job.folder / name)
     for name in names:
         (folder / name).unlink()
