@@ -206,7 +206,7 @@ def _dry_runs(rehearsal: dry_run.Rehearsal, names: tuple[str, ...], options: Opt
         for name in names
     ]
     kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
-    with dry_run.alone(rehearsal.folder):
+    with dry_run.locked(rehearsal.folder):
         if not kept.is_file():
             result = process.call(
                 rehearse,
@@ -277,7 +277,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "settings": options.settings(),
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
-    said = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
+    remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
     artifact = Artifact(
         output=output.id,
         method="gguf",
@@ -287,7 +287,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         shared=(matrix[0],) if matrix else (),
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
-        details={"base": kind, "note": note, **said},
+        details={"base": kind, "note": note, **remarks},
         made_from=str(base.relative_to(workspace.root)),
     )
     workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))

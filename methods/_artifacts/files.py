@@ -10,7 +10,7 @@ from pathlib import Path
 from quantool.errors import DependencyError, SourceError
 from quantool.formats.safetensors import INDEX, check_index
 from quantool.plugins.contract import Job
-from quantool.records import FileRecord, sha256_of
+from quantool.records import FileRecord, Source, sha256_of
 from quantool.runtime.workspace import PART, Workspace, written
 
 
@@ -66,6 +66,20 @@ def _refuse_strays(folder: Path) -> None:
         raise SourceError(
             f"{folder} holds weights that quantool did not write: {error.message}", hint=error.hint
         ) from error
+
+
+def is_companion(name: str) -> bool:
+    """Tokenizer, template, generation settings, license, code: what is published byte for byte."""
+    return name != "config.json" and not name.endswith((".safetensors", INDEX, ".md"))
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """Bring what a loader needs beside weights and config.json."""
+    for file in source.files:
+        if is_companion(file.name):
+            target = folder / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / file.name, target)
 
 
 def relative_files(folder: Path) -> list[str]:

@@ -8,12 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from quantool.methods._artifacts.files import checkpoint_folder, file_records, relative_files
+from quantool.formats.safetensors_layout import arrange
+from quantool.methods._artifacts.files import (
+    checkpoint_folder,
+    copy_companions,
+    file_records,
+    is_companion,
+    relative_files,
+)
 from quantool.methods._compressed import autoawq, calibrate, stream
 from quantool.methods._compressed.outline import (
+    CompressedOptions,
     Recipe,
     Task,
-    is_companion,
     key_of,
     max_seq_length,
     split,
@@ -22,14 +29,30 @@ from quantool.methods._compressed.outline import (
     workers,
 )
 from quantool.methods._compressed.proof import verify
-from quantool.methods._safetensors.layout import arrange
-from quantool.plugins.contract import Job
+from quantool.plugins.contract import Draft, Job, Method, method
 from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
+
+
+def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:
+    """Register a method of the family: what it is made with and how it is made is the same for all."""
+
+    def quantize(job: Job, chosen: Any, progress: Progress) -> Artifact:
+        return make(recipe, job, chosen, progress)
+
+    registered = method(
+        recipe.method,
+        options=options,
+        levels=recipe.levels,
+        outline=outline,
+        needs=("llmcompressor",),
+        extra="compressed",
+    )
+    return registered(quantize)
 
 
 def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact:
@@ -55,7 +78,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
                 process.call(autoawq.convert, rewrite, log=log, bar=bar)
         if task.calibrated:
             arrange(part, split(task.tensors(located)))
-        _copy_companions(source, part)
+        copy_companions(source, part)
         verify(part, task.tensors(located), task.selection, streamed=not task.calibrated)
         names = relative_files(part)
     artifact = Artifact(
@@ -130,11 +153,3 @@ def _rewrite(task: Task, tied: bool, part: Path) -> dict[str, Any]:
         "ignore": sorted({*task.selection.left, *(["lm_head"] if tied else [])}),
         "group": task.scheme.group,
     }
-
-
-def _copy_companions(source: Source, folder: Path) -> None:
-    for file in source.files:
-        if is_companion(file.name):
-            target = folder / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / file.name, target)

@@ -113,6 +113,7 @@ def conversion(
         "toolchain": str(tools.folder),
         "type": kind,
         "metadata": str(override),
+        "folder_name": _folder_name(source),
         "pre_tokenizer": options.pre_tokenizer,
         "chat_template": source.facts.chat_template,
         "named_templates": source.facts.named_templates,
@@ -121,6 +122,11 @@ def conversion(
         "split_bytes": options.base_split_bytes(source),
         "rehearse": False,
     }
+
+
+def _folder_name(source: Source) -> str:
+    """The name of the source's own folder, whatever folder of links it is read from: the converter guesses by it."""
+    return source.commit or source.name
 
 
 def choose_type(source: Source, wanted: str) -> tuple[str, str]:
@@ -155,12 +161,13 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     chosen["max_shard_size"] = options.max_shard_size if options.base_split_bytes(source) else None
     code = [
         toolchain.fingerprint_of(tools),
+        tools.commit,
         sha256_of(Path(__file__).with_name("convert.py")),
         __version__,
     ]
     keys = sorted(origin_keys(source))
     templates = [source.facts.chat_template, source.facts.named_templates]
-    return [metadata(source, options), source.commit, keys, templates, chosen, code, kind]
+    return [metadata(source, options), _folder_name(source), keys, templates, chosen, code, kind]
 
 
 def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple[Path, str]:

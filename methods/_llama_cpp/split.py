@@ -110,17 +110,17 @@ def _write(
     keys = (len(header.spans) if number == 0 else 0) + len(KEYS)
     values = {SPLIT_NUMBER: number, SPLIT_TENSORS: len(header.infos), SPLIT_COUNT: len(found)}
     start, end = starts[held.start], starts[held.stop]
-    with written(target) as part, part.open("wb") as made, header.path.open("rb") as file:
-        made.write(b"GGUF" + struct.pack("<IQQ", header.version, len(held), keys))
+    with written(target) as part, part.open("wb") as out, header.path.open("rb") as file:
+        out.write(b"GGUF" + struct.pack("<IQQ", header.version, len(held), keys))
         if number == 0:
-            made.write(header.raw)
+            out.write(header.raw)
         for key, kind, form in KEYS:
-            made.write(struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind))
-            made.write(struct.pack(form, values[key]))
+            out.write(struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind))
+            out.write(struct.pack(form, values[key]))
         for i in held:
-            made.write(header.infos[i] + struct.pack("<Q", starts[i] - start))
-        made.write(bytes(padded(made.tell()) - made.tell()))
-        _copy(file, made, start, end)
+            out.write(header.infos[i] + struct.pack("<Q", starts[i] - start))
+        out.write(bytes(padded(out.tell()) - out.tell()))
+        _copy(file, out, start, end)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, start: int, end: int) -> None:

@@ -197,7 +197,7 @@ def test_out_of_memory_says_what_to_lower(
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
-    monkeypatch.setattr(stream._Job, "convert", fail)
+    monkeypatch.setattr(stream._CheckpointWriter, "convert", fail)
     request = {
         "source": str(llama),
         "output": str(tmp_path),
