@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from quantool.formats.gguf_header import shard_names
+from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, encode_in_order, write_index
+from quantool.methods._artifacts.files import (
+    checkpoint_folder,
+    copy_companions,
+    file_records,
+    need_disk,
+    place,
+    relative_files,
+)
 from quantool.methods._llama_cpp import base_file, dry_run
 from quantool.methods._safetensors import cast
-from quantool.methods._safetensors.cast import plan_header
+from quantool.methods._safetensors.cast import cast_tensors
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, fingerprint
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import written
+from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 
 LEVELS = {
@@ -54,7 +63,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
     rehearsal = dry_run.rehearse(source, options, kind)
     types = {name: tensor.type for name, tensor in rehearsal.tensors.items()}
     sizes = dry_run.file_bytes(rehearsal, types, 0)
-    names = base_file.shard_names(
+    names = shard_names(
         f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
@@ -89,36 +98,24 @@ def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> 
     return fingerprint(base_file.base_key(source, options, kind), names)
 
 
-def _weights(source: Source) -> dict[str, dict[str, tuple[str, tuple[int, ...], int]]]:
-    """Tensors of each shard: name to dtype, shape and bytes, in file order."""
-    shards: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {}
-    for header in sorted(headers(source).values(), key=lambda h: (h.file, h.start)):
-        shards.setdefault(header.file, {})[header.name] = (
-            header.dtype,
-            header.shape,
-            header.end - header.start,
-        )
-    return shards
-
-
-def _companions(source: Source) -> list[str]:
-    """Everything a loader needs beside the weights; the index is written anew, the card is not ours to repeat."""
-    return [
-        file.name
-        for file in source.files
-        if not file.name.endswith((".safetensors", ".safetensors.index.json", ".md"))
-        and not Path(file.name).name.startswith(".")
-    ]
+def _shards(source: Source, level: str) -> dict[str, list[Stored]]:
+    """What each shard of the export holds, in file order."""
+    return {
+        shard: cast_tensors(map(as_stored, tensors), level)
+        for shard, tensors in by_shard(headers(source)).items()
+    }
 
 
 def _outline_safetensors(request: Request, options: Options, level: str) -> OutputPlan:
     source = request.source
     base_file.choose_type(source, level.lower())
-    files, data_bytes = [], 0
-    for name, tensors in _weights(source).items():
-        header, data = plan_header(tensors, level)
-        files.append(PlannedFile(name=name, bytes=len(header) + data))
-        data_bytes += data
+    check_config_shapes(source, headers(source))
+    shards = _shards(source, level)
+    data = {name: sum(tensor.bytes for tensor in tensors) for name, tensors in shards.items()}
+    files = [
+        PlannedFile(name=name, bytes=len(encode_in_order(tensors)[0]) + data[name])
+        for name, tensors in shards.items()
+    ]
     return OutputPlan(
         id=f"fp16/{level}-safetensors",
         method="fp16",
@@ -128,7 +125,7 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
         repo=request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-{level}",
         repo_id=request.repo_id,
         files=tuple(files),
-        bits_per_weight=8 * data_bytes / source.facts.parameters,
+        bits_per_weight=8 * sum(data.values()) / source.facts.parameters,
         peak_ram=2 * source.facts.largest_tensor * 2 + base_file.GIB,
         gates=request.gates(level),
         done=request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
@@ -156,8 +153,8 @@ def _export_gguf(job: Job, options: Options, progress: Progress) -> Artifact:
     started = time.monotonic()
     base, _ = base_file.base(job, options, kind, progress)
     for number, name in enumerate(names):
-        made = base_file.shard_names("base.gguf", len(names))[number]
-        base_file.place(base.with_name(made), job.folder / name)
+        made = shard_names("base.gguf", len(names))[number]
+        place(base.with_name(made), job.folder / name)
     return _finish(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
 
 
@@ -168,43 +165,31 @@ def _export_safetensors(job: Job, options: Options, progress: Progress) -> Artif
     if (kept := job.workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
     started = time.monotonic()
-    base_file.need_disk(job.workspace.root, sum(file.bytes for file in output.files))
-    names = [file.name for file in output.files]
-    with written(job.folder) as part, progress.bar(f"export {output.level}", "B") as bar:
-        part.mkdir(parents=True)
-        request = {"source": str(source.folder), "target": str(part), "files": names, "dtype": output.level}
+    need_disk(job.workspace, sum(file.bytes for file in output.files))
+    shards = _shards(source, output.level)
+    with checkpoint_folder(job) as part, progress.bar(f"export {output.level}", "B") as bar:
+        request = {
+            "source": str(source.folder),
+            "target": str(part),
+            "files": [*shards],
+            "dtype": output.level,
+        }
         log = job.workspace.logs / f"export-{output.level}.log"
         process.call(cast.cast, request, log=log, bar=bar)
-        extra = _copy_companions(source, part, output.level)
-        if len(names) > 1:
-            extra.append(_write_index(source, part, output.level))
-    return _finish(job, key, names + extra, started, {})
+        copy_companions(source, part)
+        _write_config(source, part, output.level)
+        write_index(part, shards)
+        names = relative_files(part)
+    return _finish(job, key, names, started, {})
 
 
-def _copy_companions(source: Source, folder: Path, level: str) -> list[str]:
-    """Copy tokenizer, template and configuration; config.json gets the new dtype and nothing else."""
-    names = _companions(source)
-    for name in names:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json":
-            config = json.loads((source.folder / name).read_text(encoding="utf-8"))
-            key = "torch_dtype" if "torch_dtype" in config else "dtype"
-            config[key] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[level]
-            target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(source.folder / name, target)
-    return names
-
-
-def _write_index(source: Source, folder: Path, level: str) -> str:
-    name = "model.safetensors.index.json"
-    shards = _weights(source)
-    total = sum(plan_header(tensors, level)[1] for tensors in shards.values())
-    names = {tensor: shard for shard, tensors in shards.items() for tensor in tensors}
-    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-    (folder / name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return name
+def _write_config(source: Source, folder: Path, level: str) -> None:
+    """config.json with the new dtype, else the source's own."""
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[level]
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _finish(job: Job, key: str, names: list[str], started: float, details: dict[str, Any]) -> Artifact:
@@ -213,7 +198,7 @@ def _finish(job: Job, key: str, names: list[str], started: float, details: dict[
         method="fp16",
         level=job.output.level,
         folder=job.folder,
-        files=base_file.records(job.folder, names),
+        files=file_records(job.folder, names),
         bits_per_weight=job.output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details=details,

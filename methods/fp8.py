@@ -8,11 +8,9 @@ from pydantic import Field
 
 from quantool.methods._compressed import outline as _compressed
 from quantool.methods._compressed.cuda import capabilities, fp8_warning
-from quantool.methods._compressed.make import make
+from quantool.methods._compressed.make import compressed_method
 from quantool.methods._compressed.schemes import FP8
-from quantool.plugins.contract import Job, Outline, Request, method
-from quantool.records import Artifact
-from quantool.runtime.progress import Progress
+from quantool.plugins.contract import Outline, Request
 
 RECIPE = _compressed.Recipe("fp8", "FP8", "rtn", FP8)
 
@@ -36,14 +34,4 @@ def outline(request: Request, options: Options) -> Outline:
     return _compressed.outline(RECIPE, request, options, warnings=(note,) if note else ())
 
 
-@method(
-    "fp8",
-    options=Options,
-    levels=RECIPE.levels,
-    outline=outline,
-    needs=("llmcompressor",),
-    extra="compressed",
-)
-def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
-    """Make one level: streamed from the files without calibration, else with the whole model."""
-    return make(RECIPE, job, options, progress)
+quantize = compressed_method(RECIPE, Options, outline)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from quantool.errors import ConfigError, nearest
+from quantool.formats.gguf_header import shard_names
+from quantool.methods._artifacts.files import file_records, need_disk
 from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -85,7 +87,7 @@ def outline(request: Request, options: Options) -> Outline:
             sizes = dry_run.file_bytes(rehearsal, run["types"], extra)
         else:
             sizes = dry_run.split_bytes(rehearsal, run["types"], extra, options.split_bytes())
-        names = base_file.shard_names(f"{stem}-{level}.gguf", len(sizes))
+        names = shard_names(f"{stem}-{level}.gguf", len(sizes))
         outputs.append(
             OutputPlan(
                 id=f"gguf/{level}",
@@ -204,7 +206,7 @@ def _dry_runs(rehearsal: dry_run.Rehearsal, names: tuple[str, ...], options: Opt
         for name in names
     ]
     kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
-    with dry_run.alone(rehearsal.folder):
+    with dry_run.locked(rehearsal.folder):
         if not kept.is_file():
             result = process.call(
                 rehearse,
@@ -266,9 +268,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     base, _ = base_file.base(job, options, kind, progress)
     started = time.monotonic()
     sizes = [file.bytes for file in output.files]
-    base_file.need_disk(
-        workspace.root, sum(sizes) + level_files.temporary(sizes, keep_split=options.keep_split)
-    )
+    need_disk(workspace, sum(sizes) + level_files.temporary(sizes, keep_split=options.keep_split))
     log = workspace.logs / f"quantize-{output.level}.log"
     request = {
         "base": str(base),
@@ -277,17 +277,17 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "settings": options.settings(),
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
-    said = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
+    remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
     artifact = Artifact(
         output=output.id,
         method="gguf",
         level=output.level,
         folder=job.folder,
-        files=base_file.records(job.folder, names),
+        files=file_records(job.folder, names),
         shared=(matrix[0],) if matrix else (),
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
-        details={"base": kind, "note": note, **said},
+        details={"base": kind, "note": note, **remarks},
         made_from=str(base.relative_to(workspace.root)),
     )
     workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))

@@ -6,12 +6,10 @@ from pydantic import Field
 
 from quantool.errors import ConfigError
 from quantool.methods._compressed import outline as _compressed
-from quantool.methods._compressed.make import make
+from quantool.methods._compressed.make import compressed_method
 from quantool.methods._compressed.mappings import SMOOTHQUANT_REGISTRIES, Mappings
 from quantool.methods._compressed.schemes import W4A16, W4A16_ASYM, W8A8, W8A16
-from quantool.plugins.contract import Job, Outline, Request, method
-from quantool.records import Artifact
-from quantool.runtime.progress import Progress
+from quantool.plugins.contract import Outline, Request
 
 RECIPE = _compressed.Recipe(
     "gptq", "GPTQ", "gptq", {"W4A16": W4A16, "W4A16_ASYM": W4A16_ASYM, "W8A16": W8A16, "W8A8": W8A8}
@@ -51,14 +49,4 @@ def outline(request: Request, options: Options) -> Outline:
     return _compressed.outline(RECIPE, request, options, registries=registries)
 
 
-@method(
-    "gptq",
-    options=Options,
-    levels=RECIPE.levels,
-    outline=outline,
-    needs=("llmcompressor",),
-    extra="compressed",
-)
-def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
-    """Make one level."""
-    return make(RECIPE, job, options, progress)
+quantize = compressed_method(RECIPE, Options, outline)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from quantool.methods._compressed import outline as _compressed
-from quantool.methods._compressed.make import make
+from quantool.methods._compressed.make import compressed_method
 from quantool.methods._compressed.mappings import SMOOTHQUANT_REGISTRIES, Mappings
 from quantool.methods._compressed.schemes import W8A8
-from quantool.plugins.contract import Job, Outline, Request, method
-from quantool.records import Artifact
-from quantool.runtime.progress import Progress
+from quantool.plugins.contract import Outline, Request
 
 RECIPE = _compressed.Recipe("smoothquant", "SmoothQuant", "rtn", {"W8A8": W8A8})
 
@@ -32,14 +30,4 @@ def outline(request: Request, options: Options) -> Outline:
     return _compressed.outline(RECIPE, request, options, registries=SMOOTHQUANT_REGISTRIES)
 
 
-@method(
-    "smoothquant",
-    options=Options,
-    levels=RECIPE.levels,
-    outline=outline,
-    needs=("llmcompressor",),
-    extra="compressed",
-)
-def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
-    """Make one level."""
-    return make(RECIPE, job, options, progress)
+quantize = compressed_method(RECIPE, Options, outline)

@@ -19,7 +19,7 @@ import numpy as np
 
 from quantool.config.schema import Config
 from quantool.formats.safetensors import INDEX
-from quantool.methods._safetensors.layout import Stored, encode, file_size, index_bytes
+from quantool.formats.safetensors_layout import Stored, encode, file_size, index_bytes
 from quantool.plan import make
 from quantool.plugins import contract, find
 from quantool.runtime.progress import Progress

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from quantool.errors import ConfigError
+from quantool.errors import ConfigError, SourceError
 from quantool.given_artifacts import artifact_of, artifacts_of
 from quantool.records import sha256_of
 from tests.checkpoint import tensors, write_checkpoint, write_shards
+from tests.gguf_bytes import write_shards as write_gguf_shards
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +71,21 @@ def test_a_name_without_a_level(tmp_path: Path, gguf_file: Path, name: str) -> N
     assert "--level" in caught.value.hint
 
 
-def test_the_shards_of_a_gguf_belong_together(tmp_path: Path, gguf_file: Path) -> None:
-    names = [f"tiny-Q8_0-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
-    for name in names:
-        shutil.copyfile(gguf_file, tmp_path / name)
-    artifact, _ = artifact_of(tmp_path / names[0])
-    assert [file.name for file in artifact.files] == names
+def test_the_shards_of_a_gguf_belong_together(tmp_path: Path) -> None:
+    paths = write_gguf_shards(tmp_path, "tiny-Q8_0", [["a", "b"], ["c"], ["d"]])
+    artifact, _ = artifact_of(paths[0])
+    assert [file.name for file in artifact.files] == [path.name for path in paths]
     assert artifact.level == "Q8_0"
-    assert artifact.bits_per_weight == 24.0
-    with pytest.raises(ConfigError, match="is not the first shard") as caught:
-        artifact_of(tmp_path / names[1])
-    assert caught.value.hint == f"give {names[0]}"
-    (tmp_path / names[2]).unlink()
-    with pytest.raises(ConfigError, match=f"lacks {names[2]}$"):
-        artifact_of(tmp_path / names[0])
+    assert artifact.bits_per_weight == 32.0
+    with pytest.raises(SourceError, match="is not the first shard") as caught:
+        artifact_of(paths[1])
+    assert caught.value.hint == f"give {paths[0].name}"
+    shutil.copyfile(paths[0], paths[2])
+    with pytest.raises(SourceError, match=r"number 3 of 3 by its name, but its split\.no is 0"):
+        artifact_of(paths[0])
+    paths[2].unlink()
+    with pytest.raises(SourceError, match=f"lacks {paths[2].name}$"):
+        artifact_of(paths[0])
 
 
 def test_a_folder_for_transformers(tmp_path: Path) -> None:
@@ -111,13 +113,8 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
 @pytest.fixture
 def repository(tmp_path: Path, gguf_file: Path) -> Path:
     """What a download of a published folder holds: two levels, one of them in shards, and all that lies beside."""
-    names = [
-        "tiny-Q8_0-00001-of-00002.gguf",
-        "tiny-Q8_0-00002-of-00002.gguf",
-        "tiny-F16.gguf",
-        "tiny-imatrix.gguf",
-    ]
-    for name in names:
+    write_gguf_shards(tmp_path, "tiny-Q8_0", [["a"], ["b"]])
+    for name in ("tiny-F16.gguf", "tiny-imatrix.gguf"):
         shutil.copyfile(gguf_file, tmp_path / name)
     (tmp_path / "README.md").write_text("# tiny")
     return tmp_path
@@ -153,7 +150,9 @@ def test_levels_are_those_that_were_recorded(repository: Path) -> None:
     assert artifacts_of(repository / "tiny-Q6_K.gguf", "F16")[0][0].level == "F16"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"reports": [{}]}', '{"reports": [{"artifact": 1}]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"reports": [{}]}', '{"reports": [{"artifact": 1}]}', "[" * 100_000]
+)
 def test_a_record_that_is_damaged(repository: Path, text: str) -> None:
     (repository / "quantool.json").write_text(text)
     with pytest.raises(ConfigError, match=r"quantool\.json is damaged") as caught:
@@ -173,7 +172,7 @@ def test_one_level_cannot_be_said_of_several(repository: Path) -> None:
 
 def test_a_shard_that_a_folder_lacks(repository: Path) -> None:
     (repository / "tiny-Q8_0-00002-of-00002.gguf").unlink()
-    with pytest.raises(ConfigError, match=r"lacks tiny-Q8_0-00002-of-00002\.gguf"):
+    with pytest.raises(SourceError, match=r"lacks tiny-Q8_0-00002-of-00002\.gguf"):
         artifacts_of(repository)
 
 
@@ -203,13 +202,13 @@ def test_what_is_no_artifact(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no model at all, just text"])
 def test_a_file_that_only_has_the_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a-Q8_0.gguf").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"a-Q8_0\.gguf is not a GGUF file"):
+    with pytest.raises(SourceError, match=r"a-Q8_0\.gguf is not a GGUF file"):
         artifact_of(tmp_path / "a-Q8_0.gguf")
 
 
 def test_a_file_that_was_cut_off(tmp_path: Path, gguf_file: Path) -> None:
     (tmp_path / "a-Q8_0.gguf").write_bytes(gguf_file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"a-Q8_0\.gguf is not a GGUF file"):
+    with pytest.raises(SourceError, match=r"a-Q8_0\.gguf is damaged or cut off: 'b' ends at byte"):
         artifact_of(tmp_path / "a-Q8_0.gguf")
 
 
@@ -220,5 +219,5 @@ def test_a_file_without_weights(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ConfigError, match="holds no tensors"):
+    with pytest.raises(SourceError, match="holds no tensors"):
         artifact_of(tmp_path / "vocabulary-F16.gguf")

@@ -18,8 +18,8 @@ from quantool.formats.int4_layouts import (
     numbers,
     pack,
 )
-from quantool.formats.safetensors import INDEX, TensorHeader, read_headers
-from quantool.methods._safetensors.layout import Stored
+from quantool.formats.safetensors import TensorHeader, read_headers
+from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, write_index
 from quantool.runtime.worker import Report
 
 if TYPE_CHECKING:
@@ -144,9 +144,5 @@ def _describe(folder: Path, shards: list[str], ignore: list[str], group: int) ->
         "modules_to_not_convert": ignore,
     }
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if (folder / INDEX).exists():
-        located = read_headers([folder / shard for shard in shards])
-        weight_map = {name: tensor.file for name, tensor in sorted(located.items())}
-        total = sum(tensor.bytes for tensor in located.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    located = read_headers([folder / shard for shard in shards])
+    write_index(folder, {name: [*map(as_stored, tensors)] for name, tensors in by_shard(located).items()})

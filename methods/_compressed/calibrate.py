@@ -34,7 +34,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that loads the model, quantizes and saves it.
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
-    ``gptq``), ``scheme`` (fields of ``Scheme``), ``options`` (of the method), ``targets``, ``ignore``,
+    ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
     ``max_seq_length``, ``device``, ``seed``. Writes weights, index, config.json and recipe.yaml. Result: ``device``, ``peak_rss``, ``peak_cuda`` (bytes),
     ``samples``, ``tokens``. Progress is counted in decoder layers.
     """

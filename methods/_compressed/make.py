@@ -8,11 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from quantool.formats.safetensors_layout import arrange
+from quantool.methods._artifacts.files import (
+    checkpoint_folder,
+    copy_companions,
+    file_records,
+    is_companion,
+    relative_files,
+)
 from quantool.methods._compressed import autoawq, calibrate, stream
 from quantool.methods._compressed.outline import (
+    CompressedOptions,
     Recipe,
     Task,
-    is_companion,
     key_of,
     max_seq_length,
     split,
@@ -21,15 +29,30 @@ from quantool.methods._compressed.outline import (
     workers,
 )
 from quantool.methods._compressed.proof import verify
-from quantool.methods._safetensors.layout import arrange
-from quantool.plugins.contract import Job
-from quantool.records import Artifact, FileRecord, Source, sha256_of
+from quantool.plugins.contract import Draft, Job, Method, method
+from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
-from quantool.runtime.workspace import written
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
+
+
+def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:
+    """Register a method of the family: what it is made with and how it is made is the same for all."""
+
+    def quantize(job: Job, chosen: Any, progress: Progress) -> Artifact:
+        return make(recipe, job, chosen, progress)
+
+    registered = method(
+        recipe.method,
+        options=options,
+        levels=recipe.levels,
+        outline=outline,
+        needs=("llmcompressor",),
+        extra="compressed",
+    )
+    return registered(quantize)
 
 
 def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact:
@@ -43,8 +66,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     log = workspace.logs / f"{output.id.replace('/', '-')}.log"
     source = overlay(job.plan.source, workspace.work / "source")
     located = headers(source)
-    with written(job.folder) as part:
-        part.mkdir()
+    with checkpoint_folder(job) as part:
         result = _recalled(task, job, options, part)
         if result is None:
             work, request = _work(task, job, options, source, part)
@@ -56,22 +78,15 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
                 process.call(autoawq.convert, rewrite, log=log, bar=bar)
         if task.calibrated:
             arrange(part, split(task.tensors(located)))
-        _copy_companions(source, part)
+        copy_companions(source, part)
         verify(part, task.tensors(located), task.selection, streamed=not task.calibrated)
-    paths = sorted(path for path in job.folder.rglob("*") if path.is_file())
+        names = relative_files(part)
     artifact = Artifact(
         output=output.id,
         method=recipe.method,
         level=output.level,
         folder=job.folder,
-        files=tuple(
-            FileRecord(
-                name=path.relative_to(job.folder).as_posix(),
-                bytes=path.stat().st_size,
-                sha256=sha256_of(path),
-            )
-            for path in paths
-        ),
+        files=file_records(job.folder, names),
         bits_per_weight=8 * sum(t.bytes for t in task.tensors(located)) / source.facts.parameters,
         seconds=time.monotonic() - started,
         details={
@@ -81,7 +96,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
             **result,
         },
     )
-    workspace.keep(output.id, key, paths, artifact.model_dump(mode="json"))
+    workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
     return artifact
 
 
@@ -138,11 +153,3 @@ def _rewrite(task: Task, tied: bool, part: Path) -> dict[str, Any]:
         "ignore": sorted({*task.selection.left, *(["lm_head"] if tied else [])}),
         "group": task.scheme.group,
     }
-
-
-def _copy_companions(source: Source, folder: Path) -> None:
-    for file in source.files:
-        if is_companion(file.name):
-            target = folder / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / file.name, target)

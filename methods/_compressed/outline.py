@@ -16,6 +16,8 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
+from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
+from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.cuda import capabilities
 from quantool.methods._compressed.mappings import check
@@ -23,15 +25,14 @@ from quantool.methods._compressed.schemes import (
     FLOATS,
     HEAD,
     Pattern,
-    Scheme,
     Selection,
+    WeightScheme,
     check_fusion,
     check_shapes,
     planned,
     select,
 )
 from quantool.methods._compressed.stream import SLICE
-from quantool.methods._safetensors.layout import Stored, file_size, index_bytes
 from quantool.plugins.contract import Options, Outline, Request
 from quantool.records import (
     OutputPlan,
@@ -40,6 +41,7 @@ from quantool.records import (
     fingerprint,
 )
 from quantool.source.resolve import identity
+from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus
 
@@ -81,7 +83,7 @@ class Recipe:
     method: str
     label: str
     algorithm: Literal["rtn", "awq", "gptq"]
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, WeightScheme]
 
     def levels(self) -> dict[str, str]:
         """Level to one line of description."""
@@ -94,7 +96,7 @@ class Task:
 
     recipe: Recipe
     level: str
-    scheme: Scheme
+    scheme: WeightScheme
     selection: Selection
     calibrated: bool
     autoawq: bool = False
@@ -111,7 +113,7 @@ class Task:
         stored = planned(located, self.selection, self.scheme)
         if self.autoawq:
             chosen = {layer.name for layer in self.selection.layers}
-            stored = [Stored(t.name, t.dtype, t.shape) for t in located.values() if t.name not in chosen]
+            stored = [as_stored(t) for t in located.values() if t.name not in chosen]
             for layer in self.selection.layers:
                 stored += _autoawq.tensors(layer, self.scheme.group)
         if self.kv_cache:
@@ -147,7 +149,7 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
     return Task(recipe, level, scheme, selection, calibrated, autoawq, cache)
 
 
-def _check_autoawq(level: str, scheme: Scheme, selection: Selection) -> None:
+def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:
     if scheme.bits != 4:
         raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
     if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
@@ -177,6 +179,7 @@ def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
             f"the checkpoint is already quantized: {odd[0].name} is {odd[0].dtype}",
             hint="start from the bf16 one",
         )
+    check_config_shapes(source, located)
 
 
 def outline(
@@ -272,16 +275,11 @@ def _files(
 
 
 def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list[Stored]]:
-    shards: dict[str, list[Stored]] = {}
-    chosen = {layer.name for layer in task.selection.layers}
-    for tensor in located.values():
-        stored = (
-            task.scheme.tensors(tensor)
-            if tensor.name in chosen
-            else [Stored(tensor.name, tensor.dtype, tensor.shape)]
-        )
-        shards.setdefault(tensor.file, []).extend(stored)
-    return shards
+    """The source's own shards, with what stands for their tensors."""
+    return {
+        shard: planned({tensor.name: tensor for tensor in tensors}, task.selection, task.scheme)
+        for shard, tensors in by_shard(located).items()
+    }
 
 
 def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
@@ -298,11 +296,6 @@ def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
         return {SINGLE: groups[0]}
     names = (f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1))
     return dict(zip(names, groups, strict=True))
-
-
-def is_companion(name: str) -> bool:
-    """Tokenizer, template, generation settings, license, code: what is published byte for byte."""
-    return name != "config.json" and not name.endswith((".safetensors", INDEX, ".md"))
 
 
 def _peak_ram(

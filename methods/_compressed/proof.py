@@ -7,8 +7,8 @@ from pathlib import Path
 
 from quantool.errors import QuantizationError
 from quantool.formats.safetensors import TensorHeader, check_index
+from quantool.formats.safetensors_layout import Stored
 from quantool.methods._compressed.schemes import Selection
-from quantool.methods._safetensors.layout import Stored
 
 BUFFERS = ("rotary_emb.inv_freq", "lm_head.weight")
 """Ends of names that transformers rightly drops when it saves: a buffer of old Llamas, a head tied to the embeddings."""

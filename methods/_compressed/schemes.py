@@ -17,7 +17,7 @@ from pydantic import AfterValidator
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.fused_layers import fused
 from quantool.formats.safetensors import TensorHeader
-from quantool.methods._safetensors.layout import Stored
+from quantool.formats.safetensors_layout import Stored, as_stored
 
 FLOATS = ("BF16", "F16", "F32")
 BLOCK = 128
@@ -40,7 +40,7 @@ HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
-class Scheme:
+class WeightScheme:
     """How weights (and, for 8-bit activations, inputs) are represented.
 
     ``preset`` is the name in compressed-tensors. ``strategy`` says what shares a scale: an output channel, the whole
@@ -58,7 +58,7 @@ class Scheme:
     static_inputs: bool = False
     group: int = 0
 
-    def grouped(self, size: int) -> Scheme:
+    def grouped(self, size: int) -> WeightScheme:
         """The same with another group size."""
         return replace(self, group=size) if self.strategy == "group" else self
 
@@ -91,21 +91,21 @@ def _words(values: int, bits: int) -> int:
 
 
 FP8 = {
-    "FP8_DYNAMIC": Scheme(
+    "FP8_DYNAMIC": WeightScheme(
         "FP8_DYNAMIC", "E4M3, a scale per output channel, activations per token at run time; no calibration",
         "channel", 8, "F8_E4M3", calibrated=False,
     ),
-    "FP8": Scheme(
+    "FP8": WeightScheme(
         "FP8", "E4M3, one scale per tensor for weights and, calibrated, for activations",
         "tensor", 8, "F8_E4M3", static_inputs=True,
     ),
-    "FP8_BLOCK": Scheme(
+    "FP8_BLOCK": WeightScheme(
         "FP8_BLOCK", "E4M3, a scale per 128 x 128 block, activations per 128 at run time; no calibration",
         "block", 8, "F8_E4M3", calibrated=False,
     ),
 }  # fmt: skip
-W4A16 = Scheme("W4A16", "4-bit integers, symmetric, groups of 128", "group", 4, "I32", group=128)
-W4A16_ASYM = Scheme(
+W4A16 = WeightScheme("W4A16", "4-bit integers, symmetric, groups of 128", "group", 4, "I32", group=128)
+W4A16_ASYM = WeightScheme(
     "W4A16_ASYM",
     "4-bit integers with zero points, groups of 128",
     "group",
@@ -114,8 +114,8 @@ W4A16_ASYM = Scheme(
     symmetric=False,
     group=128,
 )
-W8A16 = Scheme("W8A16", "8-bit integers, symmetric, groups of 128", "group", 8, "I32", group=128)
-W8A8 = Scheme(
+W8A16 = WeightScheme("W8A16", "8-bit integers, symmetric, groups of 128", "group", 8, "I32", group=128)
+W8A8 = WeightScheme(
     "W8A8", "8-bit integers per output channel, activations per token at run time", "channel", 8, "I8"
 )
 
@@ -218,7 +218,7 @@ def select(
     )
 
 
-def check_shapes(selection: Selection, scheme: Scheme) -> None:
+def check_shapes(selection: Selection, scheme: WeightScheme) -> None:
     """ConfigError naming the layers whose input width the group size does not divide."""
     size = BLOCK if scheme.strategy == "block" else scheme.group
     if not size:
@@ -241,7 +241,7 @@ def check_shapes(selection: Selection, scheme: Scheme) -> None:
         )
 
 
-def check_fusion(selection: Selection, scheme: Scheme) -> None:
+def check_fusion(selection: Selection, scheme: WeightScheme) -> None:
     """ConfigError where vLLM, which runs some layers as one, would refuse what is selected."""
     chosen = [layer.name.removesuffix(SUFFIX) for layer in selection.layers]
     rows = {layer.name.removesuffix(SUFFIX): layer.shape[0] for layer in selection.layers}
@@ -262,7 +262,7 @@ def check_fusion(selection: Selection, scheme: Scheme) -> None:
             )
 
 
-def planned(headers: Mapping[str, TensorHeader], selection: Selection, scheme: Scheme) -> list[Stored]:
+def planned(headers: Mapping[str, TensorHeader], selection: Selection, scheme: WeightScheme) -> list[Stored]:
     """All tensors of the quantized checkpoint."""
     chosen = {layer.name for layer in selection.layers}
     found: list[Stored] = []
@@ -270,5 +270,5 @@ def planned(headers: Mapping[str, TensorHeader], selection: Selection, scheme: S
         if tensor.name in chosen:
             found += scheme.tensors(tensor)
         else:
-            found.append(Stored(tensor.name, tensor.dtype, tensor.shape))
+            found.append(as_stored(tensor))
     return found

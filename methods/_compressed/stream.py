@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantizationError, SourceError
-from quantool.formats.safetensors import INDEX, TensorHeader, read_headers
-from quantool.methods._compressed.schemes import BLOCK, Scheme
+from quantool.formats.safetensors import TensorHeader, read_headers
+from quantool.formats.safetensors_layout import Stored, as_stored, encode, write_index
+from quantool.methods._compressed.schemes import BLOCK, WeightScheme
 from quantool.methods._compressed.torch_setup import choose_device, peak_memory, write_config
-from quantool.methods._safetensors.layout import Stored, encode, index_bytes
 from quantool.runtime.worker import Report
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ SLICE = 1 << 23
 def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that writes a whole checkpoint.
 
-    Request: ``source`` and ``output`` (folders), ``shards`` (names), ``scheme`` (fields of ``Scheme``), ``layers``
+    Request: ``source`` and ``output`` (folders), ``shards`` (names), ``scheme`` (fields of ``WeightScheme``), ``layers``
     (tensor names), ``targets``, ``ignore``, ``workers``, ``device``. Writes shards, index (if the source has several shards) and config.json. Result: ``device``, ``peak_rss``,
     ``peak_cuda`` (bytes).
     """
@@ -49,7 +49,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     from llmcompressor.entrypoints.model_free.validate import validate_config
 
     source, output = Path(request["source"]), Path(request["output"])
-    scheme = Scheme(**request["scheme"])
+    scheme = WeightScheme(**request["scheme"])
     config = validate_config(
         QuantizationConfig(
             config_groups={"group_0": preset_name_to_scheme(scheme.preset, list(request["targets"]))},
@@ -60,21 +60,20 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
         (),
     )
     headers = read_headers([source / name for name in request["shards"]])
-    job = _Job(
+    writer = _CheckpointWriter(
         source, output, headers, frozenset(request["layers"]), scheme, ModelFreePtqConverter(config), device
     )
-    meter = _Meter(sum(tensor.bytes for tensor in headers.values()), report)
+    meter = _BytesRead(sum(tensor.bytes for tensor in headers.values()), report)
     try:
         with ThreadPoolExecutor(request["workers"]) as pool:
-            written = list(pool.map(lambda shard: job.convert(shard, meter), request["shards"]))
+            written = list(pool.map(lambda shard: writer.convert(shard, meter), request["shards"]))
     except torch.OutOfMemoryError as error:
         raise QuantizationError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
             hint=f"lower quantization_config.workers (now {request['workers']}), free the GPU of other work, or set "
             "device: cpu",
         ) from error
-    if len(request["shards"]) > 1:
-        (output / INDEX).write_bytes(index_bytes(dict(written)))
+    write_index(output, dict(written))
     (output / "config.json").write_bytes((source / "config.json").read_bytes())
     update_config(output, config)
     write_config(source, output)
@@ -82,18 +81,18 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _CheckpointWriter:
     """What all shards share."""
 
     source: Path
     output: Path
     headers: Mapping[str, TensorHeader]
     layers: frozenset[str]
-    scheme: Scheme
+    scheme: WeightScheme
     converter: ModelFreePtqConverter
     device: str
 
-    def convert(self, shard: str, meter: _Meter) -> tuple[str, list[Stored]]:
+    def convert(self, shard: str, meter: _BytesRead) -> tuple[str, list[Stored]]:
         """Write one shard; returns its name and tensors."""
         tensors = [tensor for tensor in self.headers.values() if tensor.file == shard]
         stored: list[Stored] = []
@@ -108,25 +107,25 @@ class _Job:
             os.pwrite(out, head, 0)
             for tensor in tensors:
                 pieces = self._quantized if tensor.name in self.layers else self._copied
-                places = dict(starts)
+                offsets = dict(starts)
                 for name, data in pieces(reading.fileno(), tensor, meter):
-                    _write(out, data, places[name])
-                    places[name] += len(data)
+                    _write(out, data, offsets[name])
+                    offsets[name] += len(data)
         return shard, stored
 
     def represent(self, tensor: TensorHeader) -> list[Stored]:
         """What is written for ``tensor``."""
         if tensor.name in self.layers:
             return self.scheme.tensors(tensor)
-        return [Stored(tensor.name, tensor.dtype, tensor.shape)]
+        return [as_stored(tensor)]
 
-    def _copied(self, file: int, tensor: TensorHeader, meter: _Meter) -> Iterator[tuple[str, bytes]]:
+    def _copied(self, file: int, tensor: TensorHeader, meter: _BytesRead) -> Iterator[tuple[str, bytes]]:
         for start in range(tensor.start, tensor.end, SLICE):
             data = _read(file, min(SLICE, tensor.end - start), start)
             yield tensor.name, data
             meter.add(len(data))
 
-    def _quantized(self, file: int, tensor: TensorHeader, meter: _Meter) -> Iterator[tuple[str, bytes]]:
+    def _quantized(self, file: int, tensor: TensorHeader, meter: _BytesRead) -> Iterator[tuple[str, bytes]]:
         """Slices of the quantized weight and of its scales, in the order of the rows."""
         import torch
 
@@ -143,7 +142,7 @@ class _Job:
             meter.add(len(data))
 
 
-class _Meter:
+class _BytesRead:
     """Bytes read by all workers."""
 
     def __init__(self, total: int, report: Report) -> None:

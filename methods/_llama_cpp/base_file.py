@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from quantool import __version__
-from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
 from quantool.plugins.contract import Job, Options
-from quantool.records import FileRecord, Source, fingerprint, sha256_of
+from quantool.records import Source, fingerprint, sha256_of
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text, written
@@ -86,14 +85,6 @@ def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
     return str(gguf.naming_convention(full, base, finetune, version, size or size_label, None))
 
 
-def shard_names(name: str, count: int) -> list[str]:
-    """File names of ``count`` shards of ``name`` (which ends in .gguf), as llama.cpp splits them."""
-    if count == 1:
-        return [name]
-    stem = name.removesuffix(".gguf")
-    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-
-
 def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
     """Authorship keys that override what the converter would guess (gguf-py/gguf/metadata.py)."""
     found: dict[str, Any] = {
@@ -122,6 +113,7 @@ def conversion(
         "toolchain": str(tools.folder),
         "type": kind,
         "metadata": str(override),
+        "folder_name": _folder_name(source),
         "pre_tokenizer": options.pre_tokenizer,
         "chat_template": source.facts.chat_template,
         "named_templates": source.facts.named_templates,
@@ -130,6 +122,11 @@ def conversion(
         "split_bytes": options.base_split_bytes(source),
         "rehearse": False,
     }
+
+
+def _folder_name(source: Source) -> str:
+    """The name of the source's own folder, whatever folder of links it is read from: the converter guesses by it."""
+    return source.commit or source.name
 
 
 def choose_type(source: Source, wanted: str) -> tuple[str, str]:
@@ -164,12 +161,13 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     chosen["max_shard_size"] = options.max_shard_size if options.base_split_bytes(source) else None
     code = [
         toolchain.fingerprint_of(tools),
+        tools.commit,
         sha256_of(Path(__file__).with_name("convert.py")),
         __version__,
     ]
     keys = sorted(origin_keys(source))
     templates = [source.facts.chat_template, source.facts.named_templates]
-    return [metadata(source, options), source.commit, keys, templates, chosen, code, kind]
+    return [metadata(source, options), _folder_name(source), keys, templates, chosen, code, kind]
 
 
 def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple[Path, str]:
@@ -201,30 +199,6 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
 def load(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
-
-
-def records(folder: Path, names: list[str]) -> tuple[FileRecord, ...]:
-    """Size and hash of finished files."""
-    return tuple(
-        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-        for name in names
-    )
-
-
-def place(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
-    with written(target) as part:
-        try:
-            part.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, part)
-
-
-def need_disk(folder: Path, wanted: int) -> None:
-    """DependencyError when less than ``wanted`` bytes are free where ``folder`` is."""
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise DependencyError(f"{wanted / 1e9:.2f} GB are needed in {folder}, {free / 1e9:.2f} GB are free")
 
 
 def export_ram(source: Source) -> int:

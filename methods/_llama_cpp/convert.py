@@ -8,6 +8,7 @@ What is changed around it, and why:
 * tokens added to a SentencePiece vocabulary get their type from tokenizer.json too: upstream reads it from a list that
   transformers 5 no longer writes, and ``<|im_start|>`` would be plain text to llama.cpp;
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
+* names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
@@ -18,15 +19,23 @@ import json
 import logging
 import os
 import re
+import struct
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quantool.errors import QuantizationError, SourceError
+from quantool.errors import DependencyError, QuantizationError, SourceError
 from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
 from quantool.runtime.worker import Report
 
+UPSTREAM = (
+    NotImplementedError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, RuntimeError, struct.error,
+)  # fmt: skip
+"""What the converter raises for a checkpoint that it cannot convert."""
+MOST_TEXT = 300
 OUT_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
 
 
@@ -34,14 +43,27 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Convert a checkpoint to GGUF.
 
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
-    (path of a metadata override file), ``pre_tokenizer`` (name or null), ``chat_template`` (text or null), ``named_templates`` (name to text),
+    (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
+    ``chat_template`` (text or null), ``named_templates`` (name to text),
     ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
     """
     conversion, gguf = _load(Path(request["toolchain"]))
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    try:
+        return _convert(conversion, gguf, request, report)
+    except UPSTREAM as error:
+        raise _explain(error, Path(request["toolchain"]), Path(request["model"])) from error
+    except OSError as error:
+        if error.errno is None and "requested and" in str(error):  # numpy.ndarray.tofile: a disk that is full
+            raise DependencyError(f"cannot write {request['output']}: the disk is full") from error
+        raise
+
+
+def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report: Report) -> dict[str, Any]:
     _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
+    _name_folder(gguf, request["folder_name"])
     model, dropped = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     if request["rehearse"]:
@@ -80,7 +102,7 @@ def _load(toolchain: Path) -> tuple[ModuleType, Any]:
     return loaded, gguf
 
 
-class _Heard:
+class _RecordingTokenizer:
     """A tokenizer that remembers the hash of what it encoded last, as upstream computes it."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -108,14 +130,24 @@ def _watch_pre_tokenizer(conversion: ModuleType, name: str | None) -> None:
             )
         if name is not None:
             return name
-        heard = _Heard(tokenizer)
+        recording = _RecordingTokenizer(tokenizer)
         try:
-            found: str = look_up(model, heard)
+            found: str = look_up(model, recording)
         except NotImplementedError as error:
-            raise _unknown(heard.hash, suggest(saved) if saved else None) from error
+            raise _unknown(recording.hash, suggest(saved) if saved else None) from error
         return found
 
     conversion.TextModel.get_vocab_base_pre = answer
+
+
+def _name_folder(gguf: Any, name: str) -> None:
+    """Let upstream guess base name, size and fine-tune by ``name``: the folder may be one of links, or a cache's."""
+    guess = gguf.Metadata.apply_metadata_heuristic
+
+    def guess_by_name(metadata: Any, card: Any, parameters: Any, _folder: Path, total: int) -> Any:
+        return guess(metadata, card, parameters, Path(name), total)
+
+    gguf.Metadata.apply_metadata_heuristic = staticmethod(guess_by_name)
 
 
 def _unknown(digest: str, suggested: str | None) -> SourceError:
@@ -149,18 +181,15 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
             hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
         ) from error
     torch.set_grad_enabled(False)
-    try:
-        model = kind(
-            folder,
-            getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
-            Path(request["output"]),
-            metadata_override=Path(request["metadata"]),
-            split_max_size=request["split_bytes"],
-        )
-        model.prepare_tensors()
-        model.prepare_metadata(vocab_only=False)
-    except (NotImplementedError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise _explain(error, folder) from error
+    model = kind(
+        folder,
+        getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
+        Path(request["output"]),
+        metadata_override=Path(request["metadata"]),
+        split_max_size=request["split_bytes"],
+    )
+    model.prepare_tensors()
+    model.prepare_metadata(vocab_only=False)
     _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
@@ -202,19 +231,40 @@ def _prefixes_first_word_only(folder: str) -> bool:
     return bool(step["type"] == "Metaspace" and step["prepend_scheme"] == "first")
 
 
-def _explain(error: Exception, folder: Path) -> SourceError:
-    """Turn what upstream raises into advice; its own traceback goes to the log."""
-    import traceback
-
+def _explain(error: Exception, tools: Path, folder: Path) -> SourceError:
+    """Turn what upstream raises into one line; its own traceback goes to the log."""
     traceback.print_exc()
-    text = str(error)
+    text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError) or "tokenizer.model" in text:
         missing = "tokenizer.model" if "tokenizer.model" in text else text
         return SourceError(
             f"the converter misses {missing} in {folder}",
             hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
         )
-    return SourceError(f"llama.cpp's converter refuses this checkpoint: {type(error).__name__}: {text}")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if tools / "conversion" in Path(frame.filename).parents]
+    last = own[-1] if own else None
+    if last and isinstance(error, AssertionError) and "vocab_size" in (last.line or ""):
+        return _vocabulary_too_large(folder)
+    where = f" ({Path(last.filename).relative_to(tools)}:{last.lineno}: {last.line})" if last else ""
+    name = type(error).__name__ if not isinstance(error, struct.error) else "struct.error"
+    reason = f"{name}: {text[:MOST_TEXT]}" if text else name
+    return SourceError(
+        f"llama.cpp's converter refuses this checkpoint: {reason}{where}",
+        hint="config.json, tokenizer and weights must be of one model",
+    )
+
+
+def _vocabulary_too_large(folder: Path) -> SourceError:
+    from transformers import AutoTokenizer
+
+    last = max(AutoTokenizer.from_pretrained(folder).get_vocab().values())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return SourceError(
+        f"config.json: vocab_size {size}, but the tokenizer has ids up to {last}",
+        hint="use the tokenizer of this model, or mend vocab_size",
+    )
 
 
 def _type_added_tokens(writer: Any, gguf: Any, folder: Path) -> None:

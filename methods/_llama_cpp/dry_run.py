@@ -7,28 +7,31 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
+from quantool.formats.gguf_header import FIRST, padded, shard_names
+from quantool.formats.safetensors import TensorHeader
+from quantool.formats.safetensors_layout import write_skeleton
 from quantool.methods._llama_cpp import convert, quantize, split
-from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe, shard_names
+from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe
 from quantool.methods._llama_cpp.pre_tokenizer import known_names
 from quantool.records import Source, fingerprint
 from quantool.runtime import process, toolchain
 from quantool.runtime.workspace import write_text, written
 from quantool.source.resolve import overlay
+from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 
-ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT
 SPACE_KEY = "tokenizer.ggml.add_space_prefix"
 
 
 @dataclass(frozen=True)
-class Tensor:
+class ConvertedTensor:
     """One tensor of a converted file: ``shape`` as numpy has it (rows first), ``shard`` counts from 0."""
 
     shape: tuple[int, ...]
@@ -46,7 +49,7 @@ class Rehearsal:
     headers: tuple[int, ...]
     """Bytes of each shard's header, without the padding that follows."""
     keys: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, ConvertedTensor]
     space_prefix_dropped: bool = False
 
     @property
@@ -78,12 +81,12 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
     tools = toolchain.locate(options.llama_cpp_path)
     key = fingerprint(_shape(source), recipe(source, options, tools, kind))
     folder = toolchain.cache_folder() / "rehearsals" / key[:32]
-    with alone(folder):
+    with locked(folder):
         if not (folder / "summary.json").is_file():
             _rehearse(source, options, kind, tools, folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     tensors = {
-        name: Tensor(tuple(entry["shape"]), entry["type"], entry["bytes"], entry["shard"])
+        name: ConvertedTensor(tuple(entry["shape"]), entry["type"], entry["bytes"], entry["shard"])
         for name, entry in summary["tensors"].items()
     }
     return Rehearsal(
@@ -96,7 +99,7 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a lock beside ``folder``: runs with other output folders share the user cache."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
@@ -119,24 +122,29 @@ def _rehearse(
     tools: toolchain.Toolchain,
     folder: Path,
 ) -> None:
+    tensors = headers(source)
+    check_config_shapes(source, tensors)
+    log = folder.with_suffix(".log")  # stays where it is when the rehearsal fails
+    log.unlink(missing_ok=True)
     with written(folder) as part:
         part.mkdir(parents=True)
-        model = _with_weights(source, part / "model")
+        model = _with_weights(source, tensors, part / "model")
         request = conversion(source, options, kind, tools, part / "metadata.json")
         request |= {"model": str(model), "output": str(part / "header.gguf"), "rehearse": True}
         summary = process.call(
             convert.convert,
             request,
-            log=part / "converter.log",
+            log=log,
             failure=SourceError,
         )
         _check_rehearsal(source, summary)
         for number, file in enumerate(summary["files"]):
-            data = sum(_pad(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
-            os.truncate(file, _pad(summary["headers"][number]) + data)
-        _require_loadable(Path(summary["files"][0]), options, tools, part / "converter.log")
+            data = sum(padded(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
+            os.truncate(file, padded(summary["headers"][number]) + data)
+        _require_loadable(Path(summary["files"][0]), options, tools, log)
         shutil.rmtree(part / "model", ignore_errors=True)
         write_text(part / "summary.json", json.dumps(summary))
+    log.unlink(missing_ok=True)
 
 
 def _require_loadable(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
@@ -159,10 +167,8 @@ def _require_loadable(path: Path, options: GgufOptions, tools: toolchain.Toolcha
         ) from error
 
 
-def _with_weights(source: Source, folder: Path) -> Path:
+def _with_weights(source: Source, tensors: Mapping[str, TensorHeader], folder: Path) -> Path:
     """The source's folder, or links to its small files (and another tokenizer's) beside weights without data."""
-    from quantool.formats.safetensors import write_skeleton
-
     source = overlay(source, folder / "links")
     weights = [file.name for file in source.files if file.name.endswith(".safetensors")]
     if all((source.folder / name).is_file() for name in weights):
@@ -172,7 +178,7 @@ def _with_weights(source: Source, folder: Path) -> Path:
         if not file.name.endswith(".safetensors") and (source.folder / file.name).is_file():
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / file.name).symlink_to((source.folder / file.name).resolve())
-    write_skeleton(headers(source), folder)
+    write_skeleton(tensors, folder)
     return folder
 
 
@@ -199,13 +205,15 @@ def _check_rehearsal(source: Source, summary: dict[str, Any]) -> None:
 
 def file_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int) -> list[int]:
     """Exact size of each shard when tensors get ``types`` (ggml type names) and ``extra`` bytes of metadata join."""
-    sizes = [_pad(header + (extra if number == 0 else 0)) for number, header in enumerate(rehearsal.headers)]
+    sizes = [
+        padded(header + (extra if number == 0 else 0)) for number, header in enumerate(rehearsal.headers)
+    ]
     for name, tensor in rehearsal.tensors.items():
-        sizes[tensor.shard] += _pad(tensor_bytes(tensor, types[name]))
+        sizes[tensor.shard] += padded(tensor_bytes(tensor, types[name]))
     return sizes
 
 
-def tensor_bytes(tensor: Tensor, type_name: str) -> int:
+def tensor_bytes(tensor: ConvertedTensor, type_name: str) -> int:
     """Bytes of a tensor stored as ``type_name``."""
     kind = toolchain.ggml_types()[type_name.lower()]
     return math.prod(tensor.shape) // kind.block * kind.size
@@ -220,7 +228,7 @@ def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:
 def split_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int, limit: int) -> list[int]:
     """Sizes of the parts that one file with ``types`` (in the file's order) makes when split at ``limit`` bytes."""
     tensors = {name: rehearsal.tensors[name] for name in types}
-    sizes = [split.padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
+    sizes = [padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
     infos = [split.info_bytes(name, len(tensor.shape)) for name, tensor in tensors.items()]
     return split.part_bytes(_merged_header(rehearsal) + extra, infos, sizes, limit)
 
@@ -231,8 +239,4 @@ def _merged_header(rehearsal: Rehearsal) -> int:
     if not further:
         return rehearsal.headers[0]
     keys = split.split_keys_bytes()
-    return sum(rehearsal.headers) - keys - (split.FIRST + keys) * further
-
-
-def _pad(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return sum(rehearsal.headers) - keys - (FIRST + keys) * further

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantool.errors import ConfigError
+from quantool.errors import ConfigError, SourceError
+from quantool.formats.gguf_header import read_header
 
 DATASETS, CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
+SUMS, COUNTS = ".in_sum2", ".counts"
+MADE_BY = "llama-imatrix writes them as GGUF"
 
 
 @dataclass(frozen=True)
-class Matrix:
+class ImportanceMatrix:
     """What one file holds. ``entries``: weight name to sums of squares, [matrices, columns], and counts, [matrices, 1]."""
 
     label: str
@@ -22,30 +25,31 @@ class Matrix:
     entries: Mapping[str, tuple[Any, Any]]
 
 
-def read_matrix(path: Path) -> Matrix:
+def read_matrix(path: Path) -> ImportanceMatrix:
     """Read an importance matrix; ConfigError when the file is none."""
     import numpy as np
-    from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(path)
-    except ValueError as error:
-        raise _no_matrix(path) from error
-    tensors = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in reader.tensors}
-    names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
-    datasets, chunks = reader.get_field(DATASETS), reader.get_field(CHUNKS)
-    if (
-        datasets is None
-        or chunks is None
-        or not names
-        or any(f"{name}.counts" not in tensors for name in names)
-    ):
-        raise _no_matrix(path)
+        header = read_header(path)
+        label, chunks = header.value(DATASETS), header.value(CHUNKS)
+    except SourceError as error:
+        raise ConfigError(f"{path} is not an importance matrix: {error.message}", hint=MADE_BY) from error
+    tensors = {
+        tensor.name: header.read_data(tensor).view(np.float32).reshape(tensor.shape)
+        for tensor in header.tensors
+        if tensor.type == "f32"
+    }
+    names = [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]
+    sound = isinstance(label, list) and label and isinstance(label[0], str) and isinstance(chunks, int)
+    if not sound or not names or any(f"{name}{COUNTS}" not in tensors for name in names):
+        raise ConfigError(f"{path} is not an importance matrix", hint=MADE_BY)
     entries = {}
     for name in names:
-        counts = tensors[f"{name}.counts"].reshape(-1, 1)
-        entries[name] = (tensors[f"{name}.in_sum2"].reshape(len(counts), -1), counts)
-    return Matrix(str(datasets.contents()[0]), int(chunks.contents()), entries)
+        counts, sums = tensors[f"{name}{COUNTS}"].reshape(-1, 1), tensors[f"{name}{SUMS}"]
+        if sums.size % len(counts):
+            raise ConfigError(f"{path}: {name} has {sums.size} sums for {len(counts)} counts", hint=MADE_BY)
+        entries[name] = (np.array(sums.reshape(len(counts), -1)), np.array(counts))
+    return ImportanceMatrix(label[0], chunks, entries)
 
 
 def check_matrix(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -61,7 +65,3 @@ def check_matrix(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 f"imatrix: {path} is of another model: it has {sums.size} columns for {name}, this one {found}",
                 hint="compute one on this model: imatrix: true with calibration text",
             )
-
-
-def _no_matrix(path: Path) -> ConfigError:
-    return ConfigError(f"{path} is not an importance matrix", hint="llama-imatrix writes them as GGUF")

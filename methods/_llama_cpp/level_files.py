@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError
+from quantool.methods._artifacts.files import place
 from quantool.methods._llama_cpp import base_file, quantize, split
 from quantool.plugins.contract import Job
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text, written
 
-QUANTIZE = quantize.quantize
-SPLIT = split.split
 WHOLE = "whole.gguf"
 
 
 def write_level(
     job: Job, request: dict[str, Any], key: str, limit: int, log: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Run the quantizer on ``request`` until the output's files lie in the job's folder; what it said.
+    """Run the quantizer on ``request`` until the output's files lie in the job's folder; what it warned of.
 
     ``key`` is the fingerprint of the level: what an interrupted run left under it is gone on with. Files of several
     parts are split at ``limit`` bytes of tensors unless the quantizer itself keeps the base's shards.
@@ -36,9 +35,9 @@ def write_level(
     if len(names) > 1:
         return _split(job, request, names, job.workspace.work / f"split-{key[:32]}", limit, log, progress)
     with written(job.folder / names[0]) as part:
-        said = _quantize(job, request | {"output": str(part)}, log, progress)
+        remarks = _quantize(job, request | {"output": str(part)}, log, progress)
         base_file.load(part, log)
-    return said
+    return remarks
 
 
 def temporary(sizes: Sequence[int], *, keep_split: bool) -> int:
@@ -48,7 +47,7 @@ def temporary(sizes: Sequence[int], *, keep_split: bool) -> int:
 
 def _quantize(job: Job, request: dict[str, Any], log: Path, progress: Progress) -> dict[str, Any]:
     with progress.bar(f"quantize {job.output.level}", "tensors") as bar:
-        return process.call(QUANTIZE, request, log=log, bar=bar)
+        return process.call(quantize.quantize, request, log=log, bar=bar)
 
 
 def _keep_split(
@@ -59,10 +58,10 @@ def _keep_split(
     with written(folder) as part:
         part.mkdir()
         prefix = part / names[0].rpartition("-00001-of-")[0]
-        said = _quantize(job, request | {"output": str(prefix)}, log, progress)
+        remarks = _quantize(job, request | {"output": str(prefix)}, log, progress)
         base_file.load(part / names[0], log)
-    _place(job, folder, names)
-    return said
+    _deliver(job, folder, names)
+    return remarks
 
 
 def _split(
@@ -78,16 +77,16 @@ def _split(
     for other in folder.parent.glob("split-*"):
         if other != folder:
             shutil.rmtree(other)
-    whole, notes = folder / WHOLE, folder / "said.json"
+    whole, record = folder / WHOLE, folder / "remarks.json"
     if not whole.is_file() and not all((folder / name).is_file() for name in names):
         shutil.rmtree(folder, ignore_errors=True)
         with written(whole) as part:
-            said = _quantize(job, request | {"output": str(part)}, log, progress)
-            write_text(notes, json.dumps(said | {"bytes": part.stat().st_size}))
-    said = json.loads(notes.read_text(encoding="utf-8"))
-    size = said.pop("bytes")
+            remarks = _quantize(job, request | {"output": str(part)}, log, progress)
+            write_text(record, json.dumps(remarks | {"bytes": part.stat().st_size}))
+    remarks = json.loads(record.read_text(encoding="utf-8"))
+    size = remarks.pop("bytes")
     if whole.is_file():
-        asked = {
+        parts = {
             "file": str(whole),
             "folder": str(folder),
             "names": list(names),
@@ -95,19 +94,19 @@ def _split(
             "bytes": size,
         }
         with progress.bar(f"split {job.output.level}", "B") as bar:
-            process.call(SPLIT, asked, log=log, bar=bar)
+            process.call(split.split, parts, log=log, bar=bar)
     try:
         base_file.load(folder / names[0], log)
     except QuantizationError:
         shutil.rmtree(folder)  # nothing to go on with
         raise
-    _place(job, folder, names)
+    _deliver(job, folder, names)
     shutil.rmtree(folder)
-    return dict(said)
+    return dict(remarks)
 
 
-def _place(job: Job, folder: Path, names: Sequence[str]) -> None:
+def _deliver(job: Job, folder: Path, names: Sequence[str]) -> None:
     for name in names:
-        base_file.place(folder / name, job.folder / name)
+        place(folder / name, job.folder / name)
     for name in names:
         (folder / name).unlink()

@@ -291,35 +291,3 @@ def remote_headers(
 
     with ThreadPoolExecutor(REMOTE_REQUESTS) as pool:
         return _join(tensor for tensors in pool.map(ask, sorted(files)) for tensor in tensors)
-
-
-def write_skeleton(headers: Mapping[str, TensorHeader], folder: Path) -> None:
-    """Write the files of ``headers`` without their data: sparse, of the true size, every value reads as zero.
-
-    A converter can be rehearsed on them. More than one file gets an index.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: dict[str, list[TensorHeader]] = {}
-    for tensor in headers.values():
-        shards.setdefault(tensor.file, []).append(tensor)
-    for name, tensors in shards.items():
-        data = min(tensor.start for tensor in tensors)
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
-            offsets = [tensor.start - data, tensor.end - data]
-            entries[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": offsets,
-            }
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(
-            max(data - 8, -(-len(text) // 8) * 8)
-        )  # the original's length where it is long enough
-        with (folder / name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + max(tensor.end for tensor in tensors) - data)
-    if len(shards) > 1:
-        total = sum(tensor.bytes for tensor in headers.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {t.name: t.file for t in headers.values()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")

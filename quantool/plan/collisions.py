@@ -11,6 +11,9 @@ from quantool.records import OutputPlan, Source
 OWN_NAMES = {"logs", "records", "plots", "plan.json", "report.md", "report.json", "junit.xml"}
 """What a run keeps in the output folder beside the folders to publish."""
 
+FILE_ENGINES = {"llama.cpp"}
+"""Engines whose artifacts are files, several of which may share a folder."""
+
 
 def refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
     """ConfigError for outputs asked for twice, or two that would write one file or share one folder."""
@@ -32,6 +35,23 @@ def refuse_collisions(outputs: Sequence[OutputPlan]) -> None:
                     f"{first} and {output.id} would both write {output.repo}/{file.name}",
                     hint="drop one of them, or give them different repo_id",
                 )
+    _refuse_shared_checkpoints(outputs)
+
+
+def _refuse_shared_checkpoints(outputs: Sequence[OutputPlan]) -> None:
+    """ConfigError for a checkpoint that would not have its folder for itself.
+
+    A GGUF is one file among others; a checkpoint of transformers is its folder: configuration, tokenizer, index and card
+    describe one model, and a second artifact beside it would be judged, described and downloaded as part of it.
+    """
+    for output in outputs:
+        others = [other.id for other in outputs if other.repo == output.repo and other.id != output.id]
+        if output.engine not in FILE_ENGINES and others:
+            raise ConfigError(
+                f"{output.id} is a checkpoint that needs the folder {output.repo} for itself, and {others[0]} goes there "
+                "too",
+                hint="give each entry of quantizations a repo_id of its own, or leave repo_id out",
+            )
 
 
 def refuse_own_folder(source: Source, root: Path, outputs: Sequence[OutputPlan]) -> None:

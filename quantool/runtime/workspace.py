@@ -130,6 +130,19 @@ class Workspace:
                 saved["released"] = sorted(before | concerned if released else before - concerned)
                 write_text(record, json.dumps(saved, indent=1))
 
+    def recorded(self) -> dict[str, list[Path]]:
+        """The files of every stage that was ever finished here, by its name; whether they are still there or not."""
+        files: dict[str, list[Path]] = {}
+        for record in sorted(self.stages.glob("*.json")):
+            try:
+                saved = json.loads(record.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError):  # damaged: it names nothing
+                continue
+            match saved:
+                case {"name": str(name), "files": dict(stamps)}:
+                    files[name] = [self.root / path for path in stamps]
+        return files
+
     def _relative(self, path: Path) -> Path:
         """Relative to the output folder, which may be moved; absolute where it lies elsewhere."""
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path.absolute()

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quantool.errors import SourceError
-from quantool.formats.safetensors import INDEX, check_index, read_headers, write_skeleton
+from quantool.formats.safetensors import INDEX, check_index, read_headers
+from quantool.formats.safetensors_layout import write_skeleton
 from tests.checkpoint import tensors, write_checkpoint, write_json, write_shards
 
 SECOND = "model-00002-of-00002.safetensors"

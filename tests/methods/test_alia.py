@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quantool.methods._safetensors.layout import encode, file_size
+from quantool.formats.safetensors_layout import encode, file_size
 from quantool.records import OutputPlan, Plan
 from tests.streaming import begin
 

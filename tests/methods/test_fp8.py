@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_out_of_memory_says_what_to_lower(
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
-    monkeypatch.setattr(stream._Job, "convert", fail)
+    monkeypatch.setattr(stream._CheckpointWriter, "convert", fail)
     request = {
         "source": str(llama),
         "output": str(tmp_path),
@@ -211,3 +212,19 @@ def test_out_of_memory_says_what_to_lower(
     with pytest.raises(QuantizationError, match=r"Tried to allocate 2\.00 GiB") as error:
         stream.quantize(request, lambda done, total: None)
     assert "workers (now 2)" in error.value.hint
+
+
+def test_making_it_again_leaves_what_is_not_ours(llama: Path, made: Made, tmp_path: Path) -> None:
+    """T3: a file and a folder of the user's beside the artifact, and another source."""
+    source = tmp_path / "toy-llama"
+    shutil.copytree(llama, source)
+    artifact = made(source, tmp_path / "out", "fp8", "FP8_DYNAMIC")
+    (artifact.folder / "notes.txt").write_text("mine")
+    (artifact.folder / "mine").mkdir()
+    (artifact.folder / "mine" / "data.bin").write_bytes(b"mine")
+    (source / "LICENSE").write_text("Do as you please.\n")
+    again = made(source, tmp_path / "out", "fp8", "FP8_DYNAMIC")
+    assert (artifact.folder / "notes.txt").read_text() == "mine"
+    assert (artifact.folder / "mine" / "data.bin").read_bytes() == b"mine"
+    assert (artifact.folder / "LICENSE").read_text() == "Do as you please.\n"
+    assert {file.name for file in again.files} == {file.name for file in artifact.files}

@@ -15,7 +15,7 @@ import pytest
 
 from quantool import __version__, pipeline
 from quantool.errors import ConfigError
-from quantool.formats.safetensors import write_skeleton
+from quantool.formats.safetensors_layout import write_skeleton
 from quantool.methods._llama_cpp import base_file, quantize
 from quantool.methods.gguf import Options
 from quantool.records import Plan

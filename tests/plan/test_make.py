@@ -295,3 +295,24 @@ def test_two_repositories_do_not_share_a_folder(model: Path) -> None:
     first, second = (one.model_copy(update={"repo": "x", "repo_id": owner}) for one, owner in owners)
     with pytest.raises(ConfigError, match="one/x and two/x would share the folder x"):
         collisions.refuse_collisions([first, second])
+
+
+def test_a_checkpoint_has_its_folder_for_itself(model: Path) -> None:
+    """T2: GGUF and FP8 under one repo_id; two checkpoints whose shards are named differently."""
+    first = planned(model).outputs[0]
+    names = (("x-Q8_0.gguf",), ("model.safetensors",), ("model-00001-of-00001.safetensors",))
+    engines = ("llama.cpp", "transformers", "transformers")
+    gguf, one, two = (
+        first.model_copy(
+            update={
+                "id": f"x/{number}",
+                "engine": engine,
+                "files": tuple(PlannedFile(name=name, bytes=1) for name in files),
+            }
+        )
+        for number, (files, engine) in enumerate(zip(names, engines, strict=True))
+    )
+    for outputs, ids in (((gguf, one), ("x/1", "x/0")), ((one, two), ("x/1", "x/2"))):
+        with pytest.raises(ConfigError, match=f"{ids[0]} is a checkpoint that needs the folder .* {ids[1]}"):
+            collisions.refuse_collisions(outputs)
+    collisions.refuse_collisions((gguf, one.model_copy(update={"repo": "other"})))

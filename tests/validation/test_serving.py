@@ -12,9 +12,18 @@ from typing import Any, cast
 import pytest
 
 from quantool.formats.safetensors import TensorHeader
+from quantool.formats.safetensors_layout import Stored, as_stored, encode
 from quantool.methods._compressed import autoawq as _autoawq
-from quantool.methods._compressed.schemes import FP8, W4A16, W4A16_ASYM, W8A8, W8A16, Scheme, planned, select
-from quantool.methods._safetensors.layout import Stored, encode
+from quantool.methods._compressed.schemes import (
+    FP8,
+    W4A16,
+    W4A16_ASYM,
+    W8A8,
+    W8A16,
+    WeightScheme,
+    planned,
+    select,
+)
 from quantool.plugins.contract import Case
 from quantool.records import Finding, Verdict
 from quantool.runtime.progress import Progress
@@ -46,7 +55,7 @@ def checkpoint(*, experts: int = 0, keys: int = KEYS) -> dict[str, TensorHeader]
     }
 
 
-def described(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+def described(scheme: WeightScheme, ignore: list[str]) -> dict[str, Any]:
     """The quantization_config that compressed-tensors itself writes."""
     from compressed_tensors.quantization import (  # type: ignore[import-untyped]
         QuantizationConfig,
@@ -64,7 +73,7 @@ def described(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, scheme: Scheme, change: Change | None = None, *, autoawq: bool = False, **kind: int
+    folder: Path, scheme: WeightScheme, change: Change | None = None, *, autoawq: bool = False, **kind: int
 ) -> Path:
     """A checkpoint at ``scheme`` whose quantization_config and tensors went through ``change``."""
     located = checkpoint(**kind)
@@ -73,7 +82,7 @@ def write(
     found = described(scheme, list(selection.ignore))
     if autoawq:
         chosen = {layer.name for layer in selection.layers}
-        stored = [Stored(t.name, t.dtype, t.shape) for t in located.values() if t.name not in chosen]
+        stored = [as_stored(t) for t in located.values() if t.name not in chosen]
         for layer in selection.layers:
             stored += _autoawq.tensors(layer, scheme.group)
         found = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import ReaderTensor
+    from gguf import GGMLQuantizationType
     from numpy.typing import NDArray
 
 WHOLE = 64 << 20
@@ -38,6 +38,17 @@ SCALES = {
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor with its data: ``shape`` as numpy has it, ``data`` the bytes as they are stored."""
+
+    name: str
+    tensor_type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    bytes: int
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class Sample:
     """Which blocks were read of a tensor: rows of raw bytes, [blocks, bytes of one]."""
 
@@ -45,12 +56,12 @@ class Sample:
     blocks: int
 
 
-def inspect(tensors: Sequence[ReaderTensor], largest: float | None) -> dict[str, Any]:
+def inspect(tensors: Sequence[StoredTensor], largest: float | None) -> dict[str, Any]:
     """Look at ``tensors`` of one file; ``largest`` is the largest magnitude among the source's weights, if known.
 
     Result: ``blocks`` and ``read`` (a float counts as a block), and ``problems``, sentences with a tensor's name.
     """
-    whole = sum(int(tensor.n_bytes) for tensor in tensors) <= WHOLE
+    whole = sum(tensor.bytes for tensor in tensors) <= WHOLE
     problems: list[str] = []
     blocks = read = 0
     for tensor in tensors:
@@ -63,15 +74,15 @@ def inspect(tensors: Sequence[ReaderTensor], largest: float | None) -> dict[str,
     return {"blocks": blocks, "read": read, "problems": problems}
 
 
-def alike(one: ReaderTensor, other: ReaderTensor) -> bool | None:
+def alike(one: StoredTensor, other: StoredTensor) -> bool | None:
     """Whether two tensors hold the same numbers as far as samples tell; None where their types differ."""
-    if one.tensor_type != other.tensor_type or one.n_elements != other.n_elements:
+    if one.tensor_type != other.tensor_type or one.shape != other.shape:
         return None
-    whole = int(one.n_bytes) <= WHOLE
+    whole = one.bytes <= WHOLE
     return bool((_sample(one, whole=whole).raw == _sample(other, whole=whole).raw).all())
 
 
-def _sample(tensor: ReaderTensor, *, whole: bool) -> Sample:
+def _sample(tensor: StoredTensor, *, whole: bool) -> Sample:
     import numpy as np
     from gguf.constants import GGML_QUANT_SIZES
 
@@ -84,7 +95,7 @@ def _sample(tensor: ReaderTensor, *, whole: bool) -> Sample:
     return Sample(np.concatenate([raw[start : start + run] for start in starts]), len(raw))
 
 
-def _problem(tensor: ReaderTensor, sample: Sample, largest: float | None) -> str:
+def _problem(tensor: StoredTensor, sample: Sample, largest: float | None) -> str:
     import numpy as np
 
     kind = tensor.tensor_type.name
@@ -138,7 +149,7 @@ def _bf16(raw: NDArray[np.uint8]) -> NDArray[np.floating[Any]]:
     return (np.ascontiguousarray(raw).view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-def _magnitude(tensor: ReaderTensor, raw: NDArray[np.uint8]) -> float | None:
+def _magnitude(tensor: StoredTensor, raw: NDArray[np.uint8]) -> float | None:
     """Largest magnitude of the weights in some of the blocks; None for a type that gguf cannot dequantize."""
     import numpy as np
     from gguf.quants import dequantize

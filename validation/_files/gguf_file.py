@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantool.errors import QuantizationError
+from quantool.errors import QuantizationError, SourceError
+from quantool.formats.gguf_header import GgufHeader, GgufTensor, read_header
 from quantool.plugins.contract import Case
 from quantool.runtime import toolchain
 from quantool.runtime.process import call
 from quantool.runtime.worker import Report
 from quantool.validation._engines.vocabulary import UnloadableError
-from quantool.validation._files.gguf_blocks import alike, inspect
+from quantool.validation._files.gguf_blocks import StoredTensor, alike, inspect
 
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf$")  # common/download.cpp
 MATRIX_FILE = "quantize.imatrix.file"
@@ -90,28 +91,27 @@ def read_headers(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Result: the fields of ``Header``. Raises QuantizationError for a file that is not a whole GGUF.
     """
     toolchain.prefer_own_gguf()
-    from gguf.constants import GGML_QUANT_SIZES
-
     keys: dict[str, Any] = {}
     tensors: list[dict[str, Any]] = []
     seen: dict[str, Any] = {"blocks": 0, "read": 0, "problems": []}
     pair: dict[str, Any] = {}
     for number, path in enumerate(request["paths"]):
-        reader = _open(Path(path))
+        header = _open(Path(path))
         if number == 0:
-            keys = _keys(reader)
+            keys = _keys(header)
         tensors += [
             {
                 "name": tensor.name,
-                "type": tensor.tensor_type.name,
-                "shape": [int(size) for size in reversed(tensor.shape)],
-                "bytes": int(tensor.n_bytes),
-                "block": GGML_QUANT_SIZES[tensor.tensor_type][0],
+                "type": tensor.type.upper(),
+                "shape": list(tensor.shape),
+                "bytes": tensor.bytes,
+                "block": tensor.block,
             }
-            for tensor in reader.tensors
+            for tensor in header.tensors
         ]
-        pair |= {tensor.name: tensor for tensor in reader.tensors if tensor.name in TWINS}
-        found = inspect(reader.tensors, request["largest"])
+        present = [stored(header, tensor) for tensor in header.tensors]
+        pair |= {tensor.name: tensor for tensor in present if tensor.name in TWINS}
+        found = inspect(present, request["largest"])
         seen = {name: seen[name] + found[name] for name in seen}
         report(number + 1, len(request["paths"]))
     matrix, matrix_keys = _matrix(Path(request["paths"][0]).parent, keys.get(MATRIX_FILE))
@@ -131,25 +131,27 @@ def read_headers(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 def read_keys(request: dict[str, Any], _report: Report) -> dict[str, Any]:
     """Worker: ``keys`` of the GGUF at ``path``, without the tokenizer's; raises like ``read_headers``."""
-    toolchain.prefer_own_gguf()
     return {"keys": _keys(_open(Path(request["path"])))}
 
 
-def _open(path: Path) -> Any:
-    from gguf import GGUFReader
-
+def _open(path: Path) -> GgufHeader:
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise QuantizationError(f"{path.name} is damaged or cut off: {error}") from error
+        return read_header(path)
+    except SourceError as error:
+        raise QuantizationError(error.message, hint=error.hint) from error
 
 
-def _keys(reader: Any) -> dict[str, Any]:
-    return {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith(("tokenizer.", "GGUF."))
-    }
+def _keys(header: GgufHeader) -> dict[str, Any]:
+    return header.keys(without=("tokenizer.",))
+
+
+def stored(header: GgufHeader, tensor: GgufTensor) -> StoredTensor:
+    """A tensor with its data, mapped from the file."""
+    from gguf.constants import GGMLQuantizationType
+
+    return StoredTensor(
+        tensor.name, GGMLQuantizationType(tensor.number), tensor.shape, tensor.bytes, header.read_data(tensor)
+    )
 
 
 def _matrix(folder: Path, name: object) -> tuple[dict[str, int] | None, dict[str, Any]]:
@@ -157,13 +159,13 @@ def _matrix(folder: Path, name: object) -> tuple[dict[str, int] | None, dict[str
     path = folder / Path(str(name)).name
     if not isinstance(name, str) or path.suffix != ".gguf" or not path.is_file():
         return None, {}
-    reader = _open(path)
+    header = _open(path)
     covered = {
-        tensor.name.removesuffix(".in_sum2"): int(tensor.n_elements)
-        for tensor in reader.tensors
+        tensor.name.removesuffix(".in_sum2"): tensor.elements
+        for tensor in header.tensors
         if tensor.name.endswith(".in_sum2")
     }
-    return covered, _keys(reader)
+    return covered, _keys(header)
 
 
 def levels() -> list[str]:

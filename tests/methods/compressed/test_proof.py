@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from quantool.errors import QuantizationError
 from quantool.formats.safetensors import check_index
+from quantool.formats.safetensors_layout import file_size
 from quantool.methods._compressed.proof import verify
 from quantool.methods._compressed.schemes import FP8, Selection, planned, select
-from quantool.methods._safetensors.layout import file_size
 
 SCHEME = FP8["FP8_DYNAMIC"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from quantool import pipeline
-from quantool.errors import ConfigError, QuantizationError, QuantoolError, SourceError
+from quantool.errors import ConfigError, DependencyError, QuantizationError, QuantoolError, SourceError
 from quantool.methods._llama_cpp import base_file, convert, dry_run, quantize
 from quantool.methods._llama_cpp.pre_tokenizer import KNOWN, is_byte_level, suggest
 from quantool.records import Plan
+from quantool.runtime import toolchain
+from quantool.source import shapes
 from quantool.source.resolve import resolve
 
 pytestmark = pytest.mark.e2e
@@ -352,3 +355,73 @@ def test_f16_is_refused_where_it_overflows(
     with pytest.raises(QuantizationError, match="weights reach 7"):
         making.make(wanted)
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+def named_like_the_source(wanted: Any) -> None:
+    """What is made has the planned bytes and the names that are guessed from the source's own folder."""
+    plan(making.TINY)  # its rehearsal lies in the cache: what else it is taken for shows
+    planned = pipeline.plan(wanted, making.QUIET).outputs[0].files[0]
+    artifact = making.make(wanted)[1][0]
+    assert artifact.files[0].bytes == planned.bytes
+    keys = making.keys(artifact.folder / artifact.files[0].name)
+    assert (keys["general.basename"], keys["general.finetune"]) == ("tiny", "chat")
+
+
+def test_the_same_tokenizer_from_another_folder_changes_no_byte(tmp_path: Path) -> None:
+    """T9: a folder of links is converted, by whose name upstream would guess."""
+    other = copy(making.TINY, tmp_path / "other")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (other / name).unlink()
+    named_like_the_source(
+        making.config(making.TINY, tmp_path / "out", "F16", method="fp16", tokenizer_name=str(other))
+    )
+
+
+def test_a_checkout_that_is_no_repository_is_planned_to_the_byte(tmp_path: Path) -> None:
+    """T9: its files have no key for llama.cpp's commit, those of the installed converter have."""
+    checkout = tmp_path / "llama.cpp"
+    shutil.copytree(toolchain.locate().folder, checkout)
+    named_like_the_source(
+        making.config(
+            making.TINY,
+            tmp_path / "out",
+            "F16",
+            method="fp16",
+            quantization_config={"llama_cpp_path": str(checkout)},
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"vocab_size": 10}, r"^config\.json: vocab_size 10, but the tokenizer has ids up to 4095$"),
+        ({"intermediate_size": -1}, r"refuses this checkpoint: struct\.error: ."),
+        ({"num_attention_heads": 7}, r"refuses this checkpoint: RuntimeError: .*\(conversion/\w+\.py:\d+: "),
+    ],
+)
+def test_what_the_converter_stumbles_over_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
+) -> None:
+    """B9, for a model type whose shapes nobody knows: converter's own words, no traceback, no log in a lost folder."""
+    monkeypatch.setattr(shapes, "CONFORMING", frozenset())
+    model = copy(making.TINY, tmp_path / "model")
+    config = making.read_json(model / "config.json") | keys
+    (model / "config.json").write_text(json.dumps(config))
+    found = attempt(model, {"level": "F16"})
+    assert isinstance(found, SourceError)
+    assert re.search(message, found.message), found.message
+    assert "\n" not in found.message + found.hint
+
+
+def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T13: numpy's words for it have neither a number nor the reason."""
+
+    def fail(*_words: object) -> None:
+        raise OSError("1048576 requested and 429024 written")
+
+    monkeypatch.setattr(convert, "_load", lambda _folder: (None, None))
+    monkeypatch.setattr(convert, "_convert", fail)
+    request = {"toolchain": str(tmp_path), "model": str(tmp_path), "output": "out/base.gguf"}
+    with pytest.raises(DependencyError, match=r"cannot write out/base\.gguf: the disk is full"):
+        convert.convert(request, lambda done, total: None)

@@ -14,6 +14,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from quantool.errors import QuantizationError
+from quantool.formats.gguf_header import padded
 from quantool.methods._llama_cpp import split as _shards
 from quantool.runtime import process
 
@@ -49,7 +50,7 @@ def whole(tmp_path: Path) -> Path:
 def infos() -> tuple[list[int], list[int]]:
     """Bytes of the entries and of the padded data."""
     entries = [_shards.info_bytes(name, len(shape)) for name, shape in SHAPES.items()]
-    return entries, [_shards.padded(4 * int(np.prod(shape))) for shape in SHAPES.values()]
+    return entries, [padded(4 * int(np.prod(shape))) for shape in SHAPES.values()]
 
 
 def names(count: int) -> list[str]:
@@ -179,7 +180,7 @@ def test_llama_gguf_split_merges_the_parts(tmp_path: Path) -> None:
         one = making.made("tiny-chat")
     file = one.folder / one.artifacts[0].files[0].name
     whole = Path(shutil.copy(file, tmp_path / "whole.gguf"))
-    sizes = [_shards.padded(int(tensor.n_bytes)) for tensor in GGUFReader(file).tensors]
+    sizes = [padded(int(tensor.n_bytes)) for tensor in GGUFReader(file).tensors]
     found = split(whole, len(_shards.parts(sizes, 10**6)), 10**6)
     merged = tmp_path / "merged.gguf"
     subprocess.run(

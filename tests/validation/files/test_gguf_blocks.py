@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tampering import case, edited, findings, gguf_of, regressions
 
-from quantool.validation._files import gguf_blocks
+from quantool.formats.gguf_header import read_header
+from quantool.validation._files import gguf_blocks, gguf_file
 
 pytestmark = pytest.mark.e2e
 BLOCKS = {"Q8_0": 34, "Q4_K_M": 144, "Q2_K": 84, "IQ4_XS": 136, "TQ1_0": 54, "IQ4_NL": 18}
@@ -87,10 +88,8 @@ def test_weights_larger_than_the_source_has(levels: dict[str, Path], tmp_path: P
 def test_large_tensors_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_blocks, "WHOLE", 0)
     monkeypatch.setattr(gguf_blocks, "RUN", 68)
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf_of("qwen3"))
-    found = gguf_blocks.inspect(reader.tensors, 1.0)
+    header = read_header(gguf_of("qwen3"))
+    found = gguf_blocks.inspect([gguf_file.stored(header, tensor) for tensor in header.tensors], 1.0)
     assert 0 < found["read"] < found["blocks"] / 3
     assert found["problems"] == []
 

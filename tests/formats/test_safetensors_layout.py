@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantool.formats.safetensors import INDEX, check_index
-from quantool.methods._safetensors.layout import Stored, arrange, file_size, index_bytes
+from quantool.formats.safetensors_layout import Stored, arrange, file_size, index_bytes
 
 TENSORS = {
     "b.weight": torch.rand(8, 4).bfloat16(),

@@ -1,0 +1,1 @@
+"""Shared by all methods: how finished files reach the folder to publish."""

@@ -1,0 +1,113 @@
+"""Finished files of an output: brought into the folder to publish without touching what is not ours, hashed, recorded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantool.errors import DependencyError, SourceError
+from quantool.formats.safetensors import INDEX, check_index
+from quantool.plugins.contract import Job
+from quantool.records import FileRecord, Source, sha256_of
+from quantool.runtime.workspace import PART, Workspace, written
+
+
+@contextmanager
+def checkpoint_folder(job: Job) -> Iterator[Path]:
+    """An empty folder to write a checkpoint in; its files go to the job's folder when the block ends without an error.
+
+    They go one by one, each whole, over files of the same name. What else lies in the job's folder stays, but for the
+    files that an earlier record of the output names and, so that the weights are clear, weights that any record names.
+    Raises DependencyError when the disk is full, SourceError when weights of nobody known lie there.
+    """
+    part = job.workspace.work / f".checkpoint{PART}"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        names = relative_files(part)
+        old = _outdated(job, {job.folder / name for name in names})
+        # Recorded under a key that nothing has: what a killed run leaves here is known to be ours.
+        job.workspace.keep(job.output.id, "", [*(job.folder / name for name in names), *old], {})
+        for path in old:
+            path.unlink(missing_ok=True)
+        for name in names:
+            place(part / name, job.folder / name)
+        _refuse_strays(job.folder)
+    except OSError as error:
+        raise DependencyError(f"cannot write {job.folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _outdated(job: Job, fresh: set[Path]) -> list[Path]:
+    """Files in the job's folder that records name and that the checkpoint to come would not overwrite."""
+    return sorted(
+        path
+        for stage, paths in job.workspace.recorded().items()
+        for path in paths
+        if path.is_relative_to(job.folder)
+        and path not in fresh
+        and (stage == job.output.id or _is_weights(path.name))
+    )
+
+
+def _is_weights(name: str) -> bool:
+    return name == INDEX or name.endswith(".safetensors")
+
+
+def _refuse_strays(folder: Path) -> None:
+    """SourceError when files that no record names make it unclear which are the weights."""
+    try:
+        check_index(folder)
+    except SourceError as error:
+        raise SourceError(
+            f"{folder} holds weights that quantool did not write: {error.message}", hint=error.hint
+        ) from error
+
+
+def is_companion(name: str) -> bool:
+    """Tokenizer, template, generation settings, license, code: what is published byte for byte."""
+    return name != "config.json" and not name.endswith((".safetensors", INDEX, ".md"))
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """Bring what a loader needs beside weights and config.json."""
+    for file in source.files:
+        if is_companion(file.name):
+            target = folder / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / file.name, target)
+
+
+def relative_files(folder: Path) -> list[str]:
+    """Names of all files below ``folder``, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def place(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
+    with written(target) as part:
+        try:
+            part.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, part)
+
+
+def file_records(folder: Path, names: Iterable[str]) -> tuple[FileRecord, ...]:
+    """Size and hash of finished files."""
+    return tuple(
+        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+        for name in names
+    )
+
+
+def need_disk(workspace: Workspace, wanted: int) -> None:
+    """DependencyError when less than ``wanted`` bytes are free in the output folder."""
+    free = shutil.disk_usage(workspace.root).free
+    if free < wanted:
+        raise DependencyError(
+            f"{wanted / 1e9:.2f} GB are needed in {workspace.root}, {free / 1e9:.2f} GB are free"
+        )
