@@ -182,7 +182,7 @@ def publish(
     given = {
         "mode": mode, "revision": revision, "tag": tag, "collection": collection, "commit_message": message,
     }  # fmt: skip
-    made = delivery.publish(folder, delivery.overridden(folder, order, given), Progress(quiet=quiet))
+    made = delivery.publish_folder(folder, delivery.overridden(folder, order, given), Progress(quiet=quiet))
     typer.echo(made.model_dump_json(indent=1) if as_json else _published(made))
     if made.allow_regression:
         raise GateError("what is published did not all pass", hint=f"findings: {folder / 'README.md'}")

@@ -264,24 +264,6 @@ class Report(Record):
         return None
 
 
-class Part(Record):
-    """Some bytes of a file, by their hash."""
-
-    start: int
-    bytes: int
-    sha256: str
-
-
-class Upload(Record):
-    """A large file that the Hub has although no commit names it yet, told so that the file itself may be deleted."""
-
-    file: FileRecord
-    sample: str
-    """Its first bytes, hexadecimal: the client sends them along."""
-    ends: tuple[Part, ...]
-    """What will be read back."""
-
-
 class Publication(Record):
     """A folder as it stands on the Hub, compared file by file after the push."""
 
@@ -304,8 +286,6 @@ class Publication(Record):
     """Every file of the folder; size and hash on the Hub are these."""
     sent: tuple[str, ...]
     """Names of those that the commit added or changed."""
-    read_back: tuple[str, ...]
-    """Names of the large ones whose beginning and end were downloaded and are the same bytes."""
 
 
 def fingerprint(*parts: Any) -> str:

@@ -17,6 +17,7 @@ import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 
+import quantool.publish.verify
 from quantool.records import sha256_of
 from tests.checkpoint import write_checkpoint
 from tests.loopback_hub import serving
@@ -72,6 +73,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda _: None))
+        monkeypatch.setattr(quantool.publish.verify, "PAUSES", (0.0, 0.0, 0.0))
         monkeypatch.setenv("HF_TOKEN", hub.token)
         monkeypatch.setattr(socket, "getaddrinfo", _loopback_only)
         yield hub

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+DRIP = 0.1  # s between two bytes
 LFS_ENDS = (".safetensors", ".bin", ".gguf", ".model")
 
 
@@ -87,13 +88,20 @@ class Fault:
 
     ``refuse`` answers with ``status``; ``drop`` closes the connection in the middle of the request's body, ``lose``
     after the request was carried out; ``flip`` carries it out with another last byte, ``garble`` answers with one.
+    ``odd`` answers with status 200 and ``text``, ``silence`` never; ``cut`` ends in the middle of the answer, ``drip``
+    sends it byte after byte. Whether these four carry out what was asked is ``carried``.
     """
 
     on: str
-    kind: Literal["refuse", "drop", "lose", "flip", "garble", "none"] = "refuse"
+    kind: Literal["refuse", "drop", "lose", "flip", "garble", "none", "odd", "silence", "cut", "drip"] = (
+        "refuse"
+    )
     status: int = 500
     text: str = ""
     times: int = 1
+    carried: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of a refusal."""
     before: Callable[[], None] = lambda: None
     """Called first, when the request arrived."""
     after: Callable[[], None] = lambda: None
@@ -129,6 +137,8 @@ class Hub:
         self.routes = list(ROUTES)
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
+        self.closing = threading.Event()
+        """Set when the Hub closes; ends its silences."""
 
     def due(self, request: str) -> Fault | None:
         """The first fault on order for a request; counted down."""
@@ -155,7 +165,10 @@ class Hub:
 
     def answer(self, asked: Asked, fault: Fault) -> Answer:
         if fault.kind == "refuse":
-            return Answer(fault.status, b"", {"X-Error-Message": fault.text})
+            return Answer(fault.status, b"", {"X-Error-Message": fault.text, **fault.headers})
+        if fault.kind in ("odd", "silence", "cut", "drip"):
+            answer = self.carry_out(asked) if fault.carried else Answer(200, b"{}")
+            return replace(answer, status=200, body=fault.text.encode()) if fault.kind == "odd" else answer
         answer = self.carry_out(replace(asked, body=_other(asked.body)) if fault.kind == "flip" else asked)
         return replace(answer, body=_other(answer.body)) if fault.kind == "garble" else answer
 
@@ -274,12 +287,33 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if fault.kind == "lose":
                 self._hang_up()
                 return
+            if fault.kind == "silence":
+                hub.closing.wait()
+                self._hang_up()
+                return
             self.send_response(answer.status)
             for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command == "HEAD":
+                return
+            if fault.kind == "cut":
+                self.wfile.write(answer.body[: len(answer.body) // 2])
+                self._hang_up()
+            elif fault.kind == "drip":
+                self._drip(answer.body)
+            else:
                 self.wfile.write(answer.body)
+
+        def _drip(self, body: bytes) -> None:
+            for number in range(len(body)):
+                if hub.closing.wait(DRIP):
+                    return
+                try:
+                    self.wfile.write(body[number : number + 1])
+                except OSError:  # the client has had enough
+                    self.close_connection = True
+                    return
 
         def _hang_up(self) -> None:
             self.close_connection = True
@@ -298,6 +332,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -204,6 +204,15 @@ class Publish(Section):
         default=None, min_length=1, description="Slug of a collection that the repository is added to."
     )
     commit_message: str | None = Field(default=None, min_length=1, description="Default: the levels.")
+    connect_timeout: float = Field(
+        default=10, gt=0, le=3600, description="Seconds to wait for a connection to the Hub."
+    )
+    read_timeout: float = Field(
+        default=60,
+        gt=0,
+        le=3600,
+        description="Seconds that the Hub may be silent before the push is given up.",
+    )
 
 
 class CardSettings(Section):

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import DependencyError, QuantoolError, SourceError
+from quantool.hub.client import LOG_IN, limit_waiting
 from quantool.runtime.progress import Bar, Progress, amount
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-LOG_IN = "set HF_TOKEN or run `hf auth login`"
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises inside into SourceError or DependencyError with advice."""
     from huggingface_hub import errors
 
+    limit_waiting()
     try:
         yield
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:

@@ -1,4 +1,4 @@
-"""What the Hub says when it refuses a push, in our words. Neither tokens nor signed addresses enter a message."""
+"""What goes wrong between the Hub and a push, in our words. Neither tokens nor signed addresses enter a message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from quantool.errors import PublicationError
-from quantool.hub.download import LOG_IN
+from quantool.hub.client import LOG_IN, HubSilentError
 from quantool.runtime.progress import Progress
 
 KEPT = "what is uploaded already is kept and not sent again"
@@ -36,11 +36,20 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID
 """Variables of the environment whose values are shown to nobody."""
 
 
-@contextmanager
-def asking(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub, its HTTP library and hf_xet raise inside into PublicationError: ``what`` did not work.
+class HubRefusedError(PublicationError):
+    """The Hub answered with a status that says no."""
 
-    Inside stand calls of the client alone: it raises RuntimeError and ValueError for refused uploads.
+    def __init__(self, message: str, *, hint: str, status: int) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+@contextmanager
+def hub_call(what: str) -> Iterator[None]:
+    """Turn all that can come of asking the Hub into PublicationError: ``what`` did not work.
+
+    Inside stand calls of the client, and code that takes its answers apart: an answer of another shape than the
+    client knows shows as an error of its parsing. RuntimeError is what it and hf_xet raise for refused uploads.
     """
     from huggingface_hub.errors import HTTPError, OIDCError  # type: ignore[attr-defined]
 
@@ -48,6 +57,16 @@ def asking(what: str) -> Iterator[None]:
         yield
     except (HTTPError, OIDCError, OSError, RuntimeError, ValueError) as error:
         raise _explained(error, what) from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+        raise unreadable(what) from error
+
+
+def unreadable(what: str) -> PublicationError:
+    """The error for an answer that says nothing of what was asked."""
+    return PublicationError(
+        f"{what}: the Hub's answer cannot be read",
+        hint=f"check HF_ENDPOINT and the proxy, which may have answered in its place; {TROUBLE}",
+    )
 
 
 def _explained(error: BaseException, what: str) -> PublicationError:
@@ -60,19 +79,23 @@ def _explained(error: BaseException, what: str) -> PublicationError:
         error = error.__cause__
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        said = plain(error.server_message or "")
+        words = scrub(error.server_message or "")
         hint = ADVICE.get(status, TROUBLE if status >= 500 else "")
-        return PublicationError(f"{what}: the Hub answers {status}{said and f' ({said})'}", hint=hint)
+        return HubRefusedError(
+            f"{what}: the Hub answers {status}{words and f' ({words})'}", hint=hint, status=status
+        )
     if isinstance(error, errors.LocalTokenNotFoundError):
         return PublicationError(f"{what}: there is no token", hint=LOG_IN)
+    if isinstance(error, HubSilentError):
+        return PublicationError(f"{what}: {error}", hint=f"publish.read_timeout sets how long; {UNREACHABLE}")
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return PublicationError(f"{what}: the connection failed ({type(error).__name__})", hint=UNREACHABLE)
-    if isinstance(error, json.JSONDecodeError):  # some answers are read before their status is
-        return PublicationError(f"{what}: the Hub's answer cannot be read", hint=TROUBLE)
-    return PublicationError(f"{what}: {plain(str(error)) or type(error).__name__}", hint=f"run again; {KEPT}")
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
+        return unreadable(what)
+    return PublicationError(f"{what}: {scrub(str(error)) or type(error).__name__}", hint=f"run again; {KEPT}")
 
 
-def plain(text: str) -> str:
+def scrub(text: str) -> str:
     """One short line without tokens and without the query part of addresses, which may be signed."""
     for own in filter(None, map(os.environ.get, SECRETS)):
         text = text.replace(own, "…")
@@ -83,7 +106,7 @@ def plain(text: str) -> str:
 
 
 @contextmanager
-def retold(progress: Progress) -> Iterator[None]:
+def client_warnings(progress: Progress) -> Iterator[None]:
     """Let the client's warnings (retries, remarks on the card) reach the user through ``progress`` alone.
 
     Its own bars are left to terminals.
@@ -94,16 +117,16 @@ def retold(progress: Progress) -> Iterator[None]:
         enable_progress_bars,
     )
 
-    class Retelling(logging.Handler):
+    class Forwarding(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            progress.warn(plain(record.getMessage()))
+            progress.warn(scrub(record.getMessage()))
 
     logger = logging.getLogger("huggingface_hub")
-    handlers, handler = list(logger.handlers), Retelling(logging.WARNING)
+    handlers, handler = list(logger.handlers), Forwarding(logging.WARNING)
     silenced = not progress.terminal and not are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: progress.warn(plain(str(message)))
+        warnings.showwarning = lambda message, *_: progress.warn(scrub(str(message)))
         logger.handlers[:] = [handler]
         if silenced:
             disable_progress_bars()

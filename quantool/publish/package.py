@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quantool.card.card import write_card
 from quantool.card.redact import without_places
+from quantool.publish.failed_notice import with_notice
+from quantool.publish.packed_folder import CARD, RECORD, SUMS, PackedFolder, packed_folder
 from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
 
-RECORD = "quantool.json"
-SUMS = "SHA256SUMS"
-CARD = "README.md"
 
+def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[PackedFolder, ...]:
+    """Write the records of each folder to publish.
 
-def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[Path, ...]:
-    """Write the records of each folder to publish; return the folders.
-
-    A folder whose every artifact passed is complete with this. Files in it that no record names stay where they are
-    and out of SHA256SUMS.
+    The card says first what did not pass: nothing is written when such a folder is published all the same. Files in it
+    that no record names stay where they are and out of SHA256SUMS.
     """
     folders = []
     for repo in dict.fromkeys(output.repo for output in plan.outputs):
@@ -29,29 +28,30 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
         plots = draw(own, folder, repo, workspace)
-        _pack_folder(plan, outputs, own, plots, folder)
-        folders.append(folder)
+        folders.append(_pack_folder(plan, outputs, own, plots, folder))
     return tuple(folders)
 
 
 def _pack_folder(
     plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], plots: Sequence[str], folder: Path
-) -> None:
-    write_text(folder / CARD, write_card(plan, outputs, reports, plots))
+) -> PackedFolder:
+    write_text(folder / CARD, with_notice(write_card(plan, outputs, reports, plots), reports))
     drawn = [_file_record(folder, name) for name in plots]
-    record = {
+    record: dict[str, Any] = {
         "plan": plan.model_dump(mode="json")
         | {"outputs": [output.model_dump(mode="json") for output in outputs]},
         "reports": [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports],
         "plots": [file.model_dump() for file in drawn],
     }
-    write_text(folder / RECORD, json.dumps(without_places(record), indent=1, ensure_ascii=False) + "\n")
+    record = without_places(record)
+    write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
     named |= {file.name: file for file in (_file_record(folder, CARD), _file_record(folder, RECORD), *drawn)}
     lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
     write_text(folder / SUMS, "".join(lines))
+    return packed_folder(folder, record, {name: file.sha256 for name, file in sorted(named.items())})
 
 
 def _file_record(folder: Path, name: str) -> FileRecord:

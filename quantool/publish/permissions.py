@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from quantool import __version__
 from quantool.config.schema import Publish
 from quantool.errors import PublicationError
-from quantool.hub.download import LOG_IN
-from quantool.hub.errors import asking
-from quantool.publish.refs import check_collection, check_names, check_refs, find
+from quantool.hub.client import LOG_IN, publishing
+from quantool.hub.errors import hub_call
+from quantool.publish.refs import ASK_WHO, check_collection, check_names, check_refs, find
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -26,9 +26,9 @@ def preflight(wanted: Mapping[str, bool | None], settings: Publish | None = None
     Asks who the token belongs to and what it may do, and whether branch, tag and collection can be as ``settings`` have
     them. Raises PublicationError.
     """
-    settings = settings or Publish()
-    from huggingface_hub import get_token, is_offline_mode
+    from huggingface_hub import is_offline_mode
 
+    settings = settings or Publish()
     if is_offline_mode():
         raise PublicationError(
             "nothing can be published while HF_HUB_OFFLINE is set",
@@ -36,26 +36,36 @@ def preflight(wanted: Mapping[str, bool | None], settings: Publish | None = None
         )
     _check_names(tuple(wanted))
     check_names(settings)
+    with publishing(settings.connect_timeout, settings.read_timeout):
+        _ask(wanted, settings)
+
+
+def _ask(wanted: Mapping[str, bool | None], settings: Publish) -> None:
+    from huggingface_hub import get_token
+
     api, who = connect(), None
     if os.environ.get(EXCHANGE):  # such a token belongs to a repository, not to a person
         _exchange(tuple(wanted))
     else:
-        with asking("log in to the Hub"):
+        with hub_call("log in to the Hub"):
             token = get_token()
         if not token:
             raise PublicationError(
                 "there is no token to publish with", hint=f"{LOG_IN}; it needs write access"
             )
-        with asking("ask the Hub what the token may do"):
+        with hub_call(ASK_WHO):
             who = api.whoami()
     for repo_id, private in wanted.items():
         found = find(api, repo_id)
-        as_guest = settings.mode == "pull_request" and found is not None
-        if who is not None and (why := lacks_for_request(who) if as_guest else lacks(who, repo_id)):
-            raise PublicationError(
-                f"the token cannot write to {repo_id}: {why}",
-                hint="make one with write access to it at Settings, Access Tokens, and set HF_TOKEN",
-            )
+        if who is not None:
+            with hub_call(ASK_WHO):
+                as_guest = settings.mode == "pull_request" and found is not None
+                why = lacks_for_request(who) if as_guest else lacks(who, repo_id)
+            if why:
+                raise PublicationError(
+                    f"the token cannot write to {repo_id}: {why}",
+                    hint="make one with write access to it at Settings, Access Tokens, and set HF_TOKEN",
+                )
         check_privacy(repo_id, found, private)
         check_refs(api, repo_id, found, settings)
     if settings.collection is not None:
@@ -73,7 +83,7 @@ def _exchange(repo_ids: Sequence[str]) -> None:
             hint="set it to the repository that is published, one a job; or unset it and set HF_TOKEN",
         )
     try:
-        with asking(f"exchange the job's identity for a token ({EXCHANGE})"):
+        with hub_call(f"exchange the job's identity for a token ({EXCHANGE})"):
             get_token()
     except PublicationError as error:
         raise PublicationError(

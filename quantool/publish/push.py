@@ -1,9 +1,8 @@
-"""Publishing to the Hub through huggingface_hub: the large files first, one commit, then a look at what is there.
+"""Publishing to the Hub: the large files first, one commit, then a look at what is there.
 
 Nothing can be seen before the commit, and the Hub refuses it when the branch has moved since it was listed. What the
 branch has already is not sent again; what else it has stays. A pull request leaves its branch alone: it is opened by
-that one commit, and closed again when the upload was damaged. Tag and collection come last, when all was compared. The
-calls are the same in huggingface_hub 1.33 and 2.4.
+that one commit, and closed again when the upload was damaged. Tag and collection come last, when all was compared.
 """
 
 from __future__ import annotations
@@ -14,25 +13,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantool.errors import PublicationError
-from quantool.hub.errors import asking, retold
+from quantool.hub.errors import HubRefusedError, client_warnings, hub_call
 from quantool.publish import refs
-from quantool.publish.parcel import Parcel, hash_files
+from quantool.publish.commit import CommitLocation, Line, Message, check_card, large_file, post_commit
+from quantool.publish.packed_folder import CARD, OutgoingFile, PackedFolder
 from quantool.publish.permissions import check_privacy, connect
 from quantool.publish.refs import BRANCH
-from quantool.publish.upload import announced, operation, send
-from quantool.publish.verify import compare, is_same, listed
-from quantool.records import FileRecord, Publication
+from quantool.publish.take_back import take_back
+from quantool.publish.upload import upload, upload_bar
+from quantool.publish.verify import Mismatch, compare, is_same, list_files, looks
+from quantool.records import Publication
 from quantool.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
+    from huggingface_hub import HfApi, ModelInfo
     from huggingface_hub.hf_api import RepoFile
 
-LOST = "LFS pointer pointed to a file that does not exist"
+MISSING_OBJECT = "LFS pointer pointed to a file that does not exist"
 """What the Hub says of a commit that names a large file it does not have."""
 
 
-class SpoiledError(PublicationError):
+class DamagedUploadError(PublicationError):
     """The Hub does not have what was uploaded, or has it otherwise: it must be sent again.
 
     ``names`` are the files, as far as they are known; none stands for all.
@@ -49,7 +50,7 @@ class Push:
 
     api: HfApi
     repo_id: str
-    parcel: Parcel
+    packed: PackedFolder
     progress: Progress
     parent: str
     """The commit of the branch that ours is made on."""
@@ -57,194 +58,213 @@ class Push:
     """Whether the branch is there; if not, it is made from ``main`` at the moment of the commit."""
     before: Mapping[str, RepoFile]
     """The files of ``parent``."""
-    new: tuple[FileRecord, ...]
+    new: tuple[OutgoingFile, ...]
     """Files that ``parent`` lacks or has otherwise."""
 
     @property
     def branch(self) -> str:
         """The branch that is published to."""
-        return self.parcel.settings.revision
+        return self.packed.settings.revision
 
     @property
     def as_request(self) -> bool:
         """Whether a pull request is to be opened."""
-        return self.parcel.settings.mode == "pull_request"
+        return self.packed.settings.mode == "pull_request"
+
+    @property
+    def message(self) -> Message:
+        """What the commit says of itself."""
+        return Message(self.packed.title, self.packed.description)
 
 
-@dataclass(frozen=True)
-class Landed:
-    """Where the files are: a commit, and the branch or pull request that shows it."""
-
-    commit: str
-    revision: str
-    request: int | None = None
-
-
-def publish(parcel: Parcel, repo_id: str, *, private: bool | None, progress: Progress) -> Publication:
-    """Make a branch of ``repo_id``, or a pull request against it, hold the files of a parcel, and compare them there.
+def push(
+    packed: PackedFolder,
+    files: Sequence[OutgoingFile],
+    repo_id: str,
+    *,
+    private: bool | None,
+    progress: Progress,
+) -> Publication:
+    """Make a branch of ``repo_id``, or a pull request against it, hold ``files``, and compare them there.
 
     The repository is created when missing: private unless ``private`` is False. A second call commits nothing, opens
-    no second pull request, and does what the first one did not come to. Raises PublicationError when the folder is not
-    what was judged, or the Hub refuses or stores something else; the branch then is what it was.
+    no second pull request, and does what the first one did not come to. Raises PublicationError when the Hub refuses
+    or stores something else; the branch then is what it was, or the message says what it shows.
     """
-    files = hash_files(parcel, progress)
     api = connect()
-    with retold(progress):
-        info = opened(api, repo_id, private)
-        push = _prepared(api, repo_id, info, parcel, files, progress)
-        landed = _land(push)
-        read_back = _proven(push, landed, files)
-        _finish(push, landed)
-    place = f"discussions/{landed.request}" if landed.request else f"tree/{landed.commit}"
+    with client_warnings(progress):
+        info = ensure_repository(api, repo_id, private)
+        work = _prepare(api, repo_id, info, packed, files, progress)
+        location = _upload_and_commit(work)
+        if work.new:
+            _verify(work, location, files)
+        _set_tag_and_collection(work, location)
+    place = f"discussions/{location.request}" if location.request else f"tree/{location.commit}"
     return Publication(
         repo_id=repo_id,
-        revision=landed.revision,
-        commit=landed.commit,
-        parent=push.parent,
+        revision=location.revision,
+        commit=location.commit,
+        parent=work.parent,
         url=f"{api.endpoint}/{repo_id}/{place}",
         private=bool(info.private),
-        tag=parcel.settings.tag,
-        collection=parcel.settings.collection,
-        allow_regression=bool(parcel.failed),
-        files=files,
-        sent=tuple(file.name for file in push.new),
-        read_back=read_back,
+        tag=packed.settings.tag,
+        collection=packed.settings.collection,
+        allow_regression=bool(packed.failed),
+        files=tuple(file.record for file in files),
+        sent=tuple(file.name for file in work.new),
     )
 
 
-def opened(api: HfApi, repo_id: str, private: bool | None) -> ModelInfo:
+def ensure_repository(api: HfApi, repo_id: str, private: bool | None) -> ModelInfo:
     """The repository, created when missing."""
     info = refs.find(api, repo_id)
     if info is None:
-        with asking(f"create {repo_id}"):
+        with hub_call(f"create {repo_id}"):
             api.create_repo(repo_id, private=private is not False, exist_ok=True)
         info = refs.find(api, repo_id)
     check_privacy(repo_id, info, private)
-    if info is None or info.sha is None:
+    if info is None:
         raise PublicationError(
             f"{repo_id} was created, but the Hub shows no {BRANCH}", hint="run again in a minute"
         )
     return info
 
 
-def _prepared(
+def _prepare(
     api: HfApi,
     repo_id: str,
     info: ModelInfo,
-    parcel: Parcel,
-    files: Sequence[FileRecord],
+    packed: PackedFolder,
+    files: Sequence[OutgoingFile],
     progress: Progress,
 ) -> Push:
-    """List what is there and tell what is new."""
-    at = (
-        str(info.sha)
-        if parcel.settings.revision == BRANCH
-        else refs.head(api, repo_id, parcel.settings.revision)
-    )
-    parent = at or str(info.sha)
-    before = listed(api, repo_id, parent)
-    new = tuple(file for file in files if not is_same(before.get(file.name), file, parcel.folder))
-    if parcel.settings.tag is not None:
-        there = refs.tag_at(api, repo_id, parcel.settings.tag)
-        refs.require_tag_at(parcel.settings.tag, there, None if new else parent, repo_id)
-    return Push(api, repo_id, parcel, progress, parent, at is not None, before, new)
+    """List what is there and tell what is new; what the Hub would refuse is refused before the upload."""
+    settings = packed.settings
+    head = str(info.sha) if settings.revision == BRANCH else refs.head(api, repo_id, settings.revision)
+    parent = head or str(info.sha)
+    before = list_files(api, repo_id, parent)
+    new = tuple(file for file in files if not is_same(before.get(file.name), file))
+    if settings.tag is not None:
+        there = refs.tag_at(api, repo_id, settings.tag)
+        refs.require_tag_at(settings.tag, there, None if new else parent, repo_id)
+    for card in (file.content for file in new if file.name == CARD):
+        if card is not None:
+            check_card(api, card, progress)
+    return Push(api, repo_id, packed, progress, parent, head is not None, before, new)
 
 
-def _land(push: Push) -> Landed:
+def _upload_and_commit(push: Push) -> CommitLocation:
     """Upload what is new and make the one commit; an open pull request that shows the same files is taken as it is."""
     if not push.new:
         if not push.has_branch and not push.as_request:
             refs.make_branch(push.api, push.repo_id, push.branch, push.parent)
-        return Landed(push.parent, push.branch)
-    if push.as_request and (found := _earlier_request(push)) is not None:
-        return found
-    uploads = push.parcel.uploads
-    here = [file for file in push.new if file.name not in uploads]
+        return CommitLocation(push.parent, push.branch)
+    if push.as_request and (earlier := _earlier_request(push)) is not None:
+        return earlier
+    uploaded = push.packed.uploaded
+    here = [file for file in push.new if file.name not in uploaded]
     target = (push.branch if push.has_branch else BRANCH, push.as_request)
-    additions = send(push.api, push.repo_id, push.parcel.folder, here, target, push.progress)
-    additions += [operation(uploads[file.name]) for file in push.new if file.name in uploads]
+    lines = upload(push.api, push.repo_id, push.packed.folder, here, target, push.progress)
+    lines += [
+        large_file(file.name, file.record.sha256, file.record.bytes)
+        for file in push.new
+        if file.name in uploaded
+    ]
     if not push.has_branch:
         refs.make_branch(push.api, push.repo_id, push.branch, push.parent)
-    return _commit(push, additions)
+    return _commit(push, lines)
 
 
-def _earlier_request(push: Push) -> Landed | None:
+def _earlier_request(push: Push) -> CommitLocation | None:
     """The open pull request of an earlier try: one with our title whose files are ours."""
-    for number in refs.open_requests(push.api, push.repo_id, push.parcel.title):
+    for number in refs.open_requests(push.api, push.repo_id, push.packed.title):
         revision = f"refs/pr/{number}"
         commit = refs.head(push.api, push.repo_id, revision)
-        there = listed(push.api, push.repo_id, commit) if commit else {}
-        if commit and all(is_same(there.get(file.name), file, push.parcel.folder) for file in push.new):
+        there = list_files(push.api, push.repo_id, commit) if commit else {}
+        if commit and all(is_same(there.get(file.name), file) for file in push.new):
             push.progress.say(f"pull request {number} of {push.repo_id} has these files already")
-            return Landed(commit, revision, number)
+            return CommitLocation(commit, revision, number)
         push.progress.warn(
             f"{push.repo_id}: the open pull request {number} has the same title and other files; it is left alone"
         )
     return None
 
 
-def _commit(push: Push, additions: Sequence[CommitOperationAdd]) -> Landed:
-    """One commit on the parent. When its answer is lost or late, what the Hub holds tells whether it was made."""
+def _commit(push: Push, lines: Sequence[Line]) -> CommitLocation:
+    """One commit on the parent. When its answer is lost, late or odd, what the Hub holds tells whether it was made."""
     try:
-        with asking(f"commit to {push.repo_id}"):
-            made = push.api.create_commit(
-                push.repo_id,
-                additions,
-                commit_message=push.parcel.title,
-                commit_description=push.parcel.description,
-                revision=push.branch,
-                parent_commit=push.parent,
-                create_pr=push.as_request,
-                num_threads=1,
-            )
-        return Landed(str(made.oid), made.pr_revision or push.branch, made.pr_num)
+        return post_commit(
+            push.api, push.repo_id, lines, push.message, push.parent, (push.branch, push.as_request)
+        )
     except PublicationError as error:
+        is_refused = isinstance(error, HubRefusedError) and error.status < 500
         with suppress(PublicationError):  # the first error is the one to tell
-            if found := _earlier_request(push) if push.as_request else _made_all_the_same(push):
-                return found
-        if LOST in error.message and push.parcel.uploads:
-            raise SpoiledError(
+            if (location := _unanswered_commit(push, once=is_refused)) is not None:
+                return location
+        if MISSING_OBJECT in error.message and push.packed.uploaded:
+            raise DamagedUploadError(
                 error.message, hint="run again: what is missing is made and sent again"
             ) from error
-        raise
+        if is_refused:
+            raise
+        raise PublicationError(
+            error.message,
+            hint=f"{error.hint}. If the commit was made all the same, {push.api.endpoint}/{push.repo_id}/commits/"
+            f"{push.branch} shows it, and the next run finds it",
+        ) from error
 
 
-def _made_all_the_same(push: Push) -> Landed | None:
-    at = refs.head(push.api, push.repo_id, push.branch)
-    there = listed(push.api, push.repo_id, at) if at not in (None, push.parent) else {}
-    if at and all(is_same(there.get(file.name), file, push.parcel.folder) for file in push.new):
-        return Landed(at, push.branch)
+def _unanswered_commit(push: Push, *, once: bool) -> CommitLocation | None:
+    """The commit or pull request whose answer did not arrive, as soon as the Hub shows it."""
+    for _ in looks():
+        location = _earlier_request(push) if push.as_request else _advanced_branch(push)
+        if location is not None or once:
+            return location
     return None
 
 
-def _proven(push: Push, landed: Landed, files: Sequence[FileRecord]) -> tuple[str, ...]:
-    """Names of the files read back in part; what is not what was sent is taken back."""
+def _advanced_branch(push: Push) -> CommitLocation | None:
+    head = refs.head(push.api, push.repo_id, push.branch)
+    there = list_files(push.api, push.repo_id, head) if head not in (None, push.parent) else {}
+    if head and all(is_same(there.get(file.name), file) for file in push.new):
+        return CommitLocation(head, push.branch)
+    return None
+
+
+def _verify(push: Push, location: CommitLocation, files: Sequence[OutgoingFile]) -> None:
+    """Compare what the Hub lists with what was sent; what is proven to be damaged is taken back."""
+    shown = f"pull request {location.request} of {push.repo_id}" if location.request else push.repo_id
+    hint = f"run again: that only verifies, nothing is sent twice{_still_to_do(push)}"
     try:
-        with announced(push.progress, f"verify {push.repo_id}"):
-            read_back = compare(push.api, push.repo_id, landed.commit, files, push.parcel)
+        with upload_bar(push.progress, f"verify {push.repo_id}"):
+            mismatch = compare(push.api, push.repo_id, location.commit, files, push.before)
     except PublicationError as error:
-        shown = f"pull request {landed.request} of {push.repo_id}" if landed.request else push.repo_id
         raise PublicationError(
-            f"{shown} is at {landed.commit} now, but could not be verified: {error.message}",
-            hint=f"run again: that only verifies, nothing is sent twice{_open_ends(push)}",
+            f"{shown} is at {location.commit} now, but could not be verified: {error.message}", hint=hint
         ) from error
-    if isinstance(read_back, str):
-        raise _withdraw(push, landed, read_back)
-    return read_back
+    if mismatch is None:
+        return
+    if not mismatch.is_proven:
+        raise PublicationError(
+            f"{shown} is at {location.commit} now, but the Hub does not list all that was sent: {mismatch}",
+            hint=f"nothing was taken back, as its list may be an old one: compare {push.api.endpoint}/{push.repo_id}"
+            f"/tree/{location.commit} with {push.packed.folder}/SHA256SUMS, or {hint}",
+        )
+    raise _withdraw(push, location, mismatch)
 
 
-def _open_ends(push: Push) -> str:
-    settings = push.parcel.settings
+def _still_to_do(push: Push) -> str:
+    settings = push.packed.settings
     waiting = [name for name, value in (("tag", settings.tag), ("collection", settings.collection)) if value]
     return f"; then {' and '.join(waiting)} follow" if waiting else ""
 
 
-def _finish(push: Push, landed: Landed) -> None:
+def _set_tag_and_collection(push: Push, location: CommitLocation) -> None:
     """Tag, then collection; each error says how far it went."""
-    settings, done = push.parcel.settings, f"{push.repo_id} is at {landed.commit} and verified"
+    settings, done = push.packed.settings, f"{push.repo_id} is at {location.commit} and verified"
     if settings.tag is not None:
         try:
-            refs.set_tag(push.api, push.repo_id, settings.tag, landed.commit)
+            refs.set_tag(push.api, push.repo_id, settings.tag, location.commit)
         except PublicationError as error:
             missing = ", nor is it in the collection" if settings.collection else ""
             raise PublicationError(
@@ -262,54 +282,38 @@ def _finish(push: Push, landed: Landed) -> None:
             ) from error
 
 
-def _withdraw(push: Push, landed: Landed, differing: str) -> PublicationError:
+def _withdraw(push: Push, location: CommitLocation, mismatch: Mismatch) -> PublicationError:
     """Put the files that the commit touched back to what they were, or close the request; the error to raise."""
-    told = f"{push.repo_id}: the Hub does not hold what was sent: {differing}"
+    what = f"{push.repo_id}: the Hub does not hold what was sent: {mismatch}"
     again = "run again; if it happens twice, tell the Hub"
-    names = [file.name for file in push.new if f"{file.name}: " in differing]
-    if landed.request is not None:
+    names = tuple(mismatch.files)
+    if location.request is not None:
         try:
-            refs.close_request(push.api, push.repo_id, landed.request, f"The upload was damaged: {differing}")
-        except PublicationError as error:
-            return PublicationError(
-                f"{told}. Pull request {landed.request} could not be closed: {error.message}",
-                hint=f"close it on the Hub and do not merge it; {push.branch} is what it was",
+            refs.close_request(
+                push.api, push.repo_id, location.request, f"The upload was damaged: {mismatch}"
             )
-        return SpoiledError(
-            f"{told}. Pull request {landed.request} is closed, {push.branch} is what it was",
+        except PublicationError as error:
+            return DamagedUploadError(
+                f"{what}. Pull request {location.request} could not be closed: {error.message}",
+                hint=f"close it on the Hub and do not merge it; {push.branch} is what it was",
+                names=names,
+            )
+        return DamagedUploadError(
+            f"{what}. Pull request {location.request} is closed, {push.branch} is what it was",
             hint=again,
             names=names,
         )
-    if not push.new:
-        return PublicationError(
-            told, hint=f"{landed.revision} is at {landed.commit}; delete these files there and publish again"
-        )
     try:
-        _put_back(push, landed.commit)
+        take_back(
+            push.api, push.repo_id, location, push.parent, push.before, [file.name for file in push.new]
+        )
     except PublicationError as error:
-        return PublicationError(
-            f"{told}. It could not be taken back: {error.message}",
-            hint=f"{landed.revision} shows the damaged commit {landed.commit}: revert it there at once",
+        return DamagedUploadError(
+            f"{what}. It could not be taken back: {error.message}",
+            hint=f"{location.revision} shows the damaged commit {location.commit} unless its page says otherwise: put "
+            f"the files of {push.parent} back there, or run again, which sends the damaged ones anew",
+            names=names,
         )
-    return SpoiledError(
-        f"{told}. {landed.revision} shows the files of {push.parent} again", hint=again, names=names
+    return DamagedUploadError(
+        f"{what}. {location.revision} shows the files of {push.parent} again", hint=again, names=names
     )
-
-
-def _put_back(push: Push, commit: str) -> None:
-    from huggingface_hub import CommitOperationCopy, CommitOperationDelete
-
-    operations = [
-        CommitOperationCopy(file.name, file.name, src_revision=push.parent)
-        if file.name in push.before
-        else CommitOperationDelete(file.name)
-        for file in push.new
-    ]
-    with asking(f"take {commit} back"):
-        push.api.create_commit(
-            push.repo_id,
-            operations,
-            commit_message="Take back: the upload was damaged",
-            revision=push.branch,
-            parent_commit=commit,
-        )

@@ -8,33 +8,41 @@ from typing import TYPE_CHECKING, Any
 
 from quantool.config.schema import Publish
 from quantool.errors import PublicationError
-from quantool.hub.errors import asking
+from quantool.hub.errors import hub_call, unreadable
 
 if TYPE_CHECKING:
     from huggingface_hub import GitRefs, HfApi, ModelInfo
 
 BRANCH = "main"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # git-check-ref-format(1), and nothing that looks like a commit
 NAME = re.compile(
     r"(?![-/])(?![0-9a-f]{40}$)(?!.*(?:\.\.|//|/\.|@\{|\.lock(?:/|$)))[^\x00-\x20\x7f~^:?*\[\\]+(?<![./])"
 )
 
 
+ASK_WHO = "ask the Hub what the token may do"
+
+
 def find(api: HfApi, repo_id: str, revision: str = BRANCH) -> ModelInfo | None:
     """The repository at the head of ``revision``; None when there is no such repository or no such revision."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    with asking(f"look at {repo_id}" + (f" at {revision}" if revision != BRANCH else "")):
+    what = f"look at {repo_id}" + (f" at {revision}" if revision != BRANCH else "")
+    with hub_call(what):
         try:
-            return api.model_info(repo_id, revision=revision)
+            info = api.model_info(repo_id, revision=revision)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
+    if not (isinstance(info.sha, str) and COMMIT.fullmatch(info.sha) and isinstance(info.private, bool)):
+        raise unreadable(what)
+    return info
 
 
 def head(api: HfApi, repo_id: str, revision: str) -> str | None:
     """The commit at the head of a branch; None when there is no such branch."""
     found = find(api, repo_id, revision)
-    return None if found is None or found.sha is None else str(found.sha)
+    return None if found is None else str(found.sha)
 
 
 def check_names(settings: Publish) -> None:
@@ -84,8 +92,13 @@ def _no_branch(repo_id: str, revision: str) -> PublicationError:
 
 
 def _refs(api: HfApi, repo_id: str) -> GitRefs:
-    with asking(f"list the branches and tags of {repo_id}"):
-        return api.list_repo_refs(repo_id)
+    what = f"list the branches and tags of {repo_id}"
+    with hub_call(what):
+        refs = api.list_repo_refs(repo_id)
+    texts = [text for ref in (*refs.branches, *refs.tags) for text in (ref.name, ref.target_commit)]
+    if not all(isinstance(text, str) for text in texts):
+        raise unreadable(what)
+    return refs
 
 
 def _tags(refs: GitRefs) -> dict[str, str]:
@@ -113,11 +126,12 @@ def check_collection(api: HfApi, slug: str, who: Mapping[str, Any] | None) -> No
             f"publish.collection: {slug!r} is no collection",
             hint="NAMESPACE/TITLE-ID, the end of its address",
         )
-    with asking(f"look at the collection {slug}"):
+    with hub_call(f"look at the collection {slug}"):
         owner = api.get_collection(slug).slug.partition("/")[0].lower()
     if who is None:
         return
-    own = {who["name"].lower()} | {org["name"].lower() for org in who.get("orgs", ())}
+    with hub_call(ASK_WHO):
+        own = {who["name"].lower()} | {org["name"].lower() for org in who.get("orgs", ())}
     if owner not in own:
         raise PublicationError(
             f"the collection {slug} belongs to {owner}, not to {who['name']} or an organization of theirs",
@@ -127,7 +141,7 @@ def check_collection(api: HfApi, slug: str, who: Mapping[str, Any] | None) -> No
 
 def make_branch(api: HfApi, repo_id: str, branch: str, start: str) -> None:
     """Create a branch at commit ``start``."""
-    with asking(f"create the branch {branch} of {repo_id}"):
+    with hub_call(f"create the branch {branch} of {repo_id}"):
         api.create_branch(repo_id, branch=branch, revision=start)
 
 
@@ -138,7 +152,7 @@ def set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     if at == commit:
         return
     try:
-        with asking(f"set the tag {tag}"):
+        with hub_call(f"set the tag {tag}"):
             api.create_tag(repo_id, tag=tag, revision=commit)
     except PublicationError:
         if tag_at(api, repo_id, tag) != commit:  # else it was set and the answer was lost
@@ -147,13 +161,13 @@ def set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
 
 def add_to_collection(api: HfApi, repo_id: str, slug: str) -> None:
     """Add the repository, unless it is in the collection already."""
-    with asking(f"add {repo_id} to the collection {slug}"):
+    with hub_call(f"add {repo_id} to the collection {slug}"):
         api.add_collection_item(slug, repo_id, "model", exists_ok=True)
 
 
 def open_requests(api: HfApi, repo_id: str, title: str) -> list[int]:
     """Numbers of the open pull requests with this title, newest first."""
-    with asking(f"list the pull requests of {repo_id}"):
+    with hub_call(f"list the pull requests of {repo_id}"):
         return sorted(
             (
                 found.num
@@ -168,5 +182,5 @@ def open_requests(api: HfApi, repo_id: str, title: str) -> list[int]:
 
 def close_request(api: HfApi, repo_id: str, number: int, comment: str) -> None:
     """Close a pull request without merging it."""
-    with asking(f"close pull request {number} of {repo_id}"):
+    with hub_call(f"close pull request {number} of {repo_id}"):
         api.change_discussion_status(repo_id, number, "closed", comment=comment)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 from quantool.config.load import load
 from quantool.errors import ConfigError
 from quantool.plugins import find
-from quantool.publish.failed_notice import HEADING, with_warning
-from quantool.publish.parcel import read_parcel
+from quantool.publish.failed_notice import with_notice
+from quantool.publish.packed_folder import NOTICE, read_packed_folder
 from quantool.records import Publication, sha256_of
 from tests.loopback import REPO, content, edit, write_job
 from tests.pushing import WritableHub
@@ -31,6 +30,10 @@ def failed(folder: Path) -> Path:
         record["reports"][0]["findings"][0] |= {"verdict": "REGRESSION", "measured": 0.5, "threshold": 0.01}
 
     edit(folder, fail)
+    card, sums = folder / "README.md", folder / "SHA256SUMS"
+    before = sha256_of(card)
+    card.write_text(with_notice(card.read_text(), read_packed_folder(folder).reports))
+    sums.write_text(sums.read_text().replace(before, sha256_of(card)))
     return folder
 
 
@@ -48,10 +51,9 @@ def test_a_folder_that_did_not_pass_goes_out_with_a_warning(
     files = hub.repositories[REPO].files
     assert content(failed).items() <= files.items()
     card = files["README.md"].decode()
-    assert card.index("\n# model-FAKE\n") < card.index(HEADING) < card.index("## ", card.index(HEADING) + 3)
+    assert card.index("\n# model-FAKE\n") < card.index(NOTICE) < card.index("## ", card.index(NOTICE) + 3)
     assert "- Q8_0: REGRESSION (mean_kld on text: measured 0.5, limit 0.01)" in card
-    assert "- Q4_K_M: " not in card[card.index(HEADING) : card.index("\n## ", card.index(HEADING) + 3)]
-    assert json.loads(files["quantool.json"])["allow_regression"] is True
+    assert "- Q4_K_M: " not in card[card.index(NOTICE) : card.index("\n## ", card.index(NOTICE) + 3)]
     (body,) = [asked.body for asked in hub.sent("POST", "/commit/main")]
     assert b"Published with --allow-regression: Q8_0 did not pass." in body
     assert {line[66:]: line[:64] for line in files["SHA256SUMS"].decode().splitlines()} == {
@@ -59,9 +61,7 @@ def test_a_folder_that_did_not_pass_goes_out_with_a_warning(
     }
 
 
-def test_the_permission_is_asked_for_every_time_and_written_once(
-    publish: Run, failed: Path, hub: WritableHub
-) -> None:
+def test_the_permission_is_asked_for_every_time(publish: Run, failed: Path, hub: WritableHub) -> None:
     assert publish("--allow-regression").code == 5
     before = content(failed)
     hub.asked.clear()
@@ -89,8 +89,15 @@ def test_a_card_that_was_changed_is_not_signed_again(publish: Run, failed: Path,
     with (failed / "README.md").open("a") as card:
         card.write("All is well.\n")
     ended = publish("--allow-regression")
-    assert (ended.code, "not what packing wrote: README.md" in ended.err) == (6, True), ended.err
+    assert (ended.code, "differs from SHA256SUMS: README.md" in ended.err) == (6, True), ended.err
     assert REPO not in hub.repositories
+
+
+def test_a_card_that_does_not_say_it_is_refused(publish: Run, folder: Path, hub: WritableHub) -> None:
+    edit(folder, lambda record: record["reports"][0]["findings"][0].update(verdict="REGRESSION"))
+    ended = publish("--allow-regression")
+    assert (ended.code, "README.md does not say what did not pass" in ended.err) == (6, True), ended.err
+    assert hub.asked == []
 
 
 def test_a_run_with_and_without_the_permission(
@@ -106,12 +113,13 @@ def test_a_run_with_and_without_the_permission(
     assert "1 of 2 artifacts did not pass" in ended.err
     assert "published: " in ended.out
     files = hub.repositories[REPO].files
-    assert HEADING in files["README.md"].decode()
+    assert NOTICE in files["README.md"].decode()
     folder = tmp_path / "out" / "model-FAKE"
     assert content(folder).items() <= files.items()
-    assert len(read_parcel(folder, allow_regression=True).failed) == 1
+    assert [report.artifact.level for report in read_packed_folder(folder).failed] == ["Q8_0"]
+    before = content(folder)
     assert quantool(job).code == 5
-    assert HEADING not in (folder / "README.md").read_text()  # packed anew
+    assert content(folder) == before  # packed the same, whether it goes out or not
 
 
 def test_no_configuration_gives_the_permission(tmp_path: Path, plugin: Path) -> None:
@@ -129,9 +137,9 @@ def test_no_configuration_gives_the_permission(tmp_path: Path, plugin: Path) -> 
     ],
 )
 def test_the_warning_stands_first_in_any_card(failed: Path, card: str, before: str, after: str) -> None:
-    reports = read_parcel(failed, allow_regression=True).failed
-    warned = with_warning(card, reports)
+    reports = read_packed_folder(failed).reports
+    warned = with_notice(card, reports)
     assert warned.startswith(before)
     assert warned.endswith(after)
-    assert warned.index(HEADING) < warned.index("ext\n")
-    assert with_warning(warned, reports) == warned
+    assert warned.index(NOTICE) < warned.index("ext\n")
+    assert with_notice(card, reports[1:]) == card

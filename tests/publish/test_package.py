@@ -11,6 +11,7 @@ from quantool.config.load import load
 from quantool.pipeline import Outcome
 from quantool.plugins import find
 from quantool.publish.package import pack
+from quantool.publish.packed_folder import read_packed_folder
 from quantool.records import FileRecord
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
@@ -71,7 +72,8 @@ def test_every_repository_gets_its_own(tmp_path: Path, outcome: Outcome) -> None
     for repo, level in (("model-FAKE", "Q8_0"), ("other", "Q4_K_M")):
         (workspace.root / repo).mkdir(parents=True)
         shutil.copy(tmp_path / "out" / "model-FAKE" / f"model-{level}.gguf", workspace.root / repo)
-    assert pack(plan, outcome.reports, workspace) == (workspace.root / "model-FAKE", workspace.root / "other")
+    packed = pack(plan, outcome.reports, workspace)
+    assert packed == tuple(map(read_packed_folder, (workspace.root / "model-FAKE", workspace.root / "other")))
     for repo, level in (("model-FAKE", "Q8_0"), ("other", "Q4_K_M")):
         record = json.loads((workspace.root / repo / "quantool.json").read_text())
         assert [output["level"] for output in record["plan"]["outputs"]] == [level]

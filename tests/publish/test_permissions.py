@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub.utils._auth
 import pytest
 
-from quantool.hub.errors import plain
+from quantool.hub.errors import scrub
 from tests.loopback import OTHERS, REPO, content
 from tests.loopback_hub import Fault, Repository
 from tests.pushing import WritableHub
@@ -86,4 +86,4 @@ def test_a_token_for_another_repository_is_no_use(publish: Callable[..., Any], h
 
 
 def test_the_identity_is_taken_out_of_messages() -> None:
-    assert plain(f"for {IDENTITY} only") == "for … only"
+    assert scrub(f"for {IDENTITY} only") == "for … only"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import threading
@@ -15,11 +16,11 @@ import pytest
 from quantool.config.load import load
 from quantool.errors import ConfigError, PublicationError
 from quantool.plugins import find
-from quantool.publish import upload as uploads
+from quantool.publish.commit import Message, large_file, post_commit
 from quantool.publish.permissions import connect
-from quantool.publish.push import LOST
+from quantool.publish.push import MISSING_OBJECT
+from quantool.publish.upload import missing_uploads, upload_large
 from quantool.records import FileRecord, Publication, sha256_of
-from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
 from tests.loopback import GGUFS, OTHERS, REPO, child, content, write_job
 from tests.loopback_hub import Fault, Repository, sha256
@@ -87,7 +88,6 @@ def test_one_level_at_a_time_and_one_commit(tmp_path: Path, bounded: Run, hub: W
     assert len(hub.sent("POST", "/commit/main")) == 1
     made = Publication.model_validate(json.loads(ended.out)["publications"][0])
     assert set(made.sent) == {*sums(tmp_path), "SHA256SUMS"}
-    assert set(made.read_back) == set(GGUFS)
 
 
 def test_a_second_run_does_and_sends_nothing(tmp_path: Path, bounded: Run, hub: WritableHub) -> None:
@@ -226,7 +226,7 @@ def test_what_the_hub_cleared_away_is_made_and_sent_again(
 
 
 def test_a_commit_that_misses_an_upload_starts_over(tmp_path: Path, bounded: Run, hub: WritableHub) -> None:
-    hub.faults = [Fault("POST .*/commit/main", status=400, text=f"rejected because an {LOST}")]
+    hub.faults = [Fault("POST .*/commit/main", status=400, text=f"rejected because an {MISSING_OBJECT}")]
     ended = bounded()
     assert (ended.code, "what is missing is made and sent again" in ended.err) == (6, True), ended.err
     assert set(hub.repositories[REPO].files) == {".gitattributes"}
@@ -245,14 +245,6 @@ def test_a_damaged_upload_is_made_and_sent_again(tmp_path: Path, bounded: Run, h
     assert bounded().code == 0
     assert done(tmp_path) == MADE[:2]
     assert is_complete(tmp_path, hub)
-
-
-def test_bytes_read_back_are_compared_without_the_file(
-    tmp_path: Path, bounded: Run, hub: WritableHub
-) -> None:
-    hub.faults = [Fault(f"GET .*/resolve/.*{GGUFS[1]}", "garble")]
-    ended = bounded()
-    assert (ended.code, f"{GGUFS[1]}: the bytes read back differ" in ended.err) == (6, True), ended.err
 
 
 def test_the_hub_that_refuses_an_upload_stops_the_run(tmp_path: Path, bounded: Run, hub: WritableHub) -> None:
@@ -337,24 +329,53 @@ def test_a_file_that_changes_under_the_upload_is_refused(hub: WritableHub, tmp_p
     (tmp_path / "x.gguf").write_bytes(b"GGUF other")
     file = FileRecord(name="x.gguf", bytes=10, sha256="0" * 64)
     with pytest.raises(PublicationError, match="was changed after it was judged"):
-        uploads.send_ahead(connect(), REPO, tmp_path, file, ("main", False), Progress(quiet=True))
+        upload_large(connect(), REPO, tmp_path, file, ("main", False))
 
 
-def test_an_upload_is_known_by_its_record(hub: WritableHub, tmp_path: Path) -> None:
+def test_a_file_that_changes_after_it_was_hashed_is_refused(hub: WritableHub, tmp_path: Path) -> None:
+    """Between the client's two readings of it, and with the old time set again."""
+    hub.repositories[REPO] = Repository(dict(OTHERS))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF judged")
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    file = FileRecord(name="x.gguf", bytes=11, sha256=sha256_of(path))
+
+    def change() -> None:
+        path.write_bytes(b"GGUF edited")
+        os.utime(path, ns=times)
+
+    hub.faults = [Fault("POST .*/objects/batch", "none", before=change)]
+    with pytest.raises(PublicationError, match="was changed after it was judged"):
+        upload_large(connect(), REPO, tmp_path, file, ("main", False))
+
+
+def test_a_commit_names_an_upload_by_its_hash(hub: WritableHub, tmp_path: Path) -> None:
     hub.repositories[REPO] = Repository(dict(OTHERS))
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(600))
     file = FileRecord(name="x.gguf", bytes=604, sha256=sha256_of(path))
-    upload = uploads.send_ahead(connect(), REPO, tmp_path, file, ("main", False), Progress(quiet=True))
-    assert upload is not None
+    assert upload_large(connect(), REPO, tmp_path, file, ("main", False))
     path.unlink()
-    made = uploads.operation(upload)
-    assert made.upload_info.sample == b"GGUF" + bytes(508)
-    assert uploads.lost(connect(), REPO, [upload]) == []
+    assert missing_uploads(connect(), REPO, [file]) == []
     sent = len(hub.sent("PUT"))
-    connect().create_commit(REPO, [made], commit_message="x")
+    line = large_file(file.name, file.sha256, file.bytes)
+    made = post_commit(connect(), REPO, [line], Message("x"), hub.repositories[REPO].commit, ("main", False))
+    assert made.commit == hub.repositories[REPO].commit
     assert hub.repositories[REPO].files["x.gguf"] == b"GGUF" + bytes(600)
     assert len(hub.sent("PUT")) == sent
     hub.objects.clear()
-    assert uploads.lost(connect(), REPO, [upload]) == ["x.gguf"]
-    assert uploads.lost(connect(), REPO, []) == []
+    assert missing_uploads(connect(), REPO, [file]) == ["x.gguf"]
+    assert missing_uploads(connect(), REPO, []) == []
+
+
+def test_a_large_file_that_the_hub_wants_in_git_is_sent_in_the_commit(
+    tmp_path: Path, publish: Run, folder: Path, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.pushing.LFS_ENDS", (".png",))
+    monkeypatch.setattr("tests.loopback_hub.LFS_ENDS", (".png",))
+    assert publish().code == 0
+    assert content(folder).items() <= hub.repositories[REPO].files.items()
+    pictures = {path for path in content(folder) if path.endswith(".png")}
+    assert len(hub.sent("PUT")) == len(pictures) == 2  # small files, large ones to the Hub
+    hub.asked.clear()
+    assert "nothing was new" in publish().out

@@ -14,10 +14,13 @@ import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 
-import quantool.publish.verify
 from quantool.errors import GateError, PublicationError
-from quantool.hub.errors import plain
-from quantool.publish.parcel import destination, hash_files, read_parcel
+from quantool.hub.errors import scrub
+from quantool.publish.packed_folder import (
+    destination,
+    outgoing_files,
+    read_packed_folder,
+)
 from quantool.publish.permissions import lacks, preflight
 from quantool.records import Publication, sha256_of
 from quantool.runtime.progress import Progress
@@ -49,7 +52,6 @@ def test_one_commit_makes_everything_visible(
     assert made.url == f"{hub.url}/{REPO}/tree/{repository.commit}"
     assert {file.name for file in made.files} == set(made.sent) == set(files)
     assert all(file.sha256 == sha256_of(folder / file.name) for file in made.files)
-    assert set(made.read_back) == set(GGUFS)
     record = folder.parent / "records" / "model-FAKE.publication.json"
     assert Publication.model_validate_json(record.read_text()) == made
 
@@ -98,7 +100,7 @@ REFUSALS = [
     ("PUT /objects/", "refuse", 403, 1, "answers 403", "write access"),
     ("PUT /objects/", "drop", 0, ALWAYS, "the connection failed", "check the network"),
     ("POST /verify", "refuse", 422, 1, "answers 422", "run again"),
-    ("POST /api/validate-yaml", "refuse", 400, 1, "commit to", ""),
+    ("POST /api/validate-yaml", "refuse", 503, 1, "let the Hub check README.md", "run again later"),
     (
         "POST .*/commit/main",
         "refuse",
@@ -205,45 +207,11 @@ def test_a_damaged_upload_is_taken_back(
     assert hub.repositories[REPO].files == before | content(folder)
 
 
-def test_bytes_read_back_are_compared(publish: Callable[..., Any], folder: Path, hub: WritableHub) -> None:
-    hub.faults = [Fault(f"GET .*/resolve/.*{GGUFS[1]}", "garble")]
-    ended = publish()
-    assert ended.code == 6
-    assert f"{GGUFS[1]}: the bytes read back differ" in ended.err
-    assert set(hub.repositories[REPO].files) == {".gitattributes"}
-    assert publish().code == 0
-
-
-def test_only_the_ends_of_large_files_are_read_back(
-    publish: Callable[..., Any], folder: Path, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quantool.publish.verify, "HEAD", 3)
-    monkeypatch.setattr(quantool.publish.verify, "TAIL", 2)
-    assert publish().code == 0
-    read = [(asked.path[-9:], asked.range) for asked in hub.sent("GET", "/resolve/.*gguf$")]
-    assert read == [
-        (GGUFS[0][-9:], "bytes=0-2"), (GGUFS[0][-9:], "bytes=5-6"),
-        (GGUFS[1][-9:], "bytes=0-2"), (GGUFS[1][-9:], "bytes=4-5"),
-    ]  # fmt: skip
-
-
-def test_what_cannot_be_taken_back_is_said(
-    publish: Callable[..., Any], folder: Path, hub: WritableHub
-) -> None:
-    def refuse_the_next() -> None:
-        hub.faults.append(Fault("POST .*/commit/main", status=503))
-
-    hub.faults = [Fault(f"GET .*/resolve/.*{GGUFS[0]}", "garble", before=refuse_the_next)]
-    ended = publish()
-    assert ended.code == 6
-    assert "could not be taken back" in ended.err
-    assert f"damaged commit {hub.repositories[REPO].commit}" in ended.err
-
-
 def test_a_commit_that_cannot_be_verified_yet_is_named(
     publish: Callable[..., Any], folder: Path, hub: WritableHub
 ) -> None:
-    hub.faults = [Fault("GET .*/resolve/", "refuse", 500, times=ALWAYS)]
+    hub.repositories[REPO] = Repository(dict(OTHERS))
+    hub.faults = [Fault(f"GET .*/tree/(?!{'1' * 40})", "refuse", 500, times=ALWAYS)]
     ended = publish()
     commit = hub.repositories[REPO].commit
     assert ended.code == 6
@@ -277,11 +245,13 @@ def test_remarks_on_the_card_are_shown(publish: Callable[..., Any], hub: Writabl
 
 
 def test_a_folder_as_packed_may_be_published(folder: Path) -> None:
-    parcel = read_parcel(folder)
-    assert (parcel.repo_ids, parcel.private, parcel.levels) == ((REPO,), None, ("Q8_0", "Q4_K_M"))
-    assert {file.name for file in hash_files(parcel, QUIET)} == set(content(folder))
-    assert destination(parcel, None) == REPO
-    assert destination(parcel, "a/b") == "a/b"
+    packed = read_packed_folder(folder)
+    assert (packed.repo_ids, packed.private) == ((REPO,), None)
+    assert packed.title.startswith("Q8_0, Q4_K_M by quantool ")
+    files = outgoing_files(packed, QUIET, hash_large=True)
+    assert {file.name: file.content for file in files} == content(folder)
+    assert destination(packed, None) == REPO
+    assert destination(packed, "a/b") == "a/b"
 
 
 @pytest.mark.parametrize("verdict", ["REGRESSION", "ANOMALOUS", "SKIPPED"])
@@ -301,10 +271,10 @@ def test_what_did_not_pass_is_refused(
 def test_what_was_not_judged_is_refused(folder: Path) -> None:
     edit(folder, lambda record: record["reports"].pop())
     with pytest.raises(GateError, match="fake/Q4_K_M: not judged"):
-        read_parcel(folder)
+        read_packed_folder(folder)
     edit(folder, lambda record: record.update(reports=[], plan=record["plan"] | {"outputs": []}))
     with pytest.raises(GateError, match="nothing in it was judged"):
-        read_parcel(folder)
+        read_packed_folder(folder)
 
 
 def test_a_file_that_was_changed_is_refused(
@@ -321,7 +291,7 @@ def test_a_file_that_was_changed_is_refused(
         sums.seek(0)
         sums.write(text)
     with pytest.raises(PublicationError, match=f"disagree: {GGUFS[0]}"):
-        read_parcel(folder)
+        read_packed_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -339,14 +309,14 @@ def test_sums_that_quantool_did_not_write_are_refused(folder: Path, line: str, s
     with (folder / "SHA256SUMS").open("a") as sums:
         sums.write(line)
     with pytest.raises(PublicationError, match=said):
-        read_parcel(folder)
+        read_packed_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["README.md", "quantool.json", "SHA256SUMS", "plots/corpora.png", GGUFS[0]])
 def test_an_incomplete_folder_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(PublicationError, match=re.escape(name)):
-        read_parcel(folder)
+        outgoing_files(read_packed_folder(folder), QUIET, hash_large=False)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +325,7 @@ def test_an_incomplete_folder_is_refused(folder: Path, name: str) -> None:
 def test_a_damaged_record_is_refused(folder: Path, text: str) -> None:
     (folder / "quantool.json").write_text(text)
     with pytest.raises(PublicationError, match=r"quantool\.json"):
-        read_parcel(folder)
+        read_packed_folder(folder)
 
 
 def test_plots_are_published_with_what_they_show(
@@ -371,11 +341,11 @@ def test_a_picture_that_packing_did_not_draw_is_refused(folder: Path) -> None:
     before = sha256_of(path)
     path.write_bytes(b"another picture")
     with pytest.raises(PublicationError, match=r"differs from SHA256SUMS: plots/corpora\.png"):
-        hash_files(read_parcel(folder), QUIET)
+        outgoing_files(read_packed_folder(folder), QUIET, hash_large=True)
     sums = folder / "SHA256SUMS"
     sums.write_text(sums.read_text().replace(before, sha256_of(path)))
     with pytest.raises(PublicationError, match=r"disagree: plots/corpora\.png"):
-        read_parcel(folder)
+        read_packed_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +359,7 @@ def test_a_picture_that_packing_did_not_draw_is_refused(folder: Path) -> None:
 def test_plots_are_no_way_in_for_other_files(folder: Path, plots: Any, said: str) -> None:
     edit(folder, lambda record: record.update(plots=plots))
     with pytest.raises(PublicationError, match=said):
-        read_parcel(folder)
+        read_packed_folder(folder)
 
 
 def test_files_that_no_record_names_stay_here(
@@ -404,10 +374,10 @@ def test_files_that_no_record_names_stay_here(
 def test_the_destination_must_be_known(folder: Path) -> None:
     edit(folder, lambda record: [output.update(repo_id=None) for output in record["plan"]["outputs"]])
     with pytest.raises(PublicationError, match="names no repository"):
-        destination(read_parcel(folder), None)
+        destination(read_packed_folder(folder), None)
     edit(folder, lambda record: [o.update(repo_id=f"a/{n}") for n, o in enumerate(record["plan"]["outputs"])])
     with pytest.raises(PublicationError, match="several repositories: a/0, a/1"):
-        destination(read_parcel(folder), None)
+        destination(read_packed_folder(folder), None)
 
 
 # ---- before any work
@@ -488,7 +458,7 @@ def test_what_is_to_be_private_does_not_go_to_a_public_repository(
 
 def test_secrets_are_taken_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "odd-token")
-    said = plain(
+    said = scrub(
         "Bearer hf_abcdefghijkl odd-token\n while PUT 'https://s3/x?X-Amz-Signature=abc' " + "x" * 400
     )
     assert said.startswith("Bearer … … while PUT 'https://s3/x' xxx")
