@@ -27,10 +27,14 @@ SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty":
 REPO = "us/tiny-chat-GGUF"
 
 
-@pytest.fixture(scope="module")
-def made() -> making.Made:
-    with making.own_cache():
-        return making.made("tiny-chat")
+@pytest.fixture
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> making.Made:
+    """Q4_K_M of the tiny chat model where a test runs an engine, otherwise a record of it."""
+    if request.node.get_closest_marker("e2e"):
+        with making.own_cache():
+            return making.made("tiny-chat")
+    request.getfixturevalue("plugin")
+    return making.recorded(tmp_path / "out")
 
 
 def told(made: making.Made, repo_id: str | None = REPO, **changes: Any) -> str:

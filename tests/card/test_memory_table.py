@@ -10,21 +10,18 @@ import making
 import pytest
 
 from quantool.card.memory_table import GIB, cache_bytes, choosing, contexts, needed
+from quantool.config.schema import Config
 from quantool.records import Artifact, FileRecord, ModelFacts, Report
 from quantool.runtime import process
+from quantool.source.resolve import resolve
 
 
 @pytest.fixture(scope="module")
-def made() -> making.Made:
-    with making.own_cache():
-        return making.made("tiny-chat")
-
-
-@pytest.fixture(scope="module")
-def large(made: making.Made) -> ModelFacts:
+def large() -> ModelFacts:
     """A model of 7 B parameters with grouped queries."""
     changes = {"layers": 32, "kv_heads": 8, "head_size": 128, "context": 131072, "vocabulary": 128256}
-    return made.plan.source.facts.model_copy(update=changes)
+    tiny = resolve(Config(model_id=str(making.TINY), method="gguf"), weights=False, progress=making.QUIET)
+    return tiny.facts.model_copy(update=changes)
 
 
 def report(level: str, gib: float) -> Report:

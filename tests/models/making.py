@@ -21,7 +21,7 @@ import structures
 from quantool import pipeline
 from quantool.config.schema import Config
 from quantool.plan.make import make_plan
-from quantool.records import Artifact, Plan
+from quantool.records import Artifact, FileRecord, Plan
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Report
@@ -130,6 +130,19 @@ class Made:
     def matrix(self) -> Path:
         """The importance matrix."""
         return self.folder / self.artifacts[0].shared[0].name
+
+
+def recorded(output: Path) -> Made:
+    """``tiny-chat`` at Q4_K_M by the fake method, which must be installed: records without files."""
+    wanted = config(TINY, output, "Q4_K_M", method="fake", repo_id="us/tiny-chat-GGUF")
+    plan = pipeline.plan(wanted.model_copy(update={"quantization_config": {}}), QUIET)
+    (one,) = plan.outputs
+    files = [FileRecord(name=file.name, bytes=file.bytes, sha256="ab" * 32) for file in one.files]
+    artifact = Artifact(
+        output=one.id, method=one.method, level=one.level, folder=output / one.repo, files=tuple(files),
+        bits_per_weight=one.bits_per_weight, seconds=1.0,
+    )  # fmt: skip
+    return Made(TINY, output, plan, (artifact,))
 
 
 def made(name: str) -> Made:
