@@ -24,21 +24,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Gates, Verdict
+from quantool.records import Finding, Gates
 from quantool.runtime.progress import Progress
+from quantool.validation._cache.questions import ask_artifact, ask_reference
 from quantool.validation._chat.answers import (
+    ChatAnswer,
     Prompt,
     Prompts,
-    Said,
-    artifact_answers,
     prompts_of,
-    reference_answers,
+    questions_of,
+    read_answers,
 )
 from quantool.validation._chat.tool_calls import calls
+from quantool.validation._engines.head import Unsound
+from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._findings.limits import Gate, gated
+from quantool.validation._findings.statistics import Estimate
 
 NAME = "behaviour"
-NOISE = 2.0
-"""Standard errors by which a share may miss its gate."""
+BUILD = FindingBuilder(NAME)
 TIE = 0.25
 """Difference of logits that bfloat16 does not resolve: 2^-6 (``_reference.LOGIT_TOLERANCE``) of a logit of 16."""
 CHANCE = 0.005
@@ -47,18 +51,18 @@ SHOWN = 90  # characters of an example
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """The two answers to one prompt, as far as they go before the token that ends a turn."""
 
     prompt: Prompt
-    reference: Said
-    artifact: Said
+    reference: ChatAnswer
+    artifact: ChatAnswer
     ends: frozenset[int]
     """Tokens that end a turn."""
 
-    def turn(self, said: Said) -> tuple[int, ...]:
+    def turn(self, answer: ChatAnswer) -> tuple[int, ...]:
         """The ids of an answer with the one that ended it, or would end it in the source."""
-        whole = said.ids if said.ended is None else (*said.ids, said.ended)
+        whole = answer.ids if answer.ended is None else (*answer.ids, answer.ended)
         last = next((place for place, token in enumerate(whole) if token in self.ends), len(whole))
         return whole[: last + 1]
 
@@ -77,7 +81,7 @@ class Pair:
     def explain(self) -> str:
         """The prompt and both answers, cut."""
         return (
-            f"to {_cut(self.prompt.said)!r} the reference says {_cut(self.reference.text)!r}, "
+            f"to {_cut(self.prompt.question)!r} the reference says {_cut(self.reference.text)!r}, "
             f"this {_cut(self.artifact.text)!r}"
         )
 
@@ -86,20 +90,20 @@ class Pair:
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Greedy answers beside the reference's: first tokens, where they stop, tool calls."""
     if case.source.facts.chat_template is None:
-        detail = "the source has no chat template, so there is nothing to ask it"
-        return [Finding(check=NAME, metric="answers", verdict=Verdict.SKIPPED, detail=detail)]
+        return [BUILD.skip("answers", "the source has no chat template, so there is nothing to ask it")]
     prompts = prompts_of(case)
     if not prompts.prompts:
-        detail = "; ".join(prompts.notes)
-        return [Finding(check=NAME, metric="answers", verdict=Verdict.SKIPPED, detail=detail)]
-    expected = reference_answers(case, prompts, progress)
-    found = artifact_answers(case, prompts, progress)
-    if isinstance(found, str):
-        return [Finding(check=NAME, metric="answers", verdict=Verdict.REGRESSION, detail=found)]
+        return [BUILD.skip("answers", "; ".join(prompts.notes))]
+    questions = questions_of(case, prompts)
+    expected = read_answers(ask_reference(case, questions, progress))
+    try:
+        found = read_answers(ask_artifact(case, questions, progress))
+    except Unsound as reason:
+        return [BUILD.fail("answers", str(reason))]
     ends = prompts.all_ends()
     pairs = [
-        Pair(prompt, one, other, ends)
-        for prompt, one, other in zip(prompts.prompts, expected, found, strict=True)
+        AnswerPair(prompt, theirs, ours, ends)
+        for prompt, theirs, ours in zip(prompts.prompts, expected, found, strict=True)
     ]
     gate = case.gates.min_same_top_p
     return [
@@ -120,7 +124,7 @@ def tie(gates: Gates) -> float:
     return max(TIE, 2 * math.sqrt(gates.max_mean_kld or 0))
 
 
-def _judge_first(pairs: Sequence[Pair], gates: Gates) -> Finding:
+def _judge_first(pairs: Sequence[AnswerPair], gates: Gates) -> Finding:
     """First tokens that are the reference's."""
     least = tie(gates)
     clear = [pair for pair in pairs if not pair.reference.margins or pair.reference.margins[0] >= least]
@@ -134,24 +138,13 @@ def _judge_first(pairs: Sequence[Pair], gates: Gates) -> Finding:
 def _share(metric: str, hits: int, total: int, gate: float | None, detail: str) -> Finding:
     """The finding of a share that is held to a gate, less two standard errors that a share as large as it has."""
     if not total:
-        return Finding(check=NAME, metric=metric, verdict=Verdict.SKIPPED, detail=detail)
+        return BUILD.skip(metric, detail)
     expected = hits / total if gate is None else gate
-    error = math.sqrt(expected * (1 - expected) / total)
-    passed = gate is None or hits / total >= gate - NOISE * error
-    if not passed:
-        detail += f", below {gate:g} by more than two standard errors"
-    return Finding(
-        check=NAME,
-        metric=metric,
-        verdict=Verdict.PASS if passed else Verdict.REGRESSION,
-        measured=hits / total,
-        error=error,
-        threshold=gate,
-        detail=detail,
-    )
+    estimate = Estimate(hits / total, math.sqrt(expected * (1 - expected) / total))
+    return gated(Gate(metric, estimate, gate, -1, detail), None, NAME)
 
 
-def _judge_ends(pairs: Sequence[Pair], prompts: Prompts) -> Finding:
+def _judge_ends(pairs: Sequence[AnswerPair], prompts: Prompts) -> Finding:
     """No answer goes on behind a token that ends the source's, and none stops at an ordinary one."""
     passed_over = Counter(
         token for pair in pairs for token in set(pair.artifact.ids) if token in prompts.ends
@@ -159,34 +152,32 @@ def _judge_ends(pairs: Sequence[Pair], prompts: Prompts) -> Finding:
     ended = Counter(pair.artifact.ended for pair in pairs if pair.artifact.ended is not None)
     known = prompts.all_ends() | prompts.special.keys()
     foreign = {token: count for token, count in ended.items() if token not in known}
-    notes = [
+    wrong = [
         f"it says {_shown(token, prompts)} and goes on in {count} of {len(pairs)} answers, where the source ends"
         for token, count in passed_over.items()
     ]
-    notes += [
+    wrong += [
         f"it stops at {_shown(token, prompts)}, an ordinary token, in {count} of {len(pairs)} answers"
         for token, count in foreign.items()
     ]
-    wrong = bool(notes)
-    notes += [
+    notes = [
         f"it stops at {_shown(token, prompts)}, which the source does not name, in {count} answers"
         for token, count in ended.items()
         if token in prompts.special and token not in prompts.all_ends()
     ]
-    said = sum(prompts.turn_end in pair.turn(pair.reference) for pair in pairs)
-    if prompts.turn_end is not None and prompts.turn_end not in prompts.ends and said:
+    closed = sum(prompts.turn_end in pair.turn(pair.reference) for pair in pairs)
+    if prompts.turn_end is not None and prompts.turn_end not in prompts.ends and closed:
         own = "stops" if prompts.turn_end in ended else "does not stop either"
         notes.append(
             f"defect of the source: its configurations do not name {_shown(prompts.turn_end, prompts)}, with which it "
-            f"ends {said} of {len(pairs)} answers; this artifact {own} there"
+            f"ends {closed} of {len(pairs)} answers; this artifact {own} there"
         )
-    return Finding(
-        check=NAME,
-        metric="ends",
-        verdict=Verdict.REGRESSION if wrong else Verdict.PASS,
-        measured=", ".join(_shown(token, prompts) for token in sorted(ended)) or "none",
-        reference=", ".join(_shown(token, prompts) for token in sorted(prompts.all_ends())),
-        detail="; ".join(notes),
+    return BUILD.fact(
+        "ends",
+        ", ".join(_shown(token, prompts) for token in sorted(ended)) or "none",
+        "; ".join(wrong),
+        ", ".join(_shown(token, prompts) for token in sorted(prompts.all_ends())),
+        note="; ".join(notes),
     )
 
 
@@ -194,18 +185,19 @@ def _shown(token: int, prompts: Prompts) -> str:
     return f"{token} {prompts.special[token]}" if token in prompts.special else str(token)
 
 
-def _judge_stops(pairs: Sequence[Pair], prompts: Prompts, gate: float | None) -> Finding:
+def _judge_stops(pairs: Sequence[AnswerPair], prompts: Prompts, gate: float | None) -> Finding:
     """Answers that stop within the budget on one side only; REGRESSION when nearly all of them are on the same side."""
-    by_reference, by_artifact = (
-        [_stopped(pair, said, prompts) for pair, said in zip(pairs, answers, strict=True)]
-        for answers in ([pair.reference for pair in pairs], [pair.artifact for pair in pairs])
-    )
-    both = list(zip(by_reference, by_artifact, strict=True))
-    if not any(by_reference) and not any(by_artifact):
-        detail = "no answer of either side ends within the budget; raise validation.behaviour.max_new_tokens"
-        return Finding(check=NAME, metric="stops", verdict=Verdict.SKIPPED, detail=detail)
+    both = [
+        (_stopped(pair, pair.reference, prompts), _stopped(pair, pair.artifact, prompts)) for pair in pairs
+    ]
+    by_reference, by_artifact = (sum(stopped) for stopped in zip(*both, strict=True))
+    if not by_reference and not by_artifact:
+        return BUILD.skip(
+            "stops",
+            "no answer of either side ends within the budget; raise validation.behaviour.max_new_tokens",
+        )
     missing, excess = both.count((True, False)), both.count((False, True))
-    detail = f"of {len(pairs)} answers {sum(by_reference)} end within the budget, here {sum(by_artifact)}"
+    detail = f"of {len(pairs)} answers {by_reference} end within the budget, here {by_artifact}"
     if missing or excess:
         detail += f"; {missing} end in the reference only, {excess} here only"
     more = max(missing, excess)
@@ -213,31 +205,24 @@ def _judge_stops(pairs: Sequence[Pair], prompts: Prompts, gate: float | None) ->
         missing + excess
     )
     tolerated = gate is None or abs(missing - excess) <= (1 - gate) * len(pairs)
-    systematic = more > 0 and chance < CHANCE and not tolerated
-    if systematic:
+    problem = ""
+    if more > 0 and chance < CHANCE and not tolerated:
         side = (
             "does not end where the reference does"
             if missing > excess
             else "ends where the reference goes on"
         )
-        detail += f": this artifact {side}, again and again (by chance with a probability of {chance:.1g})"
-    return Finding(
-        check=NAME,
-        metric="stops",
-        verdict=Verdict.REGRESSION if systematic else Verdict.PASS,
-        measured=sum(by_artifact) / len(pairs),
-        reference=sum(by_reference) / len(pairs),
-        detail=detail,
-    )
+        problem = f"this artifact {side}, again and again (by chance with a probability of {chance:.1g})"
+    return BUILD.fact("stops", by_artifact / len(pairs), problem, by_reference / len(pairs), note=detail)
 
 
-def _stopped(pair: Pair, said: Said, prompts: Prompts) -> bool:
+def _stopped(pair: AnswerPair, answer: ChatAnswer, prompts: Prompts) -> bool:
     """Whether an answer ended; a source that does not stop where its own template ends a turn did so nevertheless."""
     defect = prompts.turn_end if prompts.turn_end not in prompts.ends else None
-    return said.ended is not None or (defect is not None and defect in pair.turn(said))
+    return answer.ended is not None or (defect is not None and defect in pair.turn(answer))
 
 
-def _judge_calls(pairs: Sequence[Pair], gate: float | None) -> Finding:
+def _judge_calls(pairs: Sequence[AnswerPair], gate: float | None) -> Finding:
     """Tool calls of the reference that the artifact makes too."""
     read = [
         (pair, calls(pair.reference.text), calls(pair.artifact.text)) for pair in pairs if pair.prompt.tools
@@ -258,11 +243,11 @@ def _judge_calls(pairs: Sequence[Pair], gate: float | None) -> Finding:
         detail += f"; {more} calls where the reference makes none"
     wrong = [pair for pair, one, other in called if not other or other[0].name != one.name]
     if wrong:
-        detail += f"; {min(wrong, key=lambda pair: len(pair.prompt.said)).explain()}"
+        detail += f"; {min(wrong, key=lambda pair: len(pair.prompt.question)).explain()}"
     return _share("tool_calls", len(same), len(called), gate, detail)
 
 
-def _common_prefix(pairs: Sequence[Pair], prompts: Prompts) -> Finding:
+def _common_prefix(pairs: Sequence[AnswerPair], prompts: Prompts) -> Finding:
     """How long answers agree, for the record; with the answer that parts first."""
     tokens = sum(pair.common() for pair in pairs) / len(pairs)
     share = sum(pair.share() for pair in pairs) / len(pairs)
@@ -270,15 +255,9 @@ def _common_prefix(pairs: Sequence[Pair], prompts: Prompts) -> Finding:
     detail = f"{tokens:.1f} tokens on average; {same} of {len(pairs)} answers are the same to the end"
     different = [pair for pair in pairs if pair.share() < 1]
     if different:
-        first = min(different, key=lambda pair: (pair.common(), len(pair.prompt.said)))
+        first = min(different, key=lambda pair: (pair.common(), len(pair.prompt.question)))
         detail += f"; after {first.common()} tokens: {first.explain()}"
-    return Finding(
-        check=NAME,
-        metric="common_prefix",
-        verdict=Verdict.PASS,
-        measured=share,
-        detail="; ".join((detail, *prompts.notes)),
-    )
+    return BUILD.fact("common_prefix", share, note="; ".join((detail, *prompts.notes)))
 
 
 def _cut(text: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Verdict
+from quantool.records import Finding
 from quantool.runtime.progress import Progress
 from quantool.validation._chat import llama_cpp_python, llama_server
 from quantool.validation._chat.agreement import (
@@ -29,7 +29,7 @@ from quantool.validation._chat.agreement import (
     judge_text,
 )
 from quantool.validation._chat.conversations import Conversation, of_case
-from quantool.validation._chat.renderings import NAME, Renderings, explain_text, first
+from quantool.validation._chat.renderings import BUILD, NAME, Renderings, explain_text, first
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.vocabulary import (
     UnloadableError,
@@ -37,7 +37,6 @@ from quantool.validation._engines.vocabulary import (
     by_artifact,
     by_source,
     of_gguf,
-    unloadable,
 )
 
 MALFORMED = "TemplateSyntaxError: "
@@ -52,16 +51,21 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     del progress  # a few seconds
     try:
         vocabulary = of_gguf(case)[0] if case.engine == "llama.cpp" else None
+        return _judge(case, vocabulary)
     except UnloadableError as error:
-        return unloadable(NAME, error)
+        return [BUILD.fail("loads", str(error))]
+
+
+def _judge(case: Case, vocabulary: Vocabulary | None) -> list[Finding]:
+    """Everything about a case whose vocabulary loads."""
     if case.source.facts.chat_template is None and not case.source.facts.named_templates:
         return [_judge_absence(case, vocabulary)]
     conversations = of_case(case)
-    asked = {"conversations": [conversation.request() for conversation in conversations]}
-    reference = by_source(case, "chats", hf_tokenizer.render, asked)
+    request = {"conversations": [conversation.request() for conversation in conversations]}
+    reference = by_source(case, "chats", hf_tokenizer.render, request)
     templates = reference["facts"]["templates"]
     if vocabulary is None:
-        answered = by_artifact(case, hf_tokenizer.render, asked)
+        answered = by_artifact(case, hf_tokenizer.render, request)
         texts = _judge_templates(templates, answered["facts"]["templates"])
         if (malformed := _malformed(reference)) is not None:
             return [*texts, malformed]
@@ -85,7 +89,9 @@ def _by_server(
     try:
         answered = llama_server.render(case, conversations)
     except UnloadableError as error:
-        return [_failed(f"llama.cpp's engine cannot use the artifact's template: {error}")]
+        return [
+            BUILD.fail("rendered_text", f"llama.cpp's engine cannot use the artifact's template: {error}")
+        ]
     caps = answered["caps"]
     both = Renderings(
         conversations,
@@ -129,9 +135,7 @@ def _by_python(
     try:
         answered = llama_cpp_python.render(case, chosen)
     except UnloadableError as error:
-        return [
-            Finding(check=NAME, metric="rendered_text_python", verdict=Verdict.REGRESSION, detail=str(error))
-        ]
+        return [BUILD.fail("rendered_text_python", str(error))]
     both = Renderings(chosen, reference | {"answers": answers}, answered["answers"], answered["engine"])
     stored = vocabulary.templates
     return [
@@ -144,22 +148,20 @@ def _malformed(reference: dict[str, Any]) -> Finding | None:
     """A finding when the source's own template does not parse."""
     if not all(one["error"].startswith(MALFORMED) for one in reference["answers"]):
         return None
-    return _failed(f"the source's own template is malformed: {reference['answers'][0]['error']}")
-
-
-def _failed(reason: str) -> Finding:
-    return Finding(check=NAME, metric="rendered_text", verdict=Verdict.REGRESSION, detail=reason)
+    reason = f"the source's own template is malformed: {reference['answers'][0]['error']}"
+    return BUILD.fail("rendered_text", reason)
 
 
 def _judge_absence(case: Case, vocabulary: Vocabulary | None) -> Finding:
     """A model without a template is skipped, unless its artifact brings one."""
     stored = vocabulary.templates if vocabulary is not None else {}
     if not stored:
-        detail = "the source has no chat template"
-        return Finding(check=NAME, metric="template_text", verdict=Verdict.SKIPPED, detail=detail)
+        return BUILD.skip("template_text", "the source has no chat template")
     text = next(iter(stored.values()))
-    detail = f"{case.name} holds a chat template that the source does not have: {text[:80]!r}"
-    return Finding(check=NAME, metric="template_text", verdict=Verdict.REGRESSION, detail=detail)
+    return BUILD.fail(
+        "template_text",
+        f"{case.name} holds a chat template that the source does not have: {text[:80]!r}",
+    )
 
 
 def _judge_templates(templates: Mapping[str, str], stored: Mapping[str, str]) -> list[Finding]:
@@ -170,26 +172,18 @@ def _judge_templates(templates: Mapping[str, str], stored: Mapping[str, str]) ->
 
 def _judge_template(name: str, template: str | None, stored: str | None) -> Finding:
     metric = "template_text" if name == "default" else f"template_text of {name}"
-    passed = stored == template
-    verdict = Verdict.PASS if passed else Verdict.REGRESSION
+    sizes = len((stored or "").encode()), len((template or "").encode())
     if template is None and stored is None:
-        verdict, detail = Verdict.SKIPPED, "the source has named templates only"
-    elif passed:
-        detail = "bytes, all equal"
-    elif stored is None:
-        detail = "the artifact has no chat template" + (f" {name}" if name != "default" else "")
+        return BUILD.skip(metric, "the source has named templates only")
+    if stored == template:
+        return BUILD.fact(metric, sizes[0], "", sizes[1], note="bytes, all equal")
+    if stored is None:
+        problem = "the artifact has no chat template" + (f" {name}" if name != "default" else "")
     elif template is None:
-        detail = f"the source has no such template: {stored[:80]!r}"
+        problem = f"the source has no such template: {stored[:80]!r}"
     else:
-        detail = explain_text(template, stored)
-    return Finding(
-        check=NAME,
-        metric=metric,
-        verdict=verdict,
-        measured=len((stored or "").encode()),
-        reference=len((template or "").encode()),
-        detail=detail,
-    )
+        problem = explain_text(template, stored)
+    return BUILD.fact(metric, sizes[0], problem, sizes[1])
 
 
 def _judge_names(templates: Mapping[str, str], vocabulary: Vocabulary) -> list[Finding]:
@@ -197,14 +191,6 @@ def _judge_names(templates: Mapping[str, str], vocabulary: Vocabulary) -> list[F
     names = sorted({*templates} - {"default"})
     if not names and not vocabulary.template_names:
         return []
-    passed = sorted(vocabulary.template_names) == names
-    return [
-        Finding(
-            check=NAME,
-            metric="template_names",
-            verdict=Verdict.PASS if passed else Verdict.REGRESSION,
-            measured=", ".join(sorted(vocabulary.template_names)) or "none",
-            reference=", ".join(names) or "none",
-            detail="" if passed else "tokenizer.chat_templates does not list the source's named templates",
-        )
-    ]
+    found = sorted(vocabulary.template_names)
+    problem = "tokenizer.chat_templates does not list the source's named templates" if found != names else ""
+    return [BUILD.fact("template_names", ", ".join(found) or "none", problem, ", ".join(names) or "none")]

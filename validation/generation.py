@@ -17,7 +17,7 @@ from quantool.runtime.process import call
 from quantool.runtime.progress import Progress
 from quantool.source.model_facts import read_optional
 from quantool.validation._files import gguf_file
-from quantool.validation._findings.builder import Voice
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "generation"
 GENERATION = "generation_config.json"
@@ -36,20 +36,20 @@ KEYS = {  # gguf-py/gguf/metadata.py: names in generation_config.json and in a G
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Recommended sampling: generation_config.json, the artifact and the model card say the same."""
     del progress  # headers only
-    voice = Voice(NAME)
-    findings = [_judge_source(case, voice), _judge_artifact(case, voice)]
+    build = FindingBuilder(NAME)
+    findings = [_judge_source(case, build), _judge_artifact(case, build)]
     folder = case.artifact if case.artifact.is_dir() else case.artifact.parent
     if case.output is None:  # a run writes its card after the checks, from the same function
-        findings += _judge_card(case, folder / CARD, voice)
+        findings += _judge_card(case, folder / CARD, build)
     return findings
 
 
-def _judge_source(case: Case, voice: Voice) -> Finding:
+def _judge_source(case: Case, build: FindingBuilder) -> Finding:
     """What the user recommends is what generation_config.json of the source says, where it is given."""
     wanted = recommended(case.source, case.config)
     given = case.settings.generation
     if given is None and not listed(wanted):
-        return voice.skip("sampling_source", f"{GENERATION} recommends no sampling")
+        return build.skip("sampling_source", f"{GENERATION} recommends no sampling")
     wrong = disagreements(
         wanted.model_dump(exclude_none=True),
         of_generation(case.source.generation),
@@ -57,10 +57,10 @@ def _judge_source(case: Case, voice: Voice) -> Finding:
         "validation.generation",
     )
     problem = f"{'; '.join(wrong)}: correct one of them" if wrong else ""
-    return voice.say("sampling_source", listed(wanted), problem)
+    return build.fact("sampling_source", listed(wanted), problem)
 
 
-def _judge_artifact(case: Case, voice: Voice) -> Finding:
+def _judge_artifact(case: Case, build: FindingBuilder) -> Finding:
     """The artifact carries the recommended sampling and no other."""
     wanted = recommended(case.source, case.config)
     gguf = case.engine == "llama.cpp"
@@ -68,13 +68,13 @@ def _judge_artifact(case: Case, voice: Voice) -> Finding:
     try:
         found = _of_gguf(case) if gguf else of_generation(read_optional(case.artifact / GENERATION))
     except (QuantizationError, SourceError) as error:
-        return voice.say("sampling", None, error.message)
+        return build.fact("sampling", None, error.message)
     if not found and not listed(wanted):
-        return voice.skip("sampling", f"neither {GENERATION} nor the artifact recommends any")
+        return build.skip("sampling", f"neither {GENERATION} nor the artifact recommends any")
     origin = f"the source's {GENERATION}" if case.settings.generation is None else "validation.generation"
     wrong = disagreements(wanted.model_dump(exclude_none=True), found, where, origin)
     shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-    return voice.say("sampling", shown or "none", "; ".join(wrong), listed(wanted))
+    return build.fact("sampling", shown or "none", "; ".join(wrong), listed(wanted))
 
 
 def _of_gguf(case: Case) -> dict[str, float]:
@@ -85,7 +85,7 @@ def _of_gguf(case: Case) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
-def _judge_card(case: Case, path: Path, voice: Voice) -> list[Finding]:
+def _judge_card(case: Case, path: Path, build: FindingBuilder) -> list[Finding]:
     """The card beside an artifact that somebody packed; nothing to say where there is none of ours."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if OURS not in text:
@@ -96,4 +96,4 @@ def _judge_card(case: Case, path: Path, voice: Voice) -> list[Finding]:
         return []
     wrong = disagreements(wanted, found, f"the card ({CARD})", "the recommendation")
     shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-    return [voice.say("sampling_card", shown or "none", "; ".join(wrong))]
+    return [build.fact("sampling_card", shown or "none", "; ".join(wrong))]

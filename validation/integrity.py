@@ -21,7 +21,7 @@ from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Plan, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source.tensor_headers import headers as source_headers
-from quantool.validation._engines.vocabulary import UnloadableError, of_gguf, unloadable
+from quantool.validation._engines.vocabulary import UnloadableError, of_gguf
 from quantool.validation._files import gguf_file
 from quantool.validation._files.companions import judge_companions, quantization
 from quantool.validation._files.companions import judge_plan as judge_folder_plan
@@ -33,10 +33,10 @@ from quantool.validation._files.gguf_origin import judge_matrix, judge_source
 from quantool.validation._files.hub_names import LABELS, judge_names, tag_of
 from quantool.validation._files.modules import promise
 from quantool.validation._files.scales import judge_cache, judge_scales
-from quantool.validation._findings.builder import Voice
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "integrity"
-VOICE = Voice(NAME)
+BUILD = FindingBuilder(NAME)
 SUMS = "SHA256SUMS"
 ELEMENTS = 0.05  # share of weight elements that a conversion may drop (padding rows) or add (rope factors)
 
@@ -51,7 +51,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
 def _judge_gguf(case: Case) -> list[Finding]:
     shards, problem = _shards(case.artifact)
     findings = [
-        VOICE.say("shards", f"{len(shards)} files", problem),
+        BUILD.fact("shards", f"{len(shards)} files", problem),
         *_judge_hashes(case.artifact.parent, shards),
     ]
     if problem:
@@ -59,21 +59,21 @@ def _judge_gguf(case: Case) -> list[Finding]:
     try:
         header = gguf_file.read(case, shards)
     except UnloadableError as error:
-        return [*findings, *unloadable(NAME, error)]
+        return [*findings, BUILD.fail("loads", str(error))]
     planned = _planned_names(case)
     return [
         _judge_loading(case),
         *findings,
         _judge_tensors(case, header, len(shards)),
         _judge_elements(case, header),
-        *judge_level(case, header, VOICE),
+        *judge_level(case, header, BUILD),
         _judge_blocks(header),
-        *judge_plan(case, header, shards, VOICE),
-        *judge_matrix(case, header, VOICE),
-        judge_source(case, header.keys, VOICE),
+        *judge_plan(case, header, shards, BUILD),
+        *judge_matrix(case, header, BUILD),
+        judge_source(case, header.keys, BUILD),
         _judge_metadata(case, header.keys),
         _judge_name(header.keys),
-        *judge_names(case, _asked(case, header.levels), planned, VOICE),
+        *judge_names(case, _asked(case, header.levels), planned, BUILD),
     ]
 
 
@@ -85,18 +85,18 @@ def _judge_folder(case: Case) -> list[Finding]:
         found = quantization(case.artifact)
         promised = promise(found) if found else None
     except SourceError as error:
-        return [*findings, VOICE.say("headers", None, error.message)]
+        return [*findings, BUILD.fact("headers", None, error.message)]
     except ValueError as error:
-        return [*findings, VOICE.say("headers", None, f"quantization_config of config.json: {error}")]
+        return [*findings, BUILD.fact("headers", None, f"quantization_config of config.json: {error}")]
     findings += [
-        *judge_scales(case.artifact, stored, VOICE),
-        *judge_folder_plan(case, stored, VOICE),
-        judge_companions(case, VOICE),
-        judge_source(case, {}, VOICE),
+        *judge_scales(case.artifact, stored, BUILD),
+        *judge_folder_plan(case, stored, BUILD),
+        judge_companions(case, BUILD),
+        judge_source(case, {}, BUILD),
     ]
     if found and promised is None:
         reason = f"layers by quant_method {found.get('quant_method')!r} are not known to this check"
-        return [*findings, VOICE.skip("layers", reason)]
+        return [*findings, BUILD.skip("layers", reason)]
     folder = Folder(stored, source_headers(case.source), promised)
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
@@ -104,10 +104,10 @@ def _judge_folder(case: Case) -> list[Finding]:
     cache = promised.cache if promised else None
     return [
         *findings,
-        judge_folder_level(case, promised, sizes.most_common(1)[0][0], VOICE),
-        *judge_layers(case, folder, VOICE),
-        *judge_ignore(folder, VOICE),
-        *judge_cache(stored, cache, options_of(case).get("kv_cache"), VOICE),
+        judge_folder_level(case, promised, sizes.most_common(1)[0][0], BUILD),
+        *judge_layers(case, folder, BUILD),
+        *judge_ignore(folder, BUILD),
+        *judge_cache(stored, cache, options_of(case).get("kv_cache"), BUILD),
     ]
 
 
@@ -133,8 +133,8 @@ def _judge_loading(case: Case) -> Finding:
     try:
         of_gguf(case)
     except UnloadableError as error:
-        return unloadable(NAME, error)[0]
-    return VOICE.say("loads", "header and vocabulary", "")
+        return BUILD.fail("loads", str(error))
+    return BUILD.fact("loads", "header and vocabulary", "")
 
 
 def _shards(artifact: Path) -> tuple[list[str], str]:
@@ -163,12 +163,12 @@ def _judge_index(folder: Path) -> Finding:
         problem = (
             "" if len(present) == 1 else "several files and no index" if present else "no safetensors file"
         )
-        return VOICE.say("shards", f"{len(present)} files", problem)
+        return BUILD.fact("shards", f"{len(present)} files", problem)
     named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     missing, extra = sorted(named - present), sorted(present - named)
     problem = f"missing: {', '.join(missing)}" if missing else ""
     problem = problem or (f"not in the index: {', '.join(extra)}" if extra else "")
-    return VOICE.say("shards", f"{len(present)} files", problem, f"{len(named)} files")
+    return BUILD.fact("shards", f"{len(present)} files", problem, f"{len(named)} files")
 
 
 def _judge_hashes(folder: Path, names: Sequence[str]) -> list[Finding]:
@@ -183,7 +183,7 @@ def _judge_hashes(folder: Path, names: Sequence[str]) -> list[Finding]:
         name for name in listed if not (folder / name).is_file() or sha256_of(folder / name) != recorded[name]
     ]
     problem = f"not as recorded in {SUMS}: {', '.join(wrong)}" if wrong else ""
-    return [VOICE.say("hashes", f"{len(listed) - len(wrong)} of {len(listed)}", problem)]
+    return [BUILD.fact("hashes", f"{len(listed) - len(wrong)} of {len(listed)}", problem)]
 
 
 def _judge_tensors(case: Case, header: Header, files: int) -> Finding:
@@ -210,7 +210,7 @@ def _judge_tensors(case: Case, header: Header, files: int) -> Finding:
     if missing := [number for number in range(wanted) if number not in layers]:
         problems.append(f"layers without tensors: {missing}")
     problems += _odd_layers(layers)
-    return VOICE.say("tensors", len(header.tensors), "; ".join(problems))
+    return BUILD.fact("tensors", len(header.tensors), "; ".join(problems))
 
 
 def _odd_layers(layers: dict[int, set[str]]) -> list[str]:
@@ -235,17 +235,17 @@ def _judge_elements(case: Case, header: Header) -> Finding:
     measured = sum(tensor.elements for tensor in header.tensors)
     reference = case.source.facts.parameters
     if not reference:
-        return VOICE.skip("weights", "the source's number of weights is not known")
+        return BUILD.skip("weights", "the source's number of weights is not known")
     off = abs(measured - reference) / reference
     problem = f"{off:.1%} more or less weights than the source" if off > ELEMENTS else ""
-    return VOICE.say("weights", measured, problem, reference)
+    return BUILD.fact("weights", measured, problem, reference)
 
 
 def _judge_blocks(header: Header) -> Finding:
     """No scale and no float is NaN or infinite, and no weight beyond what the source has."""
     share = header.read / max(1, header.blocks)
     measured = f"{header.read} of {header.blocks} blocks and floats read ({share:.0%})"
-    return VOICE.say("scales", measured, "; ".join(header.broken[:4]))
+    return BUILD.fact("scales", measured, "; ".join(header.broken[:4]))
 
 
 def _judge_metadata(case: Case, keys: Any) -> Finding:
@@ -262,7 +262,7 @@ def _judge_metadata(case: Case, keys: Any) -> Finding:
         if not any(str(keys.get(place, "")).endswith(case.source.model_id) for place in places):
             problems.append(f"no key names the source repository {case.source.model_id}")
     present = [name for name in keys if name.startswith("general.")]
-    return VOICE.say("metadata", f"{len(present)} keys", "; ".join(problems))
+    return BUILD.fact("metadata", f"{len(present)} keys", "; ".join(problems))
 
 
 def _judge_name(keys: Any) -> Finding:
@@ -270,4 +270,4 @@ def _judge_name(keys: Any) -> Finding:
     name, architecture = str(keys.get("general.name", "")), str(keys.get("general.architecture", ""))
     taken = re.search(r"phi-?3", name, re.IGNORECASE) and not architecture.startswith("phi3")
     problem = "llama.cpp takes a file of this name for Phi-3 and changes its tokens" if taken else ""
-    return VOICE.say("name", name, problem)
+    return BUILD.fact("name", name, problem)

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on reference and artifact.
 
-Both answer the same documents through ``_adapter``: prompts without a chat template, as lm-eval has them by default, in
-token ids of the source's tokenizer. Tasks are judged by the answers to each document (``_paired``), a group by the
+Both answer the same documents through ``lm_eval_adapter``: prompts without a chat template, as lm-eval has them by default, in
+token ids of the source's tokenizer. Tasks are judged by the answers to each document (``paired``), a group by the
 documents of all its tasks together. Only when ``validation.lm_eval`` is configured.
 """
 
@@ -22,12 +22,15 @@ from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Source, Verdict, fingerprint, sha256_of
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
-from quantool.validation._cache.ask_both import Questions, artifact, reference
+from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
+from quantool.validation._engines.head import Unsound
+from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.paired import FEWEST, Difference, error_of, mcnemar, of_means, verdicts
 from quantool.validation._tasks import lm_eval_worker
 from quantool.validation._tasks.lm_eval_worker import Series
 
 NAME = "lm_eval"
+BUILD = FindingBuilder(NAME)
 NEED = "lm_eval"
 EXTRA = "lm-eval"
 PARTS_SHOWN = 60  # tasks of a group in the detail
@@ -75,23 +78,23 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Tasks of lm-eval (when configured): accuracy beside the reference, by McNemar's exact test."""
     settings = case.settings.lm_eval
     if settings is None:
-        return []
-    asked = _questions(case, settings)
-    theirs, ours = reference(case, asked, progress), artifact(case, asked, progress)
-    if (
-        not ours["failure"] and ours["asked"] != theirs["asked"]
-    ):  # data changed where the fingerprint does not see it
-        theirs = reference(case, asked, progress, anew=True)
-        ours = artifact(case, asked, progress, anew=True)
-    if ours["failure"]:
-        return [Finding(check=NAME, metric="answers", verdict=Verdict.REGRESSION, detail=ours["failure"])]
-    if ours["asked"] != theirs["asked"]:
+        return [BUILD.skip("tasks", "validation.lm_eval is not configured")]
+    questions = _questions(case, settings)
+    theirs = ask_reference(case, questions, progress)
+    try:
+        ours = ask_artifact(case, questions, progress)
+        if ours["documents"] != theirs["documents"]:  # data changed where the fingerprint does not see it
+            theirs = ask_reference(case, questions, progress, anew=True)
+            ours = ask_artifact(case, questions, progress, anew=True)
+    except Unsound as reason:
+        return [BUILD.fail("answers", str(reason))]
+    if ours["documents"] != theirs["documents"]:
         raise ConfigError(
             f"the documents of {', '.join(settings.tasks)} were not the same for {case.name} and its reference",
             hint="a task that draws its documents or examples without a seed cannot be compared",
         )
     pairs = [
-        Pair(name, Series(**before), Series(**after))
+        SeriesPair(name, Series(**before), Series(**after))
         for name in settings.tasks
         for before, after in zip(theirs["series"][name], ours["series"][name], strict=True)
     ]
@@ -116,7 +119,7 @@ def _questions(case: Case, settings: LmEval) -> Questions:
 
 
 @dataclass(frozen=True)
-class Pair:
+class SeriesPair:
     """One metric of a task or group by both."""
 
     task: str
@@ -146,7 +149,7 @@ class Pair:
         return of_means(before, after)
 
 
-def _findings(pairs: Sequence[Pair], max_drop: float, notes: Sequence[str]) -> list[Finding]:
+def _findings(pairs: Sequence[SeriesPair], max_drop: float, notes: Sequence[str]) -> list[Finding]:
     """One finding a metric; what is tested is tested together (``verdicts``)."""
     differences = [pair.difference() for pair in pairs]
     concluded = iter(verdicts([one for one in differences if one is not None], max_drop))
@@ -159,19 +162,19 @@ def _findings(pairs: Sequence[Pair], max_drop: float, notes: Sequence[str]) -> l
 
 
 def _judged(
-    pair: Pair, difference: Difference, verdict: Verdict, max_drop: float, notes: Sequence[str]
+    pair: SeriesPair, difference: Difference, verdict: Verdict, max_drop: float, notes: Sequence[str]
 ) -> Finding:
     change = difference.measured - difference.reference
-    said = {
+    conclusion = {
         Verdict.REGRESSION: f"; a loss beyond chance and beyond max_drop {max_drop:g}",
         Verdict.ANOMALOUS: "; better than the reference beyond chance, so the comparison is probably broken",
     }.get(verdict, "")
-    if not said and -change > max_drop:
-        said = f"; a loss beyond max_drop {max_drop:g} that chance explains"
+    if not conclusion and -change > max_drop:
+        conclusion = f"; a loss beyond max_drop {max_drop:g} that chance explains"
     detail = (
         f"{pair.task}, {pair.artifact.metric}: {difference.measured:.4f} ± {difference.error:.2g} beside "
         f"{difference.reference:.4f} ± {difference.error_reference:.2g} on {len(pair.artifact.documents)} documents; "
-        f"{difference.text}{said}"
+        f"{difference.text}{conclusion}"
     )
     return Finding(
         check=NAME,
@@ -186,7 +189,7 @@ def _judged(
     )
 
 
-def _noted(pair: Pair, notes: Sequence[str]) -> Finding:
+def _noted(pair: SeriesPair, notes: Sequence[str]) -> Finding:
     """A metric for the record: nothing says how much of it may be lost."""
     theirs, ours = pair.reference, pair.artifact
     if ours.draws:
@@ -212,7 +215,7 @@ def _noted(pair: Pair, notes: Sequence[str]) -> Finding:
     )
 
 
-def _parts(pair: Pair) -> list[str]:
+def _parts(pair: SeriesPair) -> list[str]:
     """Lines on the tasks of a group."""
     theirs, ours = pair.reference.parts, pair.artifact.parts
     lines = [f"  {name}: {ours[name]:.4f} beside {theirs[name]:.4f}" for name in ours if name in theirs]

@@ -15,13 +15,16 @@ from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Source, Verdict, fingerprint
 from quantool.runtime.progress import Progress
 from quantool.texts import corpus
-from quantool.validation._cache.ask_both import Questions, artifact, reference
+from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
+from quantool.validation._engines.head import Unsound
+from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.paired import FEWEST, mcnemar, verdicts
 from quantool.validation._tasks import needle_worker
 from quantool.validation._tasks.needle_worker import Hidden
 
 NAME = "needle"
 METRIC = "retrieval"
+BUILD = FindingBuilder(NAME)
 CELLS = {(True, True): "both", (True, False): "LOST", (False, True): "gained", (False, False): "none"}
 """What stands in the grid, by whether the reference and the artifact found the sentence."""
 ANSWER_SHOWN = 60  # characters
@@ -58,22 +61,25 @@ def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """A sentence hidden in long text (when configured), found by reference and artifact: depth by length."""
     if case.settings.needle is None:
-        return []
-    asked = _questions(case)
-    theirs = reference(case, asked, progress)
+        return [BUILD.skip(METRIC, "validation.needle is not configured")]
+    questions = _questions(case)
+    theirs = ask_reference(case, questions, progress)
     before = [Hidden(**cell) for cell in theirs["cells"]]
     if not any(cell.found for cell in before):
         form = (
             "in chat form" if theirs["chat"] else "as the beginning of the sentence (it has no chat template)"
         )
-        detail = (
-            f"the reference finds none of {len(before)} hidden sentences, asked {form}, so a loss could not be seen; its "
-            f"first answer: {before[0].answer[:ANSWER_SHOWN]!r}"
-        )
-        return [Finding(check=NAME, metric=METRIC, verdict=Verdict.SKIPPED, detail=detail)]
-    ours = artifact(case, asked, progress)
-    if ours["failure"]:
-        return [Finding(check=NAME, metric=METRIC, verdict=Verdict.REGRESSION, detail=ours["failure"])]
+        return [
+            BUILD.skip(
+                METRIC,
+                f"the reference finds none of {len(before)} hidden sentences, asked {form}, so a loss could not be "
+                f"seen; its first answer: {before[0].answer[:ANSWER_SHOWN]!r}",
+            )
+        ]
+    try:
+        ours = ask_artifact(case, questions, progress)
+    except Unsound as reason:
+        return [BUILD.fail(METRIC, str(reason))]
     return [compare(before, [Hidden(**cell) for cell in ours["cells"]])]
 
 
@@ -104,13 +110,13 @@ def compare(reference: Sequence[Hidden], artifact: Sequence[Hidden]) -> Finding:
     """The finding on two grids of the same cells, in the same order."""
     difference = mcnemar([cell.found for cell in reference], [cell.found for cell in artifact])
     (verdict,) = verdicts([difference], 0.0)
-    said = {
+    conclusion = {
         Verdict.REGRESSION: "; lost beyond chance",
         Verdict.ANOMALOUS: "; more than the reference beyond chance, so the comparison is probably broken",
     }.get(verdict, "")
     summary = (
         f"finds {sum(cell.found for cell in artifact)} of {len(artifact)} hidden sentences, the reference "
-        f"{sum(cell.found for cell in reference)}; {difference.text}{said}"
+        f"{sum(cell.found for cell in reference)}; {difference.text}{conclusion}"
     )
     lines = [
         summary,

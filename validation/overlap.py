@@ -22,19 +22,22 @@ from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Verdict, fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import Stage
 from quantool.texts import corpus as texts
 from quantool.texts.readers import BUILT_IN
+from quantool.validation._findings.builder import FindingBuilder
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 NAME = "overlap"
+BUILD = FindingBuilder(NAME)
 WORDS = 13
 MAJORITY = 0.5
 """Above this share most of the text was calibrated on, and its figures say nothing about other text."""
 CHARACTERS = 1 << 24
-SAID_OF = ("sample_size", "shuffle", "dataset_seed", "dataset_config", "split", "calibration_config")
+CHOOSING = ("sample_size", "shuffle", "dataset_seed", "dataset_config", "split", "calibration_config")
 """Keys of the configuration that choose calibration documents, beside the data set."""
 
 # A letter of a script that does not separate words counts as one: kana, Han, Thai, Lao, Khmer, Myanmar.
@@ -61,59 +64,42 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     config = case.config
     origin = texts.calibration_corpus(config)
     if origin is None:
-        return [_skipped("the configuration names no calibration text (dataset_path, dataset_id)")]
+        reason = "the configuration names no calibration text (dataset_path, dataset_id)"
+        return [BUILD.skip("overlap", reason)]
     if case.output is not None and case.engine == "llama.cpp" and "imatrix" not in case.output.needs:
-        return [_skipped("it was made without calibration text (without an importance matrix)")]
+        return [BUILD.skip("overlap", "it was made without calibration text (without an importance matrix)")]
     evaluated = texts.corpora(config)
-    found = _found(case, origin, evaluated, progress)
-    return [_finding(one, found[one.name], both=_both_built_in(origin, one)) for one in evaluated]
+    overlaps = _overlaps(case, origin, evaluated, progress)
+    return [
+        _finding(corpus, found, both=origin.dataset == corpus.dataset == BUILT_IN)
+        for corpus, found in zip(evaluated, overlaps, strict=True)
+    ]
 
 
-def _found(case: Case, origin: Corpus, evaluated: Sequence[Corpus], progress: Progress) -> dict[str, Overlap]:
+def _overlaps(case: Case, origin: Corpus, evaluated: Sequence[Corpus], progress: Progress) -> list[Overlap]:
     """The overlap of each text, recalled where both texts are those of an earlier run."""
     config = case.config
     calibrated = texts.identity(origin)
-    keys = {}
-    for one in evaluated:
-        own = texts.identity(one)
-        chosen = config.model_dump(mode="json", include=set(SAID_OF))
+    stages = []
+    for corpus in evaluated:
+        own = texts.identity(corpus)
+        chosen = config.model_dump(mode="json", include=set(CHOOSING))
         known = own and calibrated
-        keys[one.name] = known and fingerprint(
-            own, calibrated, chosen, config.validation.max_tokens, __version__
-        )
-    found: dict[str, Overlap] = {}
-    for one in evaluated:
-        kept = case.workspace.recall(f"overlap/{one.name}", keys[one.name] or "")
-        if keys[one.name] and kept:
-            found[one.name] = Overlap(**kept)
-    missing = [one for one in evaluated if one.name not in found]
-    if not missing:
-        return found
-    request = {
-        "config": config.model_dump(mode="json"),
-        "corpora": [one.model_dump(mode="json") for one in missing],
-    }
-    with progress.bar("calibration text in evaluation text") as bar:
-        answer = process.call(
-            find,
-            request,
-            log=case.workspace.logs / "overlap.log",
-            bar=bar,
-            failure=SourceError,
-        )
-    for one, made in zip(missing, answer["corpora"], strict=True):
-        found[one.name] = Overlap(**made)
-        if key := keys[one.name]:
-            case.workspace.keep(f"overlap/{one.name}", key, [], made)
-    return found
+        key = known and fingerprint(own, calibrated, chosen, config.validation.max_tokens, __version__)
+        stages.append(Stage(f"overlap/{corpus.name}", key))
 
+    def produce(missing: list[int]) -> list[dict[str, Any]]:
+        request = {
+            "config": config.model_dump(mode="json"),
+            "corpora": [evaluated[number].model_dump(mode="json") for number in missing],
+        }
+        log = case.workspace.logs / "overlap.log"
+        with progress.bar("calibration text in evaluation text") as bar:
+            answer = process.call(find, request, log=log, bar=bar, failure=SourceError)
+        made: list[dict[str, Any]] = answer["corpora"]
+        return made
 
-def _both_built_in(origin: Corpus, one: Corpus) -> bool:
-    return origin.dataset == BUILT_IN and one.dataset == BUILT_IN
-
-
-def _skipped(reason: str) -> Finding:
-    return Finding(check=NAME, metric="overlap", verdict=Verdict.SKIPPED, detail=reason)
+    return [Overlap(**found) for found in case.workspace.together(stages, produce)]
 
 
 def _finding(corpus: Corpus, found: Overlap, *, both: bool) -> Finding:
@@ -237,10 +223,10 @@ def _hashed(word: str, known: dict[str, int]) -> int:
 
 def plain(document: texts.Document) -> str:
     """The words of a document: its text, or what its messages say, calls of tools included."""
-    return document.text or "\n".join(_said(message) for message in document.messages)
+    return document.text or "\n".join(_words(message) for message in document.messages)
 
 
-def _said(message: Mapping[str, Any]) -> str:
+def _words(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     parts = [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
     calls = message.get("tool_calls")

@@ -10,12 +10,14 @@ from quantool.records import Finding, Gates, Verdict
 from quantool.runtime.progress import Progress
 from quantool.texts.corpus import corpora
 from quantool.validation._engines.reference import Reference, references
+from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Scores, summarize
 from quantool.validation._score import conversion_loss
-from quantool.validation._score.scores import Outcome, compute, outcome, require
+from quantool.validation._score.scores import ArtifactScores, compute, kept_scores, require
 
 NAME = "perplexity"
+BUILD = FindingBuilder(NAME)
 
 ANOMALY_NOISE = 3.0
 ANOMALY_RATIO = -0.02
@@ -35,7 +37,7 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     require(case)
     known = references(case, corpora(case.config), progress)
     compute([case], known, progress)
-    scored = outcome(case, known)
+    scored = kept_scores(case, known)
     if scored.failure:
         return _unscorable(case, known, scored)
     findings: list[Finding] = []
@@ -44,37 +46,30 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
         found = findings_of(summarize(tokens), corpus.name, merged(case.gates, corpus.gates))
         if scored.bases:
             base = scored.bases[number]
-            damages = conversion_loss.findings_of(base, corpus.name, case.settings.gates, NAME)
-            blame = conversion_loss.blame(base, damages[0])
-            found = [_blaming(finding, blame) for finding in found] + damages
+            losses = conversion_loss.findings_of(base, corpus.name, case.settings.gates, NAME)
+            blame = conversion_loss.blame(base, losses[0])
+            found = [_blaming(finding, blame) for finding in found] + losses
         findings += found
     return findings + _kernels(scored) + _undivided(case, scored)
 
 
-def _kernels(scored: Outcome) -> list[Finding]:
+def _kernels(scored: ArtifactScores) -> list[Finding]:
     """What the engine computed with, as its log says."""
-    if not scored.kernels:
-        return []
     named = ", ".join(scored.kernels)
-    return [
-        Finding(
-            check=NAME, metric="kernels", verdict=Verdict.PASS, measured=named, detail=f"served with {named}"
-        )
-    ]
+    return [BUILD.fact("kernels", named, note=f"served with {named}")] if named else []
 
 
-def _unscorable(case: Case, known: Sequence[Reference], scored: Outcome) -> list[Finding]:
+def _unscorable(case: Case, known: Sequence[Reference], scored: ArtifactScores) -> list[Finding]:
     """The findings of an artifact that cannot be scored; a base says whether the conversion is to blame."""
-    detail, damages = scored.failure, _undivided(case, scored)
+    reason, losses = scored.failure, _undivided(case, scored)
     for base, reference in zip(scored.bases, known, strict=False):  # there may be no base
-        damages += conversion_loss.findings_of(base, reference.windows.corpus.name, case.settings.gates, NAME)
+        losses += conversion_loss.findings_of(base, reference.windows.corpus.name, case.settings.gates, NAME)
     if scored.bases:
-        detail += f"; {conversion_loss.blame(scored.bases[0], damages[0])}"
-    failed = Finding(check=NAME, metric="perplexity", verdict=Verdict.REGRESSION, detail=detail)
-    return [failed, *damages]
+        reason += f"; {conversion_loss.blame(scored.bases[0], losses[0])}"
+    return [BUILD.fail("perplexity", reason), *losses]
 
 
-def _undivided(case: Case, scored: Outcome) -> list[Finding]:
+def _undivided(case: Case, scored: ArtifactScores) -> list[Finding]:
     """Why conversion and quantization are not told apart, of a GGUF."""
     if case.engine != "llama.cpp" or scored.bases:
         return []
@@ -108,38 +103,20 @@ def findings_of(scores: Scores, corpus: str, gates: Gates) -> list[Finding]:
             "share of positions with the same most likely token",
         ),
     )
-    noted = {
-        "kld_median": (scores.kld_median, "median KL divergence"),
-        "kld_99": (scores.kld_99, "99th percentile of the KL divergence"),
-        "kld_999": (scores.kld_999, "99.9th percentile of the KL divergence"),
-        "kld_max": (scores.kld_max, "largest KL divergence"),
-        "rms_dp": (scores.rms_dp, "RMS change of the probability of the token that came"),
-    }
+    noted = (
+        Gate("kld_median", scores.kld_median, None, 1, "median KL divergence"),
+        Gate("kld_99", scores.kld_99, None, 1, "99th percentile of the KL divergence"),
+        Gate("kld_999", scores.kld_999, None, 1, "99.9th percentile of the KL divergence"),
+        Gate("kld_max", scores.kld_max, None, 1, "largest KL divergence"),
+        Gate("rms_dp", scores.rms_dp, None, 1, "RMS change of the probability of the token that came"),
+    )
     ours, theirs = scores.perplexity, scores.perplexity_reference
+    detail = f"{shown(ours)} beside {shown(theirs)} on {scores.tokens} tokens of {corpus}"
+    perplexity = BUILD.fact("perplexity", ours.value, "", theirs.value, note=detail, corpus=corpus)
     return [
-        Finding(
-            check=NAME,
-            metric="perplexity",
-            verdict=Verdict.PASS,
-            corpus=corpus,
-            measured=ours.value,
-            reference=theirs.value,
-            error=ours.error,
-            detail=f"{shown(ours)} beside {shown(theirs)} on {scores.tokens} tokens of {corpus}",
-        ),
+        perplexity.model_copy(update={"error": ours.error}),
         *(_judged(gate, corpus) for gate in limited),
-        *(
-            Finding(
-                check=NAME,
-                metric=metric,
-                verdict=Verdict.PASS,
-                corpus=corpus,
-                measured=estimate.value,
-                error=estimate.error,
-                detail=f"{text}: {shown(estimate)} on {corpus}",
-            )
-            for metric, (estimate, text) in noted.items()
-        ),
+        *(gated(gate, corpus, NAME) for gate in noted),
     ]
 
 

@@ -22,16 +22,18 @@ from quantool.validation._files.modules import (
     HEAD,
     ROUTER,
     Group,
+    LayerScheme,
     Module,
     Promise,
-    Scheme,
     groups,
     modules,
     promise,
 )
 from quantool.validation._files.vllm_kernels import Heads, kernel, unsplittable
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "serving"
+BUILD = FindingBuilder(NAME)
 SPLITS = (1, 2, 4, 8)
 CLASSES = (
     "QKVParallelLinear",
@@ -50,7 +52,7 @@ class Served:
     """A group of modules as vLLM would take it: its scheme, None for full precision; or why it could not."""
 
     group: Group
-    scheme: Scheme | None
+    scheme: LayerScheme | None
     problem: str = ""
 
 
@@ -60,14 +62,16 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     del progress  # headers only
     found = unpacked.quantization(case.artifact) if case.artifact.is_dir() else {}
     if not found:
-        return []
+        what = "a folder without quantization_config" if case.artifact.is_dir() else "a GGUF"
+        reason = f"it is {what}; these are vLLM's rules for folders with one"
+        return [BUILD.skip("quantization_config", reason)]
     try:
         promised = promise(found)
     except ValueError as error:
         return [_finding("quantization_config", None, [str(error)])]
     if promised is None or not all(scheme.known for scheme in promised.schemes):
         reason = f"quant_method {found.get('quant_method')!r} with a scheme that this check does not know"
-        return [Finding(check=NAME, metric="quantization_config", verdict=Verdict.SKIPPED, detail=reason)]
+        return [BUILD.skip("quantization_config", reason)]
     headers = check_index(case.artifact)
     layers = modules(headers)
     served = [serve(promised, group, layers) for group in groups(layers)]
@@ -88,15 +92,9 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
 
 def _finding(metric: str, measured: str | None, problems: Sequence[str], note: str = "") -> Finding:
     """PASS without ``problems``, REGRESSION with the first of them."""
-    verdict = Verdict.REGRESSION if problems else Verdict.PASS
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return Finding(
-        check=NAME,
-        metric=metric,
-        verdict=verdict,
-        measured=measured,
-        detail="; ".join(problems[:3]) + more or note,
-    )
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    problem = "; ".join([*problems[:3], *more])
+    return BUILD.fact(metric, measured, problem, note="" if problem else note)
 
 
 # --- which scheme a module gets
@@ -125,7 +123,7 @@ def serve(promised: Promise, group: Group, layers: Sequence[Module]) -> Served:
     return Served(group, whole)
 
 
-def _target(promised: Promise, group: Group) -> Scheme | None:
+def _target(promised: Promise, group: Group) -> LayerScheme | None:
     """By the group's own name, else by the class that it has in vLLM."""
     if (found := _named(promised, group.name)) is not None:
         return found
@@ -137,7 +135,7 @@ def _target(promised: Promise, group: Group) -> Scheme | None:
     return None
 
 
-def _named(promised: Promise, name: str) -> Scheme | None:
+def _named(promised: Promise, name: str) -> LayerScheme | None:
     for scheme in promised.schemes:
         if any(_matches(name, target) for target in scheme.targets):
             return scheme
@@ -234,7 +232,7 @@ def _judge_parts(served: Sequence[Served]) -> Finding:
     return _finding("scales", f"{count} modules", problems)
 
 
-def _odd_parts(scheme: Scheme, module: Module) -> Iterator[str]:
+def _odd_parts(scheme: LayerScheme, module: Module) -> Iterator[str]:
     wanted = _parts(scheme)
     absent = [part for part in wanted if part not in module.parts]
     extra = [part for part in module.parts if part not in wanted and part != "weight_shape"]
@@ -258,7 +256,7 @@ def _odd_parts(scheme: Scheme, module: Module) -> Iterator[str]:
         yield f"{tensor.name} has {list(tensor.shape)}, but {scheme.weights.strategy} means {list(shape)}"
 
 
-def _parts(scheme: Scheme) -> tuple[str, ...]:
+def _parts(scheme: LayerScheme) -> tuple[str, ...]:
     """What a module of ``scheme`` is made of; weight_shape, which vLLM does not need, may come along."""
     if scheme.form == "awq":
         return ("qweight", "qzeros", "scales")
@@ -272,7 +270,7 @@ def _parts(scheme: Scheme) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _scale_shape(scheme: Scheme, outputs: int, inputs: int) -> tuple[int, int]:
+def _scale_shape(scheme: LayerScheme, outputs: int, inputs: int) -> tuple[int, int]:
     weights = scheme.weights
     if weights.strategy == "tensor":
         return 1, 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Verdict
+from quantool.records import Finding
 from quantool.runtime.progress import Progress
 from quantool.validation._chat.conversations import ENDED, end_of_turn, of_case
 from quantool.validation._engines import hf_tokenizer
@@ -23,10 +23,11 @@ from quantool.validation._engines.vocabulary import (
     by_artifact,
     by_source,
     of_gguf,
-    unloadable,
 )
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "stop_tokens"
+BUILD = FindingBuilder(NAME)
 
 
 @check(NAME)
@@ -34,17 +35,17 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """EOS, every token that ends generation or a chat turn, BOS and padding, as the source has them."""
     del progress  # a second
     conversations = of_case(case)
-    asked = {"conversations": [conversation.request() for conversation in conversations]}
-    reference = by_source(case, "chats", hf_tokenizer.render, asked)
+    request = {"conversations": [conversation.request() for conversation in conversations]}
+    reference = by_source(case, "chats", hf_tokenizer.render, request)
     facts = reference["facts"]
     names = [conversation.name for conversation in conversations]
     turn_end = end_of_turn(reference["answers"][names.index(ENDED)], facts["special_ids"])
-    if case.engine != "llama.cpp":
-        return _judge_folder(case, facts)
     try:
+        if case.engine != "llama.cpp":
+            return _judge_folder(case, facts)
         vocabulary, _ = of_gguf(case)
     except UnloadableError as error:
-        return unloadable(NAME, error)
+        return [BUILD.fail("loads", str(error))]
     return [
         _judge_eos(facts["eos"], vocabulary),
         _judge_ends(case, facts, turn_end, vocabulary),
@@ -57,46 +58,33 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
 def _judge_eos(eos: int | None, vocabulary: Vocabulary) -> Finding:
     """``tokenizer.ggml.eos_token_id`` is there and the source tokenizer's."""
     if eos is None:
-        detail = "the source's tokenizer has no EOS"
-        return Finding(check=NAME, metric="eos", verdict=Verdict.SKIPPED, detail=detail)
-    stored = vocabulary.keys.get("tokenizer.ggml.eos_token_id")
-    passed = stored == str(eos)
-    return Finding(
-        check=NAME,
-        metric="eos",
-        verdict=Verdict.PASS if passed else Verdict.REGRESSION,
-        measured=_shown(int(stored), vocabulary) if stored is not None else "absent",
-        reference=_shown(eos, vocabulary),
-        detail="" if passed else "tokenizer.ggml.eos_token_id is not the EOS of the source's tokenizer",
-    )
+        return BUILD.skip("eos", "the source's tokenizer has no EOS")
+    stored = _stored(vocabulary, "eos")
+    measured = _shown(stored, vocabulary) if stored is not None else "absent"
+    problem = "tokenizer.ggml.eos_token_id is not the EOS of the source's tokenizer" if stored != eos else ""
+    return BUILD.fact("eos", measured, problem, _shown(eos, vocabulary))
 
 
 def _judge_ends(case: Case, facts: dict[str, Any], turn_end: int | None, vocabulary: Vocabulary) -> Finding:
     """Every EOS id of config.json and generation_config.json ends generation in llama.cpp, and no ordinary token."""
     wanted = case.source.facts.eos_token_ids
     if not wanted:
-        detail = "neither config.json nor generation_config.json of the source names an EOS"
-        return Finding(check=NAME, metric="ends", verdict=Verdict.SKIPPED, detail=detail)
+        return BUILD.skip("ends", "neither config.json nor generation_config.json of the source names an EOS")
     known = {*wanted, *facts["special_ids"].values(), facts["eos"]}
     missing = [token for token in wanted if token not in vocabulary.ends]
     excess = [token for token in vocabulary.ends if token not in known]
-    detail = ""
+    problem = note = ""
     if missing:
-        detail = f"llama.cpp does not stop at {_list(missing, vocabulary)}"
+        problem = f"llama.cpp does not stop at {_list(missing, vocabulary)}"
     elif excess:
-        detail = f"llama.cpp stops at {_list(excess, vocabulary)}, which is no special token of the source"
+        problem = f"llama.cpp stops at {_list(excess, vocabulary)}, which is no special token of the source"
     elif turn_end is not None and turn_end not in wanted:
-        detail = (
+        note = (
             f"defect of the source: its configurations do not name {_shown(turn_end, vocabulary)}, "
             "which its template prints at the end of a turn"
         )
-    return Finding(
-        check=NAME,
-        metric="ends",
-        verdict=Verdict.REGRESSION if missing or excess else Verdict.PASS,
-        measured=_list(vocabulary.ends, vocabulary),
-        reference=_list(wanted, vocabulary),
-        detail=detail,
+    return BUILD.fact(
+        "ends", _list(vocabulary.ends, vocabulary), problem, _list(wanted, vocabulary), note=note
     )
 
 
@@ -104,21 +92,13 @@ def _judge_turn_end(case: Case, turn_end: int | None, vocabulary: Vocabulary) ->
     """The token that the template prints after an assistant's message ends generation in llama.cpp."""
     if turn_end is None:
         none = case.source.facts.chat_template is None
-        detail = (
-            "the source has no chat template" if none else "the template ends a turn without a special token"
-        )
-        return Finding(check=NAME, metric="turn_end", verdict=Verdict.SKIPPED, detail=detail)
-    stops = turn_end in vocabulary.ends
-    return Finding(
-        check=NAME,
-        metric="turn_end",
-        verdict=Verdict.PASS if stops else Verdict.REGRESSION,
-        measured=_list(vocabulary.ends, vocabulary),
-        reference=_shown(turn_end, vocabulary),
-        detail=""
-        if stops
-        else "llama.cpp does not stop where the template ends a turn: answers would not end",
-    )
+        reason = "the template ends a turn without a special token"
+        return BUILD.skip("turn_end", "the source has no chat template" if none else reason)
+    problem = ""
+    if turn_end not in vocabulary.ends:
+        problem = "llama.cpp does not stop where the template ends a turn: answers would not end"
+    measured = _list(vocabulary.ends, vocabulary)
+    return BUILD.fact("turn_end", measured, problem, _shown(turn_end, vocabulary))
 
 
 def _judge_lists(case: Case, facts: dict[str, Any], turn_end: int | None, vocabulary: Vocabulary) -> Finding:
@@ -131,50 +111,43 @@ def _judge_lists(case: Case, facts: dict[str, Any], turn_end: int | None, vocabu
         lists[name] = [token] if token is not None else None
     named = {name: set(ids) for name, ids in lists.items() if ids}
     if not named:
-        detail = "no file of the source names a token that ends something"
-        return Finding(check=NAME, metric="eos_lists", verdict=Verdict.SKIPPED, detail=detail)
+        return BUILD.skip("eos_lists", "no file of the source names a token that ends something")
     every = set[int]().union(*named.values())
-    eot = _stored(vocabulary, "eot")
-    stray = eot is not None and eot not in every
     stops = next((name for name in ("generation_config.json", "config.json") if name in named), None)
     lacking = sorted(every - named[stops]) if stops is not None else []
-    if stray:
-        detail = f"tokenizer.ggml.eot_token_id is {_shown(eot or 0, vocabulary)}, which the source's files do not name"
+    stored = {
+        name: token
+        for name, token in (("eos", vocabulary.eos), ("eot", _stored(vocabulary, "eot")))
+        if token is not None
+    }
+    problem = note = ""
+    if (eot := stored.get("eot")) is not None and eot not in every:
+        problem = (
+            f"tokenizer.ggml.eot_token_id is {_shown(eot, vocabulary)}, which the source's files do not name"
+        )
     elif lacking:
-        detail = f"defect of the source: {stops}, at whose ids transformers stops, lacks {_list(lacking, vocabulary)}"
-    else:
-        detail = ""
-    shown = {"eos": vocabulary.eos, "eot": eot}
-    return Finding(
-        check=NAME,
-        metric="eos_lists",
-        verdict=Verdict.REGRESSION if stray else Verdict.PASS,
-        measured=", ".join(
-            f"{name} {_shown(one, vocabulary)}" for name, one in shown.items() if one is not None
-        ),
-        reference="; ".join(f"{name}: {_list(sorted(ids), vocabulary)}" for name, ids in named.items()),
-        detail=detail,
+        note = f"defect of the source: {stops}, at whose ids transformers stops, lacks {_list(lacking, vocabulary)}"
+    return BUILD.fact(
+        "eos_lists",
+        ", ".join(f"{name} {_shown(token, vocabulary)}" for name, token in stored.items()),
+        problem,
+        "; ".join(f"{name}: {_list(sorted(ids), vocabulary)}" for name, ids in named.items()),
+        note=note,
     )
 
 
 def _judge_others(facts: dict[str, Any], vocabulary: Vocabulary) -> list[Finding]:
     """BOS, padding, and whether BOS and EOS are added. An id that the source does not have is not judged."""
-    found: list[tuple[str, Any, Any]] = [
-        ("bos", facts["bos"], _stored(vocabulary, "bos")),
-        ("pad", facts["pad"], _stored(vocabulary, "padding")),
-        ("adds_bos", facts["adds_bos"], vocabulary.adds_bos),
-        ("adds_eos", facts["adds_eos"], vocabulary.adds_eos),
+    stored: list[tuple[str, Any]] = [
+        ("bos", _stored(vocabulary, "bos")),
+        ("pad", _stored(vocabulary, "padding")),
+        ("adds_bos", vocabulary.adds_bos),
+        ("adds_eos", vocabulary.adds_eos),
     ]
     return [
-        Finding(
-            check=NAME,
-            metric=metric,
-            verdict=Verdict.PASS if measured == expected else Verdict.REGRESSION,
-            measured=str(measured),
-            reference=str(expected),
-        )
-        for metric, expected, measured in found
-        if expected is not None and not (metric == "pad" and measured is None)
+        BUILD.equal(metric, measured, facts[metric])
+        for metric, measured in stored
+        if facts[metric] is not None and not (metric == "pad" and measured is None)
     ]
 
 
@@ -195,21 +168,15 @@ def _shown(token: int, vocabulary: Vocabulary) -> str:
 def _judge_folder(case: Case, facts: dict[str, Any]) -> list[Finding]:
     """The artifact's tokenizer and its EOS ids (config.json, generation_config.json) are the source's."""
     own = by_artifact(case, hf_tokenizer.render, {"conversations": []})["facts"]
-    pairs: list[tuple[str, Any, Any]] = [
-        (metric, facts[metric], own[metric]) for metric in ("eos", "bos", "pad", "adds_bos", "adds_eos")
-    ]
-    for name in ("config.json", "generation_config.json"):
-        expected, measured = (_eos_of(folder / name) for folder in (case.source.folder, case.artifact))
-        pairs.append((f"eos of {name}", expected, measured))
     return [
-        Finding(
-            check=NAME,
-            metric=metric,
-            verdict=Verdict.PASS if measured == expected else Verdict.REGRESSION,
-            measured=str(measured),
-            reference=str(expected),
-        )
-        for metric, expected, measured in pairs
+        *(
+            BUILD.equal(metric, own[metric], facts[metric])
+            for metric in ("eos", "bos", "pad", "adds_bos", "adds_eos")
+        ),
+        *(
+            BUILD.equal(f"eos of {name}", _eos_of(case.artifact / name), _eos_of(case.source.folder / name))
+            for name in ("config.json", "generation_config.json")
+        ),
     ]
 
 

@@ -15,30 +15,34 @@ from typing import Any
 
 from quantool.config.schema import Corpus
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Verdict
+from quantool.records import Finding
 from quantool.runtime.progress import Progress
 from quantool.texts import corpus
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.vocabulary import (
-    Text,
+    ProbeText,
     UnloadableError,
     Vocabulary,
     by_artifact,
     by_source,
-    differing,
     explain,
     of_gguf,
-    unloadable,
 )
+from quantool.validation._findings.builder import FindingBuilder, some
 
 NAME = "tokenizer"
+BUILD = FindingBuilder(NAME)
 HEAD = 20_000  # characters of each corpus
-PLAIN = Text("plain text", "Hello world", add_special=True)
-BEGINNINGS = (PLAIN, Text("nothing", "", add_special=True), Text("a line end", "\n", add_special=True))
+PLAIN = ProbeText("plain text", "Hello world", add_special=True)
+BEGINNINGS = (
+    PLAIN,
+    ProbeText("nothing", "", add_special=True),
+    ProbeText("a line end", "\n", add_special=True),
+)
 """Texts to which BOS and EOS are added as the tokenizer's settings say."""
 
 PROBES = tuple(
-    Text(name, text)
+    ProbeText(name, text)
     for name, text in (
         ("word", "Hello"),
         ("leading space", " Hello"),
@@ -84,23 +88,23 @@ PROBES = tuple(
     )
 )
 AROUND = (
-    Text("text after {}", "{}text"),
-    Text("space after {}", "{} text"),
-    Text("newline after {}", "{}\n\ntext"),
-    Text("{} inside text", "some{} text {}"),
-    Text("{} as plain text", "A user wrote {} here", parse_special=False),
+    ProbeText("text after {}", "{}text"),
+    ProbeText("space after {}", "{} text"),
+    ProbeText("newline after {}", "{}\n\ntext"),
+    ProbeText("{} inside text", "some{} text {}"),
+    ProbeText("{} as plain text", "A user wrote {} here", parse_special=False),
 )
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Each text with its ids on both sides.
+class TokenizedText:
+    """A text with its ids on both sides.
 
     ``nfc`` are the artifact's ids of the text in Unicode's NFC, ``respaced`` the source's with spaces put as the
     artifact puts them; either is None where that does not apply.
     """
 
-    text: Text
+    text: ProbeText
     expected: list[int]
     found: list[int]
     nfc: list[int] | None
@@ -121,15 +125,15 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     del progress  # a few seconds
     heads = {one.name: _head(one, case) for one in corpus.corpora(case.config)}
     texts = [*BEGINNINGS, *PROBES, *(text for head in heads.values() for text in head)]
-    asked = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
-    reference = by_source(case, NAME, hf_tokenizer.encode, asked)
+    request = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
+    reference = by_source(case, NAME, hf_tokenizer.encode, request)
     try:
-        sides, vocabulary = _compare(case, asked, reference)
+        compared, vocabulary = _compare(case, request, reference)
     except UnloadableError as error:
-        return unloadable(NAME, error)
+        return [BUILD.fail("loads", str(error))]
     pieces = vocabulary.pieces if vocabulary is not None else ()
     known = len(BEGINNINGS) + len(PROBES)
-    probes, rest = sides[:known], sides[known:]
+    probes, rest = compared[:known], compared[known:]
     findings = [
         _judge_bos(
             probes[: len(BEGINNINGS)], reference["facts"]["bos"] if vocabulary is None else vocabulary.bos
@@ -140,17 +144,17 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         findings.append(_judge("corpus_ids", rest[: len(head)], pieces, name))
         rest = rest[len(head) :]
     findings.append(_judge("special_ids", rest, pieces, cause=_cause(vocabulary, reference["facts"])))
-    return [*findings, *_limits(sides)]
+    return [*findings, *_limits(compared)]
 
 
-def _head(one: Corpus, case: Case) -> list[Text]:
+def _head(one: Corpus, case: Case) -> list[ProbeText]:
     """The beginning of a corpus: texts, of conversations what was said in them."""
-    texts: list[Text] = []
+    texts: list[ProbeText] = []
     left = HEAD
     for document in corpus.read(one, characters=HEAD, cache_dir=case.config.dataset_cache_dir):
-        said = [message.get("content") for message in document.messages]
-        text = document.text or "\n".join(content for content in said if isinstance(content, str))
-        texts.append(Text(f"document {len(texts) + 1}", text[:left]))
+        contents = [message.get("content") for message in document.messages]
+        text = document.text or "\n".join(content for content in contents if isinstance(content, str))
+        texts.append(ProbeText(f"document {len(texts) + 1}", text[:left]))
         left -= len(text)
         if left <= 0:
             break
@@ -158,25 +162,29 @@ def _head(one: Corpus, case: Case) -> list[Text]:
 
 
 def _compare(
-    case: Case, asked: dict[str, Any], reference: dict[str, Any]
-) -> tuple[list[Sides], Vocabulary | None]:
+    case: Case, request: dict[str, Any], reference: dict[str, Any]
+) -> tuple[list[TokenizedText], Vocabulary | None]:
     """The ids of both sides; texts that the source's tokenizer cannot do are left out."""
-    texts = [Text(**text) for text in reference["texts"]]
+    texts = [ProbeText(**text) for text in reference["texts"]]
     if case.engine != "llama.cpp":
-        answered = by_artifact(case, hf_tokenizer.encode, asked)
+        answered = by_artifact(case, hf_tokenizer.encode, request)
         if answered["texts"] != reference["texts"]:  # other special tokens, so other texts
             answered = by_artifact(case, hf_tokenizer.encode, {"texts": reference["texts"], "around": []})
         rows = zip(texts, reference["ids"], answered["ids"], strict=True)
-        return [Sides(text, one, other, None, None) for text, one, other in rows if one is not None], None
+        return [
+            TokenizedText(text, expected, found, None, None)
+            for text, expected, found in rows
+            if expected is not None
+        ], None
     normalized = [
-        Text(text.name, unicodedata.normalize("NFC", text.text), text.add_special, text.parse_special)
+        ProbeText(text.name, unicodedata.normalize("NFC", text.text), text.add_special, text.parse_special)
         for text in texts
     ]
     vocabulary, ids = of_gguf(case, [*texts, *normalized])
     nfc: list[list[int] | None] = [*ids[len(texts) :]] if reference["facts"]["nfc"] else [None] * len(texts)
     respaced = _respaced(case, reference, vocabulary) or [None] * len(texts)
-    sides = zip(texts, reference["ids"], ids[: len(texts)], nfc, respaced, strict=True)
-    return [Sides(*side) for side in sides if side[1] is not None], vocabulary
+    columns = zip(texts, reference["ids"], ids[: len(texts)], nfc, respaced, strict=True)
+    return [TokenizedText(*row) for row in columns if row[1] is not None], vocabulary
 
 
 def _respaced(case: Case, reference: dict[str, Any], vocabulary: Vocabulary) -> list[Any] | None:
@@ -200,58 +208,47 @@ def _cause(vocabulary: Vocabulary | None, facts: dict[str, Any]) -> str:
 
 
 def _judge(
-    metric: str, sides: Sequence[Sides], pieces: Sequence[str], name: str | None = None, cause: str = ""
+    metric: str,
+    texts: Sequence[TokenizedText],
+    pieces: Sequence[str],
+    corpus: str | None = None,
+    cause: str = "",
 ) -> Finding:
-    """Ids of ``sides`` are equal, but for those that a known limit explains."""
-    counted = [side for side in sides if side.limit() != "nfc"]
-    wrong = [
-        side for side in counted if differing(side.expected, side.found) is not None and not side.limit()
-    ]
+    """Ids of ``texts`` are equal, but for those that a known limit explains."""
+    counted = [text for text in texts if text.limit() != "nfc"]
+    wrong = [text for text in counted if text.found != text.expected and not text.limit()]
     notes = []
-    if len(counted) < len(sides):
-        notes.append(f"{len(sides) - len(counted)} more skipped (nfc)")
-    if spaced := sum(side.limit() == "space_prefix" for side in counted):
+    if len(counted) < len(texts):
+        notes.append(f"{len(texts) - len(counted)} more skipped (nfc)")
+    if spaced := sum(text.limit() == "space_prefix" for text in counted):
         notes.append(f"{spaced} of them equal but for spaces put by llama.cpp (space_prefix)")
     if not counted:
-        detail = "; ".join(notes) or "no text"
-        return Finding(check=NAME, metric=metric, verdict=Verdict.SKIPPED, corpus=name, detail=detail)
+        return BUILD.skip(metric, "; ".join(notes) or "no text", corpus=corpus)
+    problem = ""
     if wrong:
         first = f"{wrong[0].text.name} {explain(wrong[0].expected, wrong[0].found, pieces)}"
-        others = ", ".join(repr(side.text.name) for side in wrong[1:6])
-        notes[:0] = [first + cause, *([f"also {others}"] if others else [])]
+        others = ", ".join(repr(text.text.name) for text in wrong[1:6])
+        problem = "; ".join([first + cause, *([f"also {others}"] if others else [])])
     else:
-        tokens = sum(len(side.expected) for side in counted)
-        notes.insert(0, f"{tokens} tokens")
-    return Finding(
-        check=NAME,
-        metric=metric,
-        verdict=Verdict.REGRESSION if wrong else Verdict.PASS,
-        corpus=name,
-        measured=f"{len(counted) - len(wrong)} of {len(counted)}",
-        reference=f"{len(counted)} of {len(counted)}",
-        detail="; ".join(notes),
-    )
+        notes.insert(0, f"{sum(len(text.expected) for text in counted)} tokens")
+    total = len(counted)
+    measured = f"{total - len(wrong)} of {total}"
+    return BUILD.fact(metric, measured, problem, f"{total} of {total}", note="; ".join(notes), corpus=corpus)
 
 
-def _judge_bos(beginnings: Sequence[Sides], bos: int | None) -> Finding:
+def _judge_bos(beginnings: Sequence[TokenizedText], bos: int | None) -> Finding:
     """BOS tokens before a plain text, and before none: as many as the source's tokenizer adds."""
     if bos is None:
-        return Finding(
-            check=NAME, metric="bos_count", verdict=Verdict.SKIPPED, detail="there is no BOS token"
-        )
-    counts = [(side.found.count(bos), side.expected.count(bos), side.text.name) for side in beginnings]
+        return BUILD.skip("bos_count", "there is no BOS token")
+    counts = [(text.found.count(bos), text.expected.count(bos), text.text.name) for text in beginnings]
     measured, reference, name = next((one for one in counts if one[0] != one[1] or one[1] > 1), counts[0])
-    return Finding(
-        check=NAME,
-        metric="bos_count",
-        verdict=Verdict.PASS if measured == reference <= 1 else Verdict.REGRESSION,
-        measured=measured,
-        reference=reference,
-        detail=f"BOS tokens before {name}",
-    )
+    said = f"BOS tokens before {name}"
+    if measured == reference <= 1:
+        return BUILD.fact("bos_count", measured, "", reference, note=said)
+    return BUILD.fact("bos_count", measured, said, reference)
 
 
-def _limits(sides: Sequence[Sides]) -> list[Finding]:
+def _limits(texts: Sequence[TokenizedText]) -> list[Finding]:
     """One skipped finding for each known limit of llama.cpp that showed."""
     reasons = {
         "nfc": "the source's tokenizer normalizes text to NFC, llama.cpp cannot; equal once the text is normalized",
@@ -259,13 +256,7 @@ def _limits(sides: Sequence[Sides]) -> list[Finding]:
         "there and after every special token, or nowhere (tokenizer.ggml.add_space_prefix); equal but for that space",
     }
     return [
-        Finding(
-            check=NAME,
-            metric=limit,
-            verdict=Verdict.SKIPPED,
-            measured=len(names),
-            detail=f"{reason}: {', '.join(map(repr, names[:8]))}{' …' if len(names) > 8 else ''}",
-        )
+        BUILD.skip(limit, f"{reason}: {some([repr(name) for name in names], 8)}", measured=len(names))
         for limit, reason in reasons.items()
-        if (names := [side.text.name for side in sides if side.limit() == limit])
+        if (names := [text.text.name for text in texts if text.limit() == limit])
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load
 from quantool.runtime.worker import Report
 
 MIN_BATCH = 16  # imatrix.cpp ignores smaller matrix products
@@ -193,48 +195,43 @@ def _decode(base: str, ids: NDArray[np.int32], collector: _Collector, report: Re
 
     windows, context = ids.shape
     together = min(WINDOWS_PER_DECODE, windows)
-    llama_cpp.llama_backend_init()
-    settings = llama_cpp.llama_model_default_params()
-    settings.n_gpu_layers = 999 if gpu else 0
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(base), settings)
-    if not model:
-        raise QuantizationError(f"llama.cpp cannot load {base}")
-    callback = llama_cpp.ggml_backend_sched_eval_callback(collector.callback)
-    shape = llama_cpp.llama_context_default_params()
-    shape.n_ctx = shape.n_batch = context * together
-    shape.n_ubatch = context
-    shape.n_seq_max = together
-    shape.n_threads = shape.n_threads_batch = os.cpu_count() or 1
-    shape.cb_eval = callback
-    state = llama_cpp.llama_init_from_model(model, shape)
-    if not state:
-        raise QuantizationError(f"llama.cpp cannot make a context of {context * together} tokens for {base}")
-    batch = llama_cpp.llama_batch_init(context * together, 0, 1)
-    for start in range(0, windows, together):
-        _fill(batch, ids[start : start + together])
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(state), True)
-        code = llama_cpp.llama_decode(state, batch)
-        if collector.failure is not None:
-            raise collector.failure
-        if code != 0:
-            raise QuantizationError(f"llama_decode failed with code {code} on {base}")
-        report(min(start + together, windows) * context, windows * context)
-    llama_cpp.llama_batch_free(batch)
-    llama_cpp.llama_free(state)
-    llama_cpp.llama_model_free(model)
-
-
-def _fill(batch: Any, windows: NDArray[np.int32]) -> None:
-    index = 0
-    for sequence, window in enumerate(windows):
-        for position, token in enumerate(window):
-            batch.token[index] = int(token)
-            batch.pos[index] = position
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = sequence
-            batch.logits[index] = 1
-            index += 1
-    batch.n_tokens = index
+    with ExitStack() as stack:
+        log = stack.enter_context(LlamaLog())
+        try:
+            model = stack.enter_context(load(Path(base), log, gpu=gpu))
+        except LoadError as error:
+            raise QuantizationError(f"llama.cpp cannot load {Path(base).name}: {error.message}") from error
+        callback = llama_cpp.ggml_backend_sched_eval_callback(collector.callback)
+        shape = llama_cpp.llama_context_default_params()
+        shape.n_ctx = shape.n_batch = context * together
+        shape.n_ubatch = context
+        shape.n_seq_max = together
+        shape.n_threads = shape.n_threads_batch = os.cpu_count() or 1
+        shape.cb_eval = callback
+        state = llama_cpp.llama_init_from_model(model, shape)
+        if not state:
+            raise QuantizationError(
+                f"llama.cpp cannot make a context of {context * together} tokens for {base}"
+            )
+        stack.callback(llama_cpp.llama_free, state)
+        batch = llama_cpp.llama_batch_init(context * together, 0, 1)
+        stack.callback(llama_cpp.llama_batch_free, batch)
+        for start in range(0, windows, together):
+            part = ids[start : start + together]
+            fill(
+                batch,
+                part.ravel(),
+                np.tile(np.arange(context, dtype=np.int32), len(part)),
+                np.repeat(np.arange(len(part), dtype=np.int32), context),
+                np.ones(part.size, bool),
+            )
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(state), True)
+            code = llama_cpp.llama_decode(state, batch)
+            if collector.failure is not None:
+                raise collector.failure
+            if code != 0:
+                raise QuantizationError(f"llama_decode failed with code {code} on {base}")
+            report(min(start + together, windows) * context, windows * context)
 
 
 def _write(path: Path, collector: _Collector, label: str, ids: NDArray[np.int32]) -> None:

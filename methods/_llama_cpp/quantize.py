@@ -10,21 +10,18 @@ import ctypes
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError, nearest
 from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.runtime.llama_cpp import LlamaLog, LoadError, load
 from quantool.runtime.toolchain import ggml_types
 from quantool.runtime.worker import Report
 
 # [  12/ 291] blk.0.attn_k.weight - [ 2048, 256, 1, 1], type = f16, size = 1.00 MiB -> 0.28 MiB (q4_K)
 TENSOR_LINE = re.compile(r"^\[ *(\d+)/ *(\d+)\] (\S+) +- \[([^\]]*)\], type = +(\S+), (.*)$")
 DRY_TARGET = re.compile(r"\((\w+)\)$")
-ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR (llama-cpp-python's own table is off by one)
-WARN = 3
-LOAD_MODE_NONE = 0  # llama.h: LLAMA_LOAD_MODE_NONE, the only one that goes with no_alloc
 FULL = 1 << 20  # bytes: llama.cpp says only that a write failed, and a disk with less is why
 
 
@@ -35,8 +32,8 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     ``_parameters``), ``imatrix`` (null, or ``path`` and ``label``; a null path in a dry run stands for one to come).
     Result: ``warnings`` (what llama.cpp logged as such), ``missing`` (tensors the importance matrix does not cover).
     """
-    log = _listen(report)
-    _run(request, Path(request["output"]), log, dry=False)
+    with QuantizeLog(report) as log:
+        _run(request, Path(request["output"]), log, dry=False)
     missing = [line.rsplit(" ", 1)[1] for line in log.lines if "did not find weights for" in line]
     return {"warnings": [line for line in log.warnings if line], "missing": missing}
 
@@ -48,8 +45,8 @@ def rehearse(request: dict[str, Any], _report: Report) -> dict[str, Any]:
     """
     results = []
     for run in request["runs"]:
-        log = _listen(None)
-        _run({**run, "base": request["base"]}, Path(os.devnull), log, dry=True)
+        with QuantizeLog() as log:
+            _run({**run, "base": request["base"]}, Path(os.devnull), log, dry=True)
         results.append(
             {
                 "types": log.types,
@@ -66,44 +63,23 @@ def probe(request: dict[str, Any], _report: Report) -> dict[str, Any]:
     """
     import llama_cpp
 
-    log = _listen(None)
-    llama_cpp.llama_backend_init()
-    settings = llama_cpp.llama_model_default_params()
-    settings.n_gpu_layers = 0
-    settings.use_extra_bufts = False  # no repacked copy of the weights
-    settings.vocab_only = request["vocabulary_only"]
-    settings.no_alloc = not request["vocabulary_only"]  # every tensor is checked, none is read
-    settings.load_mode = LOAD_MODE_NONE
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(request["path"]), settings)
-    if not model:
-        raise QuantizationError(f"llama.cpp cannot load {Path(request['path']).name}: {log.reason()}")
-    return {"tokens": llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))}
+    path, vocabulary = Path(request["path"]), request["vocabulary_only"]
+    try:
+        with LlamaLog() as log, load(path, log, vocabulary=vocabulary, weights=vocabulary) as model:
+            return {"tokens": llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))}
+    except LoadError as error:
+        raise QuantizationError(f"llama.cpp cannot load {path.name}: {error.message}") from error
 
 
-class _Log:
-    """Lines of llama.cpp's log, put together from the pieces it prints."""
+class QuantizeLog(LlamaLog):
+    """What llama.cpp says of each tensor."""
 
-    def __init__(self, report: Report | None) -> None:
+    def __init__(self, report: Report | None = None) -> None:
+        super().__init__(self._follow_tensors)
         self.report = report
-        self.lines: list[str] = []
-        self.warnings: list[str] = []
-        self.errors: list[str] = []
         self.types: dict[str, str] = {}
-        self.rest = ""
 
-    def __call__(self, level: int, text: bytes, _data: object) -> None:
-        self.rest += text.decode("utf-8", "replace")
-        while "\n" in self.rest:
-            line, self.rest = self.rest.split("\n", 1)
-            self._line(level, line)
-
-    def _line(self, level: int, line: str) -> None:
-        self.lines.append(line)
-        sys.stdout.write(line + "\n")
-        if level == ERROR:
-            self.errors.append(line.strip(" ="))
-        elif level == WARN:
-            self.warnings.append(line.strip())
+    def _follow_tensors(self, line: str) -> None:
         if matched := TENSOR_LINE.match(line):
             number, total, name, _, before, rest = matched.groups()
             target = DRY_TARGET.search(rest)
@@ -111,24 +87,8 @@ class _Log:
             if self.report:
                 self.report(int(number), int(total))
 
-    def reason(self) -> str:
-        """What the library said about its failure."""
-        said = [line for line in self.errors if line] or [line for line in self.lines if line.strip()][-3:]
-        return "; ".join(said)
 
-
-def _listen(report: Report | None) -> _Log:
-    """Route llama.cpp's log to a new _Log. Importing llama_cpp installs its own handler: ours comes after."""
-    import llama_cpp
-
-    log = _Log(report)
-    callback = llama_cpp.llama_log_callback(log)
-    _listen.keep = callback  # type: ignore[attr-defined]  # the library holds a bare pointer
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    return log
-
-
-def _run(request: dict[str, Any], output: Path, log: _Log, *, dry: bool) -> None:
+def _run(request: dict[str, Any], output: Path, log: LlamaLog, *, dry: bool) -> None:
     import llama_cpp
 
     llama_cpp.llama_backend_init()

@@ -16,8 +16,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ from quantool.errors import DependencyError
 from quantool.records import fingerprint
 
 PART = ".part"  # marks a file that is being written
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a result is kept under, and the files that belong to it.
+
+    Without a ``key`` (what the result depends on is not known) nothing is recalled or kept.
+    """
+
+    name: str
+    key: str | None
+    files: tuple[Path, ...] = ()
 
 
 class Workspace:
@@ -105,6 +118,33 @@ class Workspace:
             files, result = produce()
             self.keep(name, key, files, result)
         return result
+
+    def together(
+        self,
+        stages: Sequence[Stage],
+        produce: Callable[[list[int]], Sequence[dict[str, Any]]],
+        *,
+        anew: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The results of several stages; those not recalled come from one call of ``produce``.
+
+        It is given the numbers of the stages that are missing, and returns their results in that order. ``anew`` recalls
+        none.
+        """
+        results = {
+            number: result
+            for number, stage in enumerate(stages)
+            if not anew
+            and stage.key is not None
+            and (result := self.recall(stage.name, stage.key)) is not None
+        }
+        missing = [number for number in range(len(stages)) if number not in results]
+        for number, result in zip(missing, produce(missing) if missing else (), strict=True):
+            results[number] = result
+            stage = stages[number]
+            if stage.key is not None:
+                self.keep(stage.name, stage.key, stage.files, result)
+        return [results[number] for number in range(len(stages))]
 
     def release(self, paths: Iterable[Path]) -> None:
         """Delete files whose stages stay finished without them, for a ``bounded`` workspace."""

@@ -13,7 +13,7 @@ from quantool.errors import SourceError
 from quantool.formats.int4_layouts import PARTS, dequantize
 from quantool.formats.safetensors import check_index
 from quantool.records import Artifact, Finding, Plan, Verdict
-from quantool.validation._engines.reference import load
+from quantool.validation._engines.reference import load_model
 
 Made = Callable[..., Artifact]
 QUICK = {"n_grid": 3, "duo_scaling": False}
@@ -90,7 +90,7 @@ def test_the_autoawq_layout_is_converted_from_the_level_that_is_there(
 
 def test_the_autoawq_layout_is_judged_on_the_same_weights(asymmetric: Artifact, converted: Artifact) -> None:
     models = [
-        load(folder, "auto", "cpu", trust_remote_code=False)
+        load_model(folder, "auto", "cpu", trust_remote_code=False)
         for folder in (asymmetric.folder, converted.folder)
     ]
     ids = torch.arange(3, 67).view(1, -1)
@@ -112,7 +112,7 @@ def test_other_layouts_of_autoawq_are_refused(
     settings["quantization_config"] |= change
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(SourceError, match=said):
-        load(tmp_path, "auto", "cpu", trust_remote_code=False)
+        load_model(tmp_path, "auto", "cpu", trust_remote_code=False)
 
 
 def test_a_layer_without_its_zero_points_is_refused(converted: Artifact, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_layer_without_its_zero_points_is_refused(converted: Artifact, tmp_pat
     )
     (tmp_path / "config.json").write_bytes((converted.folder / "config.json").read_bytes())
     with pytest.raises(SourceError, match=f"{lost.removesuffix('.qzeros')} lacks qzeros"):
-        load(tmp_path, "auto", "cpu", trust_remote_code=False)
+        load_model(tmp_path, "auto", "cpu", trust_remote_code=False)
 
 
 @pytest.mark.parametrize("layout", ["asymmetric", "converted"])
@@ -146,7 +146,9 @@ def test_autoawq_layout_of_a_mixture_of_experts(
 ) -> None:
     options = {**QUICK, "n_grid": 2, "format": "autoawq", "ignore": ["lm_head"]}
     artifact = made(moe, tmp_path, "awq", "W4A16", quantization_config=options)
-    assert load(artifact.folder, "auto", "cpu", trust_remote_code=False).config.model_type == "qwen3_moe"
+    assert (
+        load_model(artifact.folder, "auto", "cpu", trust_remote_code=False).config.model_type == "qwen3_moe"
+    )
     assert {finding.verdict for finding in served(artifact.folder)} == {Verdict.PASS}
     tensors = load_file(artifact.folder / "model.safetensors")
     module = "model.layers.1.mlp.experts.3.up_proj"

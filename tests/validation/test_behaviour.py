@@ -22,9 +22,12 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Workspace
 from quantool.validation import behaviour
+from quantool.validation._cache.questions import ask_artifact
 from quantool.validation._chat import answers
-from quantool.validation._chat.answers import Prompt, Prompts, Said, prompts_of
+from quantool.validation._chat.answers import ChatAnswer, Prompt, Prompts, prompts_of, questions_of
 from quantool.validation._chat.prompts import BUILT_IN
+from quantool.validation._engines.crash import WorkerError
+from quantool.validation._engines.head import Unsound
 
 CHAT = making.TINY
 END, PAD = 4091, 4089
@@ -193,19 +196,21 @@ def test_a_crash_is_a_regression_and_a_killed_worker_is_not(
     def dying(signal: str) -> None:
         def call(work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
             raise options["failure"](
-                f"{process.name_of(work)} ended by {signal} without a result", hint="GGML_ASSERT(x)"
+                f"{process.name_of(work)} ended by {signal} without a result",
+                hint="last lines of /home/me/out/log:\n/tmp/build/ggml.c:5: GGML_ASSERT(x)",
             )
 
         monkeypatch.setattr(process, "call", call)
 
     dying("SIGABRT (an assertion of llama.cpp)")
-    reason = answers.artifact_answers(chosen, prompts, QUIET)
-    assert isinstance(reason, str)
-    assert "crashes on it" in reason
-    assert "GGML_ASSERT(x)" in reason
+    questions = questions_of(chosen, prompts)
+    with pytest.raises(Unsound, match=r"crashes on it(.|\n)*GGML_ASSERT\(x\)") as raised:
+        ask_artifact(chosen, questions, QUIET)
+    assert "ggml.c:5" in str(raised.value)
+    assert "/" not in str(raised.value).partition("GGML")[2]
     dying("SIGKILL (out of memory?)")
-    with pytest.raises(answers._WorkerError, match="SIGKILL"):
-        answers.artifact_answers(chosen, prompts, QUIET)
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        ask_artifact(chosen, questions, QUIET)
 
 
 def test_models_without_a_template_are_skipped(tmp_path: Path) -> None:
@@ -242,7 +247,7 @@ def test_prompts_of_the_user_and_of_corpora(tmp_path: Path, monkeypatch: pytest.
     assert "'yours, 4' left out: the source's template refuses it (TemplateError: Unknown role" in notes
     assert (found.ends, found.turn_end) == ((END, PAD), END)
     (mine,) = (prompt for prompt in found.prompts if prompt.name == "yours, 1")
-    assert mine.said == "Mine"
+    assert mine.question == "Mine"
     assert len(mine.ids) < 15
 
 
@@ -250,12 +255,12 @@ def prompt(said: str, *, tools: bool = False) -> Prompt:
     return Prompt(said, said, tools, (1, 2, 3))
 
 
-def said(ids: Sequence[int], ended: int | None = None, margin: float = 5.0, text: str = "") -> Said:
-    return Said(tuple(ids), ended, (margin,) * (len(ids) + (ended is not None)), text)
+def said(ids: Sequence[int], ended: int | None = None, margin: float = 5.0, text: str = "") -> ChatAnswer:
+    return ChatAnswer(tuple(ids), ended, (margin,) * (len(ids) + (ended is not None)), text)
 
 
-def pair(one: Said, other: Said, *, tools: bool = False) -> behaviour.Pair:
-    return behaviour.Pair(prompt("Hi", tools=tools), one, other, frozenset({2, 4}))
+def pair(one: ChatAnswer, other: ChatAnswer, *, tools: bool = False) -> behaviour.AnswerPair:
+    return behaviour.AnswerPair(prompt("Hi", tools=tools), one, other, frozenset({2, 4}))
 
 
 SOURCE = Prompts((), (), (2,), 4, {2: "</s>", 4: "<|im_end|>", 3: "<|x|>"})
@@ -315,7 +320,7 @@ def test_stops_are_judged_together() -> None:
         pair(said([7], one), said([7], other)) for one, other in ((2, 2), (2, None), (None, 2), (None, None))
     )
 
-    def verdict(*pairs: behaviour.Pair, gate: float | None = 0.9) -> Verdict:
+    def verdict(*pairs: behaviour.AnswerPair, gate: float | None = 0.9) -> Verdict:
         return behaviour._judge_stops(pairs, SOURCE, gate).verdict
 
     assert verdict(*[both] * 30, *[missing] * 7) is Verdict.PASS  # 1 of 128 by chance
@@ -328,7 +333,7 @@ def test_stops_are_judged_together() -> None:
 
 
 def test_tool_calls() -> None:
-    def of(*names: str) -> Said:
+    def of(*names: str) -> ChatAnswer:
         return said([7], 2, text="".join(f'{{"name": "{name}", "arguments": {{}}}}' for name in names))
 
     same, other, none = (pair(of("f"), one, tools=True) for one in (of("f"), of("g"), of()))

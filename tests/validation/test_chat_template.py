@@ -274,22 +274,45 @@ def test_binary_is_found_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_server_that_dies_is_a_regression_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    dying = tmp_path / "llama-server"
-    dying.write_text("#!/bin/sh\necho no such luck\nexit 3\n")
-    dying.chmod(0o755)
+    server(tmp_path, "echo no such luck in /home/me/x.cpp:3\nexit 3")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     found = findings("chat_template", case("qwen3"))
     assert regressions(found) == {"rendered_text"}
     assert "exit code 3" in found["rendered_text"].detail
+    assert "no such luck in x.cpp:3" in found["rendered_text"].detail
+
+
+def server(folder: Path, body: str) -> Path:
+    """A llama-server that knows its version, and does what ``body`` says."""
+    path = folder / "llama-server"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo version: 1 && exit\n{body}\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("#!/bin/sh\necho broken >&2\nexit 127\n", "ends with exit code 127: broken"),
+        ("#!/bin/sh\n", "ends with exit code 0: it says nothing"),
+        ("#!/no/such/shell\n", "does not run: .*No such file"),
+        ("\x7fELF", "does not run: .*Exec format error"),
+    ],
+)
+def test_a_broken_server_is_not_the_files_fault(tmp_path: Path, script: str, reason: str) -> None:
+    broken = tmp_path / "llama-server"
+    broken.write_text(script)
+    broken.chmod(0o755)
+    with pytest.raises(DependencyError, match=reason) as raised:
+        llama_server._require_working(str(broken))
+    assert "xllamacpp" in raised.value.hint
 
 
 @pytest.mark.e2e
 def test_server_that_is_too_old_is_not_the_files_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    old = tmp_path / "llama-server"
-    old.write_text("#!/bin/sh\necho 'error: invalid argument: --no-repack' >&2\nexit 1\n")
-    old.chmod(0o755)
+    server(tmp_path, "echo 'error: invalid argument: --no-repack' >&2\nexit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(DependencyError, match="invalid argument: --no-repack") as raised:
         llama_server.render(case("qwen3"), ())
@@ -308,7 +331,11 @@ def test_server_that_breaks_off_is_the_files_fault(monkeypatch: pytest.MonkeyPat
 
 
 FLAKY = """#!{python}
-import http.server, json
+import http.server, json, sys
+
+if sys.argv[1] == "--version":
+    print("version: 1")
+    sys.exit()
 
 class Once(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

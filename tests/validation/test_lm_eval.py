@@ -26,7 +26,7 @@ from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Workspace
-from quantool.validation._cache.ask_both import loaded
+from quantool.validation._cache.questions import load_engine
 from quantool.validation._tasks.lm_eval_adapter import SLICE, Adapter, adapted
 
 pytestmark = pytest.mark.e2e
@@ -96,7 +96,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def config(folder: Path, **settings: Any) -> Config:
-    asked = {"tasks": ["choose", "say", "read"], "include_path": str(folder), **settings}
+    section = {"tasks": ["choose", "say", "read"], "include_path": str(folder), **settings}
     return Config.model_validate(
         {
             "model_id": str(making.TINY),
@@ -106,7 +106,7 @@ def config(folder: Path, **settings: Any) -> Config:
             "device": "cpu",
             "dataset_cache_dir": str(folder.parent / "cache"),
             "output_path": str(folder.parent / "out"),
-            "validation": {"lm_eval": asked},
+            "validation": {"lm_eval": section},
         }
     )
 
@@ -218,9 +218,11 @@ def test_what_does_not_load_is_a_regression(
     assert "llama.cpp cannot load it" in finding.detail
 
 
-def test_without_a_section_there_is_nothing_to_find(gguf: Path, shared: Workspace, calls: Calls) -> None:
+def test_without_a_section_it_says_that_it_did_not_run(gguf: Path, shared: Workspace, calls: Calls) -> None:
     plain = Config.model_validate({"model_id": str(making.TINY), "method": "gguf"})
-    assert find_check("lm_eval").judge(case(gguf, plain, shared), QUIET) == []
+    (finding,) = find_check("lm_eval").judge(case(gguf, plain, shared), QUIET)
+    assert finding.verdict is Verdict.SKIPPED
+    assert finding.detail == "validation.lm_eval is not configured"
     assert calls.engines == []
 
 
@@ -295,7 +297,7 @@ def plain() -> Any:
 
 def adapter(tokenizer: Any, longest: int = 2048, engine: str = "transformers") -> Adapter:
     request = {"engine": engine, "model": str(making.TINY), "device": "cpu", "trust_remote_code": False}
-    found: Adapter = adapted(tokenizer, partial(loaded, request), longest, lambda *_: None)
+    found: Adapter = adapted(tokenizer, partial(load_engine, request), longest, lambda *_: None)
     return found
 
 
@@ -388,7 +390,7 @@ def test_long_answers_go_on_where_they_were_looked_at(tokenizer: Any) -> None:
         "device": "cpu",
         "trust_remote_code": False,
     }
-    with loaded(request, 512) as engine:
+    with load_engine(request, 512) as engine:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         (answer,) = engine.generate([ids], SLICE + 16)
     expected = tokenizer.decode(answer.ids, skip_special_tokens=True)

@@ -156,9 +156,11 @@ def test_what_does_not_load_is_a_regression(
     assert "llama.cpp cannot load it" in found.detail
 
 
-def test_without_a_section_there_is_nothing_to_find(gguf: Path, model: Path, shared: Workspace) -> None:
+def test_without_a_section_it_says_that_it_did_not_run(gguf: Path, model: Path, shared: Workspace) -> None:
     plain = Config.model_validate({"model_id": str(model), "method": "gguf"})
-    assert find_check("needle").judge(case(gguf, plain, shared), QUIET) == []
+    (finding,) = find_check("needle").judge(case(gguf, plain, shared), QUIET)
+    assert finding.verdict is Verdict.SKIPPED
+    assert finding.detail == "validation.needle is not configured"
 
 
 # --- the verdict

@@ -12,8 +12,8 @@ from tampering import altered, case, findings, gguf_of, regressions, tampered
 
 from quantool.records import Verdict
 from quantool.validation._engines import hf_tokenizer
-from quantool.validation._engines.vocabulary import Text, differing, explain
-from quantool.validation.tokenizer import AROUND, BEGINNINGS, PROBES, Sides
+from quantool.validation._engines.vocabulary import ProbeText, differing, explain
+from quantool.validation.tokenizer import AROUND, BEGINNINGS, PROBES, TokenizedText
 
 SAID = "Gaur euria ari du. Avui plou a Girona.\n\nHoxe chove en Lugo: 12,5 mm."
 
@@ -131,11 +131,11 @@ def test_folder_for_transformers(tmp_path: Path, corpora: list[dict[str, Any]]) 
 
 
 def test_a_limit_explains_only_what_it_explains_alone() -> None:
-    text = Text("x", "e\u0301")
-    assert Sides(text, [1], [1], [2], [2]).limit() == ""
-    assert Sides(text, [1], [2, 3], [1], None).limit() == "nfc"
-    assert Sides(text, [1], [2, 3], [4], None).limit() == ""
-    assert Sides(text, [1], [2], None, [2]).limit() == "space_prefix"
+    text = ProbeText("x", "e\u0301")
+    assert TokenizedText(text, [1], [1], [2], [2]).limit() == ""
+    assert TokenizedText(text, [1], [2, 3], [1], None).limit() == "nfc"
+    assert TokenizedText(text, [1], [2, 3], [4], None).limit() == ""
+    assert TokenizedText(text, [1], [2], None, [2]).limit() == "space_prefix"
 
 
 def test_first_difference() -> None:
@@ -153,7 +153,7 @@ def test_probes_have_names_of_their_own() -> None:
 
 
 def test_what_a_template_prints_is_tried_before_other_special_tokens() -> None:
-    tokenizer = hf_tokenizer.load(str(tampering.folder_of("qwen3")), trust_remote_code=False)
+    tokenizer = hf_tokenizer.load_tokenizer(str(tampering.folder_of("qwen3")), trust_remote_code=False)
     facts = hf_tokenizer.describe(tokenizer)
     assert set(tokenizer.all_special_tokens) <= set(facts["special"])
     printed = [token in facts["templates"]["default"] for token in facts["special"]]

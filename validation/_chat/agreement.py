@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from quantool.records import Finding, Verdict
-from quantool.validation._chat.causes import cause, family
+from quantool.validation._chat.causes import cause
 from quantool.validation._chat.conversations import Conversation
-from quantool.validation._chat.renderings import NAME, Renderings, Tally, closest, explain_text
+from quantool.validation._chat.renderings import BUILD, Renderings, Tally, closest, explain_text
 from quantool.validation._engines.vocabulary import Vocabulary, differing, explain
 
 NFC = "the source's tokenizer normalizes text to NFC, llama.cpp cannot; the ids agree once the text is normalized"
@@ -19,7 +19,7 @@ SPACE_PREFIX = (
 )
 CONTINUED = (
     "the template is the source's; llama.cpp's server does not cut an answer out of what it renders, but adds to the "
-    "chat before it the generation prompt, the template's marks of reasoning and what was said so far ({})"
+    "chat before it the generation prompt, the template's marks of reasoning and what was said so far"
 )
 
 SHOWN = {
@@ -65,8 +65,6 @@ def _explain(both: Renderings, conversation: Conversation, right: str, found: st
     reasons = [f"{conversation.name!r}: {explain_text(right, found)}"]
     if both.native and (known := cause(template, right, found)):
         reasons.append(known)
-    elif both.native and (one := family(template)) is not None:
-        reasons.append(f"llama.cpp has its own code for {one.name} templates (common/parsers/{one.source})")
     return " - ".join(reasons)
 
 
@@ -111,9 +109,7 @@ def judge_continued(both: Renderings, template: str | None, stored: str | None) 
         right = closest(both.texts(expected), found["text"])
         tally.count(found["text"] == right, f"{name}: {explain_text(right, found['text'])}")
         own = own and found["text"].endswith(conversation.messages[-1]["content"])
-    known = family(stored or "")
-    place = f"common/parsers/{known.source}" if known else "common/chat-auto-parser-generator.cpp"
-    return tally.finding("rendered_continuation", excuse=CONTINUED.format(place) if own else "")
+    return tally.finding("rendered_continuation", excuse=CONTINUED if own else "")
 
 
 def judge_caps(both: Renderings, server: dict[str, Any], *, tools: bool, stored: str | None) -> Finding:
@@ -126,25 +122,22 @@ def judge_caps(both: Renderings, server: dict[str, Any], *, tools: bool, stored:
     caps = server["caps"]
     expected = {name: _shows(both, name) for name in SHOWN if tools or name == "supports_system_role"}
     known = {name: shows for name, shows in expected.items() if shows is not None and name in caps}
-    wrong = [name for name, shows in known.items() if shows != caps[name]]
-    notes = [
-        f"{name}: the source's template {'does' if known[name] else 'does not'}, llama.cpp says it "
+    problems = [
+        f"{name}: the source's template {'does' if shows else 'does not'}, llama.cpp says it "
         f"{'does' if caps[name] else 'does not'}"
-        for name in wrong
+        for name, shows in known.items()
+        if shows != caps[name]
     ]
+    notes = []
     used = server["template"]
     if stored and used and used.rstrip("\n") != stored.rstrip("\n"):
         notes.append(f"it changed the template: {explain_text(stored, server['template'])}")
     if not known:
-        detail = "; ".join(notes) or "the server names no capabilities"
-        return Finding(check=NAME, metric="template_caps", verdict=Verdict.SKIPPED, detail=detail)
-    return Finding(
-        check=NAME,
-        metric="template_caps",
-        verdict=Verdict.REGRESSION if wrong else Verdict.PASS,
-        measured=f"{len(known) - len(wrong)} of {len(known)}",
-        reference=f"{len(known)} of {len(known)}",
-        detail="; ".join(notes),
+        return BUILD.skip("template_caps", "; ".join(notes) or "the server names no capabilities")
+    count = len(known)
+    measured = f"{count - len(problems)} of {count}"
+    return BUILD.fact(
+        "template_caps", measured, "; ".join(problems), f"{count} of {count}", note="; ".join(notes)
     )
 
 
@@ -171,10 +164,10 @@ def judge_python(
         if conversation.generation_prompt
     ]
     conversations, expected, found = zip(*chosen, strict=True)
-    asked = replace(
+    given = replace(
         both, conversations=conversations, reference=both.reference | {"answers": expected}, found=found
     )
-    finding = judge_text(asked, "rendered_text_python")
+    finding = judge_text(given, "rendered_text_python")
     if not answered["format"]:
         return finding
     reason = f"it takes its own format {answered['format']!r} in the place of the file's template"
@@ -197,18 +190,12 @@ def judge_bos(both: Renderings, bos: int | None, metric: str) -> Finding:
         if expected["accepted"] and "error" not in found
     ]
     if bos is None or not counts:
-        detail = "there is no BOS token" if bos is None else "no conversation was rendered by both"
-        return Finding(check=NAME, metric=metric, verdict=Verdict.SKIPPED, detail=detail)
+        none = "no conversation was rendered by both"
+        return BUILD.skip(metric, "there is no BOS token" if bos is None else none)
     name, expected_count, count = next((one for one in counts if one[1] != one[2] or one[2] > 1), counts[0])
-    passed = expected_count == count <= 1
-    return Finding(
-        check=NAME,
-        metric=metric,
-        verdict=Verdict.PASS if passed else Verdict.REGRESSION,
-        measured=count,
-        reference=expected_count,
-        detail="BOS tokens before a chat" if passed else f"BOS tokens before the chat {name!r}",
-    )
+    if expected_count == count <= 1:
+        return BUILD.fact(metric, count, "", expected_count, note="BOS tokens before a chat")
+    return BUILD.fact(metric, count, f"BOS tokens before the chat {name!r}", expected_count)
 
 
 def _leading(ids: Sequence[int], token: int | None) -> int:

@@ -10,27 +10,23 @@ A run has at most ``LIMIT`` prompts, so the reference of a model of 40 B paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from quantool.config.schema import Corpus
-from quantool.errors import QuantizationError, SourceError
 from quantool.plugins.contract import Case
 from quantool.records import fingerprint
-from quantool.runtime import process
-from quantool.runtime.progress import Progress
-from quantool.source.resolve import identity
+from quantool.runtime.worker import Report
 from quantool.texts import corpus
 from quantool.texts.readers import BUILT_IN as DOCSTRINGS
-from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._cache.questions import Questions, load_engine
 from quantool.validation._chat.conversations import ENDED, Conversation, end_of_turn, suite
 from quantool.validation._chat.prompts import BUILT_IN
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.interface import Answer, Engine
-from quantool.validation._engines.start import start
 from quantool.validation._engines.vocabulary import by_source
 
 LIMIT = 64
@@ -40,24 +36,13 @@ LONGEST = 2048
 """Tokens of a prompt; a longer one is left out."""
 CORPUS_CHARACTERS = 200_000
 
-LIBRARIES = {
-    "llama.cpp": ("llama-cpp-python",),
-    "transformers": ("torch", "transformers"),
-    "vllm": ("torch", "vllm"),
-}
-"""Engine to the libraries whose versions its answers depend on."""
-
-
-class _WorkerError(QuantizationError):
-    """The worker ended without an answer."""
-
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: token ids of the source's tokenizer."""
 
     name: str
-    said: str
+    question: str
     """What the user says last, for messages."""
     tools: bool
     ids: tuple[int, ...]
@@ -82,7 +67,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Said:
+class ChatAnswer:
     """One answer: ids without the one that ended it, and by how much each token led.
 
     ``text`` has special tokens and goes as far as the first token that ends a turn, whether the engine stopped or not.
@@ -101,8 +86,8 @@ def prompts_of(case: Case) -> Prompts:
     """
     chosen, notes = _conversations(case)
     closing = next(one for one in suite(case.source.facts.chat_template or "") if one.name == ENDED)
-    asked = {"conversations": [one.request() for one in (closing, *chosen)]}
-    rendered = by_source(case, "behaviour", hf_tokenizer.render, asked)
+    request = {"conversations": [one.request() for one in (closing, *chosen)]}
+    rendered = by_source(case, "behaviour", hf_tokenizer.render, request)
     facts = rendered["facts"]
     room = min(LONGEST, case.source.facts.context - case.settings.behaviour.max_new_tokens)
     prompts = []
@@ -114,7 +99,7 @@ def prompts_of(case: Case) -> Prompts:
         if len(ids) > room:
             notes.append(f"{one.name!r} left out: {len(ids)} tokens, room for {room}")
         else:
-            prompts.append(Prompt(one.name, _last_words(one), bool(one.tools), ids))
+            prompts.append(Prompt(one.name, _last_question(one), bool(one.tools), ids))
     special = {token: content for content, token in facts["special_ids"].items()}
     return Prompts(
         tuple(prompts),
@@ -148,7 +133,7 @@ def _own(case: Case) -> Iterator[Conversation]:
     if path is None:
         return
     for number, document in enumerate(corpus.read(Corpus(name="prompts", path=path)), 1):
-        if (one := _asked(document, f"yours, {number}")) is not None:
+        if (one := _unanswered(document, f"yours, {number}")) is not None:
             yield one
 
 
@@ -159,14 +144,14 @@ def _of_corpora(case: Case) -> list[Conversation]:
     for entry in named:
         documents = corpus.read(entry, characters=CORPUS_CHARACTERS, cache_dir=case.config.dataset_cache_dir)
         chats = enumerate((document for document in documents if document.messages), 1)
-        asked = (_asked(document, f"{entry.name}, {number}") for number, document in chats)
-        if found := [one for one in asked if one is not None]:
+        questions = (_unanswered(document, f"{entry.name}, {number}") for number, document in chats)
+        if found := [one for one in questions if one is not None]:
             by_corpus.append(found)
     share = OF_CORPORA // max(1, len(by_corpus))
     return [one for found in by_corpus for one in found[:share]]
 
 
-def _asked(document: corpus.Document, name: str) -> Conversation | None:
+def _unanswered(document: corpus.Document, name: str) -> Conversation | None:
     """The document without the answer at its end; None when nothing asks for one."""
     messages = list(document.messages or ({"role": "user", "content": document.text},))
     while messages and messages[-1]["role"] == "assistant":
@@ -176,106 +161,51 @@ def _asked(document: corpus.Document, name: str) -> Conversation | None:
     return Conversation(name, tuple(messages), document.tools)
 
 
-def _last_words(one: Conversation) -> str:
+def _last_question(one: Conversation) -> str:
     return next(str(message["content"]) for message in reversed(one.messages) if message["role"] == "user")
 
 
-def reference_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...]:
-    """What the checkpoint itself answers; SourceError when transformers does not run it."""
-    key = fingerprint(identity(case.source), *_asked_for(case, prompts), versions(LIBRARIES["transformers"]))
-    answers = case.workspace.recall("reference/answers", key)
-    if answers is None:
-        with progress.bar("reference answers", "tok") as bar:
-            answers = process.call(
-                answer,
-                _request(case, prompts, "transformers", case.source.folder),
-                log=case.workspace.logs / "reference.log",
-                bar=bar,
-                failure=SourceError,
-            )
-        if answers["failure"]:
-            raise SourceError(f"{case.source.label()} gives no answers: {answers['failure']}")
-        case.workspace.keep("reference/answers", key, [], answers)
-    return _read(answers)
-
-
-def artifact_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...] | str:
-    """What the artifact answers, or why it does not."""
-    key = fingerprint(
-        stamp(case.artifact), case.engine, *_asked_for(case, prompts), versions(LIBRARIES[case.engine])
+def questions_of(case: Case, prompts: Prompts) -> Questions:
+    """What reference and artifact are asked."""
+    ids, budget, ends = (
+        [prompt.ids for prompt in prompts.prompts],
+        case.settings.behaviour.max_new_tokens,
+        sorted(prompts.all_ends()),
     )
-    stage = f"answers/{case.name}"
-    answers = case.workspace.recall(stage, key)
-    if answers is None:
-        with progress.bar(f"answers of {case.name}", "tok") as bar:
-            try:
-                answers = process.call(
-                    answer,
-                    _request(case, prompts, case.engine, case.artifact),
-                    log=case.workspace.logs / f"{case.name.replace('/', '-')}.behaviour.log",
-                    bar=bar,
-                    failure=_WorkerError,
-                )
-            except (
-                _WorkerError
-            ) as error:  # as for perplexity: an abort is the file's fault, running out of memory is not
-                if "SIGABRT" in error.message or "SIGSEGV" in error.message:
-                    return f"{case.engine} crashes on it: {error.message}\n{error.hint}"
-                raise
-        if answers["failure"]:
-            return str(answers["failure"])
-        case.workspace.keep(stage, key, [], answers)
-    return _read(answers)
+    return Questions(
+        "behaviour",
+        answer,
+        {"prompts": ids, "budget": budget, "ends": ends},
+        fingerprint(ids, budget, ends),
+        "tok",
+    )
 
 
-def _read(answers: dict[str, Any]) -> tuple[Said, ...]:
+def read_answers(found: Mapping[str, Any]) -> tuple[ChatAnswer, ...]:
+    """The answers of a worker."""
     return tuple(
-        Said(tuple(one["ids"]), one["ended"], tuple(one["margins"]), one["text"])
-        for one in answers["answers"]
+        ChatAnswer(tuple(one["ids"]), one["ended"], tuple(one["margins"]), one["text"])
+        for one in found["answers"]
     )
 
 
-def _asked_for(case: Case, prompts: Prompts) -> tuple[Any, ...]:
-    ids = [prompt.ids for prompt in prompts.prompts]
-    return ids, case.settings.behaviour.max_new_tokens, sorted(prompts.all_ends())
+def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: answer ``prompts`` (ids), at most ``budget`` tokens each; see ``Questions`` for the model.
 
-
-def _request(case: Case, prompts: Prompts, engine: str, artifact: Path) -> dict[str, Any]:
-    return {
-        "engine": engine,
-        "artifact": str(artifact),
-        "tokenizer": str(case.source.tokenizer or case.source.folder),
-        "prompts": [prompt.ids for prompt in prompts.prompts],
-        "budget": case.settings.behaviour.max_new_tokens,
-        "ends": sorted(prompts.all_ends()),
-        "device": case.config.device or "auto",
-        "trust_remote_code": case.source.trust_remote_code,
-    }
-
-
-def answer(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Worker: answer ``prompts`` (ids) with ``engine`` and ``artifact``, at most ``budget`` tokens each.
-
-    Texts are made by the ``tokenizer`` (folder) and cut behind the first of ``ends`` (ids). Result: ``failure`` (why the artifact does not answer, else empty) and
-    ``answers``, the fields of ``Said``.
+    Texts are made by the ``tokenizer`` (folder) and cut behind the first of ``ends`` (ids). Result: ``failure`` (why the
+    artifact does not answer, else empty) and ``answers``, the fields of ``ChatAnswer``.
     """
     decode = _decoder(Path(request["tokenizer"]), trust_remote_code=request["trust_remote_code"])
     prompts, budget = request["prompts"], request["budget"]
-    context = max(map(len, prompts)) + budget
     found: list[dict[str, Any]] = []
     try:
-        with start(
-            request["engine"],
-            Path(request["artifact"]),
-            context=context,
-            device=request["device"],
-            trust_remote_code=request["trust_remote_code"],
-        ) as engine:
+        with load_engine(request, max(map(len, prompts)) + budget) as engine:
             _require_entries(engine, prompts)
             for part in _parts(prompts):
-                for said in engine.generate(part, budget):
-                    text = decode(_turn(said, request["ends"]))
-                    found.append(asdict(said) | {"text": text})
+                found += [
+                    asdict(one) | {"text": decode(_turn(one, request["ends"]))}
+                    for one in engine.generate(part, budget)
+                ]
                 report(len(found) * budget, len(prompts) * budget)
     except Unsound as reason:
         return {"failure": str(reason), "answers": []}
@@ -297,15 +227,13 @@ def _decoder(folder: Path, *, trust_remote_code: bool) -> Callable[[list[int]], 
 
         fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
         return lambda ids: str(fast.decode(ids, skip_special_tokens=False))
-    from quantool.validation._engines import hf_tokenizer
-
-    slow = hf_tokenizer.load(str(folder), trust_remote_code=trust_remote_code)
+    slow = hf_tokenizer.load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     return lambda ids: str(slow.decode(ids, skip_special_tokens=False))
 
 
-def _turn(said: Answer, ends: Sequence[int]) -> list[int]:
+def _turn(answer: Answer, ends: Sequence[int]) -> list[int]:
     """All ids of the answer, as far as the first of ``ends``."""
-    whole = [*said.ids] if said.ended is None else [*said.ids, said.ended]
+    whole = [*answer.ids] if answer.ended is None else [*answer.ids, answer.ended]
     last = next((place for place, token in enumerate(whole) if token in ends), len(whole))
     return whole[: last + 1]
 

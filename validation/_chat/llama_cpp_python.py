@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quantool.errors import QuantizationError
 from quantool.plugins.contract import Case
-from quantool.runtime.process import call, tail
+from quantool.runtime.limits import EndlessError, each_limited
+from quantool.runtime.process import call
 from quantool.runtime.worker import Report
 from quantool.validation._chat.conversations import Conversation
+from quantool.validation._engines.crash import WorkerError, crash
+from quantool.validation._engines.hf_tokenizer import template_errors
 from quantool.validation._engines.vocabulary import UnloadableError
 
 OWN = "chat_template."  # formats of this name come from the file
@@ -33,17 +35,16 @@ def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
         "conversations": [conversation.request() for conversation in conversations],
     }
     try:
-        answered = call(answer, request, log=log)
-    except QuantizationError as error:
-        raise UnloadableError("\n".join([error.message, tail(log)])) from error
+        answered = call(answer, request, log=log, failure=WorkerError)
+    except WorkerError as error:
+        raise UnloadableError(crash(error, "llama-cpp-python"), case) from error
     if answered["failure"]:
-        raise UnloadableError(answered["failure"])
+        raise UnloadableError(answered["failure"], case)
     return answered
 
 
 def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: load the vocabulary of ``model`` as users do and render every one of ``conversations``."""
-    import jinja2
     import llama_cpp
     from llama_cpp.llama_chat_format import get_chat_completion_handler
 
@@ -57,24 +58,34 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
     engine = f"llama-cpp-python {llama_cpp.__version__}"
     try:
         reader = Reader(request["model"], vocab_only=True, n_gpu_layers=0, verbose=False)
-    except (ValueError, jinja2.TemplateError) as error:
+    except template_errors() as error:
         failure = f"{engine} cannot load the file: {type(error).__name__}: {error}"
         return {"failure": failure, "engine": engine, "format": "", "answers": []}
-    name = str(reader.chat_format)  # never None: without any other it is llama-2
-    handler = reader._chat_handlers.get(name) or get_chat_completion_handler(name)  # noqa: SLF001 - as Llama itself does
-    answers = []
-    for done, one in enumerate(request["conversations"]):
+    chat_format = str(reader.chat_format)  # never None: without any other it is llama-2
+    handler = reader._chat_handlers.get(chat_format) or get_chat_completion_handler(chat_format)  # noqa: SLF001 - as Llama itself does
+
+    def rendered(one: dict[str, Any]) -> dict[str, Any]:
         try:
             handler(llama=reader, messages=one["messages"], tools=one["tools"] or None, **one["settings"])
-        except RenderedError as rendered:
-            text, ids = rendered.args
-            answers.append({"text": text, "ids": ids})
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-        report(done + 1, len(request["conversations"]))
+        except RenderedError as found:
+            text, ids = found.args
+            return {"text": text, "ids": ids}
+        except template_errors() as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        raise AssertionError  # it always tokenizes what it has rendered
+
+    answers: list[dict[str, Any]] = []
+    failure = ""
+    try:
+        for found in each_limited(request["conversations"], rendered):
+            answers.append(found)
+            report(len(answers), len(request["conversations"]))
+    except EndlessError as error:
+        name = request["conversations"][len(answers)]["name"]
+        failure = f"{engine} cannot use the template: on the conversation {name!r} {error}"
     return {
-        "failure": "",
+        "failure": failure,
         "engine": engine,
-        "format": "" if name.startswith(OWN) else name,
+        "format": "" if chat_format.startswith(OWN) else chat_format,
         "answers": answers,
     }

@@ -32,15 +32,19 @@ from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError
 from quantool.plugins.contract import Case
+from quantool.runtime.limits import BYTES, SECONDS, limit
 from quantool.runtime.process import call, tail
 from quantool.runtime.worker import PR_SET_PDEATHSIG, Report
 from quantool.validation._chat.conversations import Conversation
+from quantool.validation._engines.crash import WorkerError, crash
 from quantool.validation._engines.vocabulary import UnloadableError
 
 START_SECONDS = (
     600.0  # a large file on a slow disk, other work on every core; one that dies is noticed at once
 )
 ANSWER_SECONDS = 60.0
+VERSION_SECONDS = 120.0
+LATER_SECONDS = 3600  # of processor time, for what follows the last template
 HOST = "127.0.0.1"
 LISTENING = re.compile(rb"listening on (http://[0-9.]+:[0-9]+)")
 TOO_OLD = b"invalid argument"  # common/arg.cpp on an option that it does not know
@@ -78,11 +82,13 @@ def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
         "bodies": [_body(conversation) for conversation in conversations],
     }
     try:
-        return call(answer, request, log=log)
+        return call(answer, request, log=log, failure=WorkerError)
+    except WorkerError as error:
+        raise UnloadableError(crash(error, "llama.cpp's server"), case) from error
     except QuantizationError as error:
-        said = tail(log).splitlines()
-        errors = [line.strip() for line in said if " E " in line] or said
-        raise UnloadableError("\n".join([error.message, *errors])) from error
+        last = tail(log).splitlines()
+        errors = [line.strip() for line in last if " E " in line] or last
+        raise UnloadableError("\n".join([error.message, *errors]), case) from error
 
 
 def _body(conversation: Conversation) -> dict[str, Any]:
@@ -101,20 +107,23 @@ def _body(conversation: Conversation) -> dict[str, Any]:
 def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: start a server on ``model``, render every one of ``bodies`` and tokenize what came out."""
     start = _serve_binary(request) if request["binary"] else _serve_wheel(request)
-    with start as address:
+    with start as (address, process):
         properties = _post(address, "/props", None)
         answers = []
         for done, body in enumerate(request["bodies"]):
+            limit(process)
             try:
                 answers.append(_render(address, body))
             except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
-                said = body["messages"][-1]
+                last = body["messages"][-1]
                 raise QuantizationError(
-                    f"llama.cpp's server broke off at a chat that ends with {said}: {error}"
+                    f"llama.cpp's server broke off at a chat that ends with {last}: {error}; it has {SECONDS} s of "
+                    f"processor time and {BYTES >> 30} GB of memory for one"
                 ) from error
             report(done + 1, len(request["bodies"]))
+        limit(process, LATER_SECONDS)
     return {
-        "engine": f"{request['binary'] or 'xllamacpp'} {properties.get('build_info', '')}".strip(),
+        "engine": f"{BINARY if request['binary'] else 'xllamacpp'} {properties.get('build_info', '')}".strip(),
         "template": properties.get("chat_template"),
         "caps": properties.get("chat_template_caps", {}),
         "answers": answers,
@@ -136,8 +145,8 @@ def _render(address: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenize(address: str, text: str) -> list[int]:
-    asked = {"content": text, "add_special": True, "parse_special": True}
-    ids: list[int] = _post(address, "/tokenize", asked)["tokens"]
+    body = {"content": text, "add_special": True, "parse_special": True}
+    ids: list[int] = _post(address, "/tokenize", body)["tokens"]
     return ids
 
 
@@ -161,8 +170,8 @@ def _post(address: str, path: str, body: dict[str, Any] | None) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def _serve_wheel(request: dict[str, Any]) -> Iterator[str]:
-    """The server of the xllamacpp wheel, in this process."""
+def _serve_wheel(request: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """The server of the xllamacpp wheel, in this process; its address, and 0 for this process."""
     try:
         import xllamacpp  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
@@ -188,31 +197,54 @@ def _serve_wheel(request: dict[str, Any]) -> Iterator[str]:
         server = xllamacpp.Server(parameters)
     except (RuntimeError, ValueError) as error:
         raise QuantizationError(f"llama.cpp's server does not start with this file: {error}") from error
-    yield str(server.listening_address)
+    yield str(server.listening_address), 0
 
 
 @contextlib.contextmanager
-def _serve_binary(request: dict[str, Any]) -> Iterator[str]:
-    """A llama-server child of this worker; it dies with it.
+def _serve_binary(request: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """A llama-server child of this worker, which dies with it; its address and process.
 
     It chooses its port itself and says which, so no other program can take it in between. What it says goes to this
     worker's log, also when it dies.
     """
+    _require_working(request["binary"])
     arguments = f"-c 512 -np 1 -ngl 0 --no-warmup --offline --no-ui --no-repack --no-prefill-assistant --jinja --host {HOST}"
-    with tempfile.NamedTemporaryFile() as said:
+    with tempfile.NamedTemporaryFile() as output:
         child = subprocess.Popen(
             [request["binary"], "-m", request["model"], "--port", "0", *arguments.split()],
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
         try:
-            yield _await(child, Path(said.name))
+            yield _await(child, Path(output.name)), child.pid
         finally:
             child.kill()
             child.wait()
-            print(Path(said.name).read_text(encoding="utf-8", errors="replace"), flush=True)  # noqa: T201 - to the log
+            print(Path(output.name).read_text(encoding="utf-8", errors="replace"), flush=True)  # noqa: T201 - to the log
+
+
+def _require_working(binary: str) -> None:
+    """Raise DependencyError for a server that does not even say its version: no file is to blame for that."""
+    hint = "mend it or take it off PATH: the server of the xllamacpp wheel is used then"
+    try:
+        done = subprocess.run(
+            [binary, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=VERSION_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DependencyError(f"{binary} does not run: {error}", hint=hint) from error
+    if done.returncode or "version" not in done.stdout + done.stderr:
+        last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["it says nothing"]
+        raise DependencyError(
+            f"{binary} --version ends with exit code {done.returncode}: {last[0]}", hint=hint
+        )
 
 
 def _die_with_parent() -> None:
@@ -223,16 +255,16 @@ def _await(child: subprocess.Popen[bytes], log: Path) -> str:
     """The server's address, once it says where it listens and answers /health with ok."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
-        ended, said = child.poll(), log.read_bytes()
+        ended, output = child.poll(), log.read_bytes()
         if ended is not None:
-            if TOO_OLD in said:
+            if TOO_OLD in output:
                 raise DependencyError(
                     f"{child.args[0]!r} lacks an option that quantool needs: "  # type: ignore[index]
-                    + said.decode("utf-8", "replace").strip().splitlines()[0],
+                    + output.decode("utf-8", "replace").strip().splitlines()[0],
                     hint="take a newer llama.cpp, or take it off PATH: the server of the xllamacpp wheel is used then",
                 )
             raise QuantizationError(f"llama.cpp's server does not start with this file (exit code {ended})")
-        if (found := LISTENING.search(said)) is not None:
+        if (found := LISTENING.search(output)) is not None:
             address = found[1].decode()
             with contextlib.suppress(
                 urllib.error.URLError, ConnectionError, TimeoutError, json.JSONDecodeError
@@ -240,6 +272,6 @@ def _await(child: subprocess.Popen[bytes], log: Path) -> str:
                 if _post(address, "/health", None).get("status") == "ok":
                     return address
         time.sleep(0.05)
-    raise QuantizationError(
+    raise DependencyError(
         f"llama.cpp's server was not ready after {START_SECONDS:.0f} s; what it said is in the log"
     )

@@ -10,8 +10,10 @@ from typing import Any
 from quantool.records import Finding, Verdict
 from quantool.validation._chat.conversations import Conversation
 from quantool.validation._engines.hf_tokenizer import RAISED
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "chat_template"
+BUILD = FindingBuilder(NAME)
 SURROUNDINGS = 30  # characters shown on each side of a difference
 
 
@@ -44,19 +46,12 @@ class Tally:
     def finding(self, metric: str, cause: str = "", *, excuse: str = "") -> Finding:
         """The finding of all that was counted; with an ``excuse``, a difference is SKIPPED for that reason."""
         if not self.total:
-            detail = "; ".join(self.notes) or "nothing to compare"
-            return Finding(check=NAME, metric=metric, verdict=Verdict.SKIPPED, detail=detail)
+            return BUILD.skip(metric, "; ".join(self.notes) or "nothing to compare")
         passed = self.equal == self.total
-        first = "" if passed else self.first + cause
-        failed = Verdict.SKIPPED if excuse else Verdict.REGRESSION
-        return Finding(
-            check=NAME,
-            metric=metric,
-            verdict=Verdict.PASS if passed else failed,
-            measured=f"{self.equal} of {self.total}",
-            reference=f"{self.total} of {self.total}",
-            detail="; ".join(filter(None, ("" if passed else excuse, first, *self.notes))),
-        )
+        problem = "" if passed else "; ".join(filter(None, (excuse, self.first + cause)))
+        measured, whole = f"{self.equal} of {self.total}", f"{self.total} of {self.total}"
+        found = BUILD.fact(metric, measured, problem, whole, note="; ".join(self.notes))
+        return found.model_copy(update={"verdict": Verdict.SKIPPED}) if problem and excuse else found
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.runtime.limits import EndlessError, each_limited
 from quantool.runtime.worker import Report
 
 RAISED = "TemplateError: "  # what raise_exception of a template becomes: a rejection that the template's author wrote
 SPECIALS = 64  # special tokens that text is put around; some tokenizers have thousands of reserved ones
 
 
-def load(folder: str, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:
     """The tokenizer of a folder; SourceError when transformers cannot load it."""
     from transformers import AutoTokenizer
 
@@ -30,30 +32,65 @@ def load(folder: str, *, trust_remote_code: bool) -> Any:
         raise SourceError(f"transformers cannot load the tokenizer of {folder}: {error}") from error
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """BOS where the tokenizer puts it before a text."""
+    plain, marked = (
+        tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (False, True)
+    )
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and marked[:1] == [bos] != plain[:1] else []
+
+
 def render(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Render conversations.
 
     Request: ``folder``, ``trust_remote_code``, ``conversations`` (``Conversation.request``). Result: ``facts``
     (``describe``) and per conversation ``answers``: ``accepted``, a list of acceptable renderings (``text``, ``ids``), or
     ``error``; ``given`` is why the messages as they are could not be rendered, or empty.
-    A conversation that engines hand to a template in several ways has several (``_readings``).
+    A conversation that engines hand to a template in several ways has several (``_readings``). Raises SourceError when
+    the template does not end (``runtime.limits``).
     """
-    tokenizer = load(request["folder"], trust_remote_code=request["trust_remote_code"])
-    answers = []
-    for done, conversation in enumerate(request["conversations"]):
-        readings = _readings(conversation["messages"])
-        rendered = [_render(tokenizer, conversation, messages) for messages in readings]
-        good = [one for one in rendered if "error" not in one]
-        errors = [one.get("error", "") for one in rendered]
-        refused = next((error for error in errors if error.startswith(RAISED)), errors[0])
-        answers.append({"accepted": good, "error": "" if good else refused, "given": errors[0]})
-        report(done + 1, len(request["conversations"]))
+    tokenizer = load_tokenizer(request["folder"], trust_remote_code=request["trust_remote_code"])
+    conversations = request["conversations"]
+    rendered = each_limited(conversations, partial(_render_readings, tokenizer))
+    answers: list[dict[str, Any]] = []
+    try:
+        for readings in rendered:
+            answers.append(_answer(tokenizer, readings))
+            report(len(answers), len(conversations))
+    except EndlessError as error:
+        name = conversations[len(answers)]["name"]
+        raise SourceError(
+            f"the chat template cannot be used: on the conversation {name!r} {error}"
+        ) from error
     return {"facts": describe(tokenizer), "answers": answers}
 
 
-def _render(tokenizer: Any, conversation: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+def _answer(tokenizer: Any, readings: list[dict[str, str]]) -> dict[str, Any]:
+    """What is acceptable among the renderings of one conversation, or why there is none."""
+    accepted = [
+        {"text": one["text"], "ids": tokenizer(one["text"], add_special_tokens=False)["input_ids"]}
+        for one in readings
+        if "text" in one
+    ]
+    errors = [one.get("error", "") for one in readings]
+    refused = next((error for error in errors if error.startswith(RAISED)), errors[0])
+    return {"accepted": accepted, "error": "" if accepted else refused, "given": errors[0]}
+
+
+def _render_readings(tokenizer: Any, conversation: dict[str, Any]) -> list[dict[str, str]]:
+    return [_render(tokenizer, conversation, messages) for messages in _readings(conversation["messages"])]
+
+
+def template_errors() -> tuple[type[Exception], ...]:
+    """What rendering a template may raise, whose author can write anything."""
     from jinja2 import TemplateError
 
+    kinds = TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError
+    return (TemplateError, *kinds)
+
+
+def _render(tokenizer: Any, conversation: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, str]:
     try:
         text = tokenizer.apply_chat_template(
             messages,
@@ -63,9 +100,9 @@ def _render(tokenizer: Any, conversation: dict[str, Any], messages: list[dict[st
             tokenize=False,
             **conversation["settings"],
         )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except template_errors() as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return {"text": text}
 
 
 def _readings(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -133,7 +170,7 @@ def encode(request: dict[str, Any], report: Report) -> dict[str, Any]:
     ``prepend_scheme: first``) also what llama.cpp can do instead, else null: ``bare``, the ids with no space put
     anywhere, and ``spaced``, those with one before the text and after every special token.
     """
-    tokenizer = load(request["folder"], trust_remote_code=request["trust_remote_code"])
+    tokenizer = load_tokenizer(request["folder"], trust_remote_code=request["trust_remote_code"])
     facts = describe(tokenizer)
     texts = request["texts"] + [
         text | {"name": text["name"].replace("{}", token), "text": text["text"].replace("{}", token)}

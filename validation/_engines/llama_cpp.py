@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantizationError
+from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.windows import scored
 
@@ -30,9 +29,6 @@ UBATCH_TOKENS = 512
 CELLS = 256
 OUTPUT_BYTES = 64 << 20
 """Logits that a context holds. llama.cpp keeps them twice: where they are computed and where they are read."""
-
-# ggml.h, enum ggml_log_level; llama_cpp's own logger numbers them differently.
-_DEBUG, _WARNING, _ERROR, _CONTINUED = 1, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -58,43 +54,6 @@ class Layout:
             yield range(start, min(start + self.rows, positions.stop))
 
 
-class Log:
-    """llama.cpp's log until ``close``: to standard output all but debugging, the errors kept."""
-
-    def __init__(self) -> None:
-        import llama_cpp
-
-        self._api: Any = llama_cpp
-        self.errors: list[str] = []
-        self.brief = False
-        """Leave out what is no warning."""
-        self._level = _DEBUG
-        self._callback = llama_cpp.llama_log_callback(
-            self._take
-        )  # llama.cpp keeps the pointer, not the object
-        self._api.llama_log_set(self._callback, ctypes.c_void_p(0))
-
-    def close(self) -> None:
-        """Give llama.cpp its own logger back."""
-        self._api.llama_log_set(self._api.llama_log_callback(0), ctypes.c_void_p(0))
-
-    def _take(self, level: int, text: bytes, _: object) -> None:
-        line = text.decode("utf-8", "replace")
-        continued = level == _CONTINUED
-        self._level = self._level if continued else level
-        if self._level != _DEBUG and (self._level >= _WARNING or not self.brief):
-            sys.stdout.write(line)
-        if self._level == _ERROR and continued and self.errors:
-            self.errors[-1] += line
-        elif self._level == _ERROR:
-            self.errors.append(line)
-
-    def reason(self) -> str:
-        """The first error since ``errors`` was cleared, without the name of the function that logged it."""
-        first = self.errors[0].strip() if self.errors else "no reason in its log"
-        return re.sub(r"^\w+: (error loading model: )?", "", first)
-
-
 @dataclass(frozen=True)
 class Model:
     """A GGUF file in memory, with llama.cpp's handles of its context and of a batch."""
@@ -114,29 +73,32 @@ class Model:
 
         if positions.start == 0:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        count = len(ids) * len(positions)
-        places = np.arange(positions.start, positions.stop, dtype=np.int32)
-        self._fill("token", ids[:, positions.start : positions.stop].ravel())
-        self._fill("pos", np.tile(places, len(ids)))
-        self._fill("n_seq_id", np.ones(count, np.int32))
-        self._fill(
-            "logits", np.tile(((places >= wanted.start) & (places < wanted.stop)).astype(np.int8), len(ids))
+        places = np.tile(np.arange(positions.start, positions.stop, dtype=np.int32), len(ids))
+        tokens = ids[:, positions.start : positions.stop].ravel()
+        sequences = np.repeat(np.arange(len(ids), dtype=np.int32), len(positions))
+        return torch.from_numpy(
+            self.run(tokens, places, sequences, (places >= wanted.start) & (places < wanted.stop))
         )
-        for number in range(count):
-            self.batch.seq_id[number][0] = number // len(positions)
-        self.batch.n_tokens = count
-        code = llama_cpp.llama_decode(self.context, self.batch)
-        if code:
-            raise QuantizationError(f"llama_decode failed with {code} on {count} tokens")
-        view = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits(self.context), shape=(len(ids) * len(wanted), self.vocabulary)
-        )
-        return torch.from_numpy(view)
 
-    def _fill(self, field: str, values: NDArray[Any]) -> None:
+    def run(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Decode a batch (``runtime.llama_cpp.fill``); logits [wanted ones, vocabulary], which the next run overwrites."""
+        import llama_cpp
         import numpy as np
 
-        np.ctypeslib.as_array(getattr(self.batch, field), shape=values.shape)[:] = values
+        fill(self.batch, tokens, positions, sequences, wanted)
+        code = llama_cpp.llama_decode(self.context, self.batch)
+        if code:
+            raise QuantizationError(f"llama_decode failed with {code} on {len(tokens)} tokens")
+        shape = (int(wanted.sum()), self.vocabulary)
+        if not shape[0]:
+            return np.empty(shape, np.float32)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), shape=shape)
 
 
 @dataclass(frozen=True)
@@ -150,31 +112,27 @@ class Weights:
 
 
 @contextmanager
-def loaded(path: Path, *, gpu: bool, log: Log) -> Iterator[Weights]:
+def load_weights(path: Path, *, gpu: bool, log: LlamaLog) -> Iterator[Weights]:
     """Load ``path``; freed afterwards. Raises Unsound with llama.cpp's own reason when it does not load."""
     import llama_cpp as api
 
-    log.errors.clear()
-    parameters = api.llama_model_default_params()
-    parameters.n_gpu_layers = -1 if gpu and api.llama_supports_gpu_offload() else 0
-    handle = api.llama_model_load_from_file(os.fsencode(path), parameters)
-    if not handle:
-        raise Unsound(f"llama.cpp cannot load it: {log.reason()}")
-    try:
+    with ExitStack() as stack:
+        try:
+            handle = stack.enter_context(load(path, log, gpu=gpu))
+        except LoadError as error:
+            raise Unsound(f"llama.cpp cannot load it: {error.message}") from error
         text = ctypes.create_string_buffer(16)
-        told = api.llama_model_meta_val_str(handle, b"general.file_type", text, len(text)) > 0
+        stated = api.llama_model_meta_val_str(handle, b"general.file_type", text, len(text)) > 0
         entries = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(handle)))
-        yield Weights(entries, int(text.value) if told else None, handle)
-    finally:
-        api.llama_model_free(handle)
+        yield Weights(entries, int(text.value) if stated else None, handle)
 
 
 @contextmanager
-def running(weights: Weights, layout: Layout, context: int, log: Log) -> Iterator[Model]:
-    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``loaded``."""
+def make_context(weights: Weights, layout: Layout, context: int, log: LlamaLog) -> Iterator[Model]:
+    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``load_weights``."""
     import llama_cpp as api
 
-    log.errors.clear()
+    log.clear()
     with ExitStack() as stack:
         handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context))
         if not handle:
@@ -183,13 +141,6 @@ def running(weights: Weights, layout: Layout, context: int, log: Log) -> Iterato
         batch = api.llama_batch_init(layout.sequences * context, 0, 1)
         stack.callback(api.llama_batch_free, batch)
         yield Model(weights.vocabulary, handle, batch)
-
-
-@contextmanager
-def opened(path: Path, layout: Layout, context: int, *, gpu: bool, log: Log) -> Iterator[Model]:
-    """``loaded`` and ``running`` at once."""
-    with loaded(path, gpu=gpu, log=log) as weights, running(weights, layout, context, log) as model:
-        yield model
 
 
 def _context_parameters(layout: Layout, context: int) -> Any:

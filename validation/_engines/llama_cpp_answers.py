@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantool.errors import QuantizationError
+from quantool.runtime.llama_cpp import LlamaLog
 from quantool.validation._engines.interface import Answer, Engine, Scored, require_room
-from quantool.validation._engines.llama_cpp import BATCH_TOKENS, Layout, Log, Model
-from quantool.validation._engines.llama_cpp import opened as opened_model
+from quantool.validation._engines.llama_cpp import BATCH_TOKENS, Layout, Model, load_weights, make_context
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,18 +39,19 @@ class _Entry(NamedTuple):
 
 
 @contextmanager
-def opened(path: Path, context: int, *, gpu: bool) -> Iterator[Engine]:
+def load_engine(path: Path, context: int, *, gpu: bool) -> Iterator[Engine]:
     """Load a GGUF for answers of up to ``context`` tokens, prompt included. Raises Unsound when it does not load."""
-    import llama_cpp
-
-    llama_cpp.llama_backend_init()
     sequences = max(1, min(SEQUENCES, CELLS // context))
     layout = Layout(sequences, max(1, OUTPUTS // sequences))
-    with closing(Log()) as log, opened_model(path, layout, context, gpu=gpu, log=log) as model:
-        yield Completing(model, context, layout)
+    with (
+        LlamaLog() as log,
+        load_weights(path, gpu=gpu, log=log) as weights,
+        make_context(weights, layout, context, log) as model,
+    ):
+        yield LlamaCppEngine(model, context, layout)
 
 
-class Completing:
+class LlamaCppEngine:
     """A GGUF in memory."""
 
     def __init__(self, model: Model, context: int, layout: Layout) -> None:
@@ -140,23 +140,8 @@ class Completing:
         import numpy as np
 
         for piece in self._pieces(entries):
-            batch = self._model.batch
-            for place, entry in enumerate(piece):
-                batch.token[place] = entry.token
-                batch.pos[place] = entry.position
-                batch.n_seq_id[place] = 1
-                batch.seq_id[place][0] = entry.sequence
-                batch.logits[place] = entry.wanted
-            batch.n_tokens = len(piece)
-            code = self._api.llama_decode(self._model.context, batch)
-            if code:
-                raise QuantizationError(f"llama_decode failed with {code} on {len(piece)} tokens")
-            wanted = [entry for entry in piece if entry.wanted]
-            if wanted:
-                rows = np.ctypeslib.as_array(
-                    self._api.llama_get_logits(self._model.context), shape=(len(wanted), self.vocabulary)
-                )
-                yield from zip(wanted, rows, strict=True)
+            rows = self._model.run(*(np.array(column) for column in zip(*piece, strict=True)))
+            yield from zip((entry for entry in piece if entry.wanted), rows, strict=True)
 
     def _pieces(self, entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
         """Cut so that no piece has more tokens than a batch, or more wanted ones than there is room for logits."""

@@ -21,7 +21,7 @@ from quantool.plugins.contract import Case
 from quantool.records import fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import written
+from quantool.runtime.workspace import Stage, written
 from quantool.source.resolve import identity
 from quantool.validation._engines import unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
@@ -59,48 +59,31 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     cut = windows(case, corpora, progress)
     source, settings = case.source, case.config.validation
     origin = identity(source)
-    keys = {
-        part.corpus.name: fingerprint(
+    stages = []
+    for part in cut:
+        key = fingerprint(
             origin, part.sha256, settings.context, __version__, version("torch"), version("transformers")
         )
-        for part in cut
-    }
-    heads: dict[str, dict[str, Any]] = {}
-    for part in cut:
-        name = part.corpus.name
-        known = case.workspace.recall(f"reference/{name}", keys[name])
-        if known:
-            heads[name] = known
-    missing = [part for part in cut if part.corpus.name not in heads]
-    if missing:
+        stages.append(Stage(f"reference/{part.corpus.name}", key, (_file(case, part.corpus),)))
+
+    def produce(missing: list[int]) -> list[dict[str, Any]]:
         request = {
             "folder": str(source.folder),
             "dtype": TORCH_DTYPES.get(source.facts.dtype, "bfloat16"),
             "trust_remote_code": source.trust_remote_code,
             "device": case.config.device or "auto",
-            "windows": [str(part.path) for part in missing],
-            "outputs": [str(_file(case, part.corpus)) for part in missing],
+            "windows": [str(cut[number].path) for number in missing],
+            "outputs": [str(_file(case, cut[number].corpus)) for number in missing],
         }
+        log = case.workspace.logs / "reference.log"
         with progress.bar("reference", "tok") as bar:
-            head = process.call(
-                capture,
-                request,
-                log=case.workspace.logs / "reference.log",
-                bar=bar,
-                failure=SourceError,
-            )
-        for part in missing:
-            name = part.corpus.name
-            case.workspace.keep(f"reference/{name}", keys[name], [_file(case, part.corpus)], head)
-            heads[name] = head
+            head = process.call(capture, request, log=log, bar=bar, failure=SourceError)
+        return [head] * len(missing)
+
+    heads = case.workspace.together(stages, produce)
     return tuple(
-        Reference(
-            part,
-            _file(case, part.corpus),
-            HeadPlan.of(heads[part.corpus.name]["head"]),
-            keys[part.corpus.name],
-        )
-        for part in cut
+        Reference(part, stage.files[0], HeadPlan.of(head["head"]), str(stage.key))
+        for part, stage, head in zip(cut, stages, heads, strict=True)
     )
 
 
@@ -113,7 +96,7 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
     import numpy as np
 
     folder = Path(request["folder"])
-    model = load(folder, request["dtype"], request["device"], request["trust_remote_code"])
+    model = load_model(folder, request["dtype"], request["device"], request["trust_remote_code"])
     plan = plan_head(model, folder)
     head = Head(folder, plan)
     texts = [np.load(path) for path in request["windows"]]
@@ -153,15 +136,15 @@ def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
         target.flush()
 
 
-def recalled(path: Path) -> Any:
-    """Hidden states [windows, scored, width] that ``stored`` wrote, mapped, not read; see ``tensor``."""
+def read_hidden(path: Path) -> Any:
+    """Hidden states [windows, scored, width] that ``_saved`` wrote, mapped, not read; see ``as_tensor``."""
     import numpy as np
 
     return np.load(path, mmap_mode="r")
 
 
-def tensor(part: Any) -> Tensor:
-    """A part of ``recalled`` hidden states as a tensor, in the dtype that the model gave them."""
+def as_tensor(part: Any) -> Tensor:
+    """A part of ``read_hidden``'s hidden states as a tensor, in the dtype that the model gave them."""
     import numpy as np
     import torch
 
@@ -169,7 +152,7 @@ def tensor(part: Any) -> Tensor:
     return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
 
 
-def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
+def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
     """A causal language model of ``folder``, every weight from its files, ready to run.
 
     Raises SourceError when transformers does not know it or a weight is missing (which transformers would fill with
@@ -182,7 +165,7 @@ def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
         raise DependencyError("device is cuda, but torch finds none", hint="set device: cpu")
     try:
         loaded: Any = (
-            unpacked.load(folder, dtype, trust_remote_code)
+            unpacked.load_unpacked(folder, dtype, trust_remote_code)
             if unpacked.must_unpack(folder)
             else AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True

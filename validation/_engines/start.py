@@ -23,11 +23,11 @@ def start(
     """
     held: Any  # mypy knows these files by two names, so their classes are not the same to it
     if engine == "llama.cpp":
-        held = llama_cpp_answers.opened(artifact, context, gpu=device == "cuda")
+        held = llama_cpp_answers.load_engine(artifact, context, gpu=device == "cuda")
     elif engine == "transformers":
-        held = transformers_answers.opened(artifact, context, device, trust_remote_code)
+        held = transformers_answers.load_engine(artifact, context, device, trust_remote_code)
     elif engine == "vllm":
-        held = vllm.opened(artifact, context, trust_remote_code)
+        held = vllm.load_engine(artifact, context, trust_remote_code)
     else:
         raise ConfigError(
             f"no engine {engine!r} to answer with; known: {', '.join(ENGINES)}",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quantool.errors import SourceError
 from quantool.validation._engines.head import LOGIT_BYTES, SLICE_BYTES, Unsound, transforms
 from quantool.validation._engines.interface import Answer, Engine, Scored, require_room
-from quantool.validation._engines.reference import load, verify
+from quantool.validation._engines.reference import load_model, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,16 +29,16 @@ VERIFIED = 32
 
 
 @contextmanager
-def opened(folder: Path, context: int, device: str, trust_remote_code: bool) -> Iterator[Engine]:
+def load_engine(folder: Path, context: int, device: str, trust_remote_code: bool) -> Iterator[Engine]:
     """Load a folder in the dtype it is saved in. Raises Unsound when transformers does not load it."""
     try:
-        continuing = Continuing(load(folder, "auto", device, trust_remote_code), context)
+        engine = TransformersEngine(load_model(folder, "auto", device, trust_remote_code), context)
     except SourceError as error:
         raise Unsound(error.message) from error
-    yield continuing
+    yield engine
 
 
-class Continuing:
+class TransformersEngine:
     """A model that transformers runs."""
 
     def __init__(self, model: Any, context: int) -> None:
@@ -46,7 +46,7 @@ class Continuing:
 
         config = model.config.get_text_config()
         self._model = model
-        self._head = _Head(model)
+        self._head = _AnswerHead(model)
         named = model.generation_config.eos_token_id  # transformers takes it from config.json without a file
         self._ends = [] if named is None else [named] if isinstance(named, int) else list(named)
         # Nothing else of the folder's file: its sampling and penalties would change greedy answers.
@@ -76,9 +76,9 @@ class Continuing:
                 max_new_tokens=budget,
                 logits_processor=[self._head],
             )
-        said = whole[0, len(prompt) :].tolist()
-        ended = said[-1] if said[-1] in self._ends else None
-        return Answer(tuple(said if ended is None else said[:-1]), ended, tuple(self._head.margins))
+        made = whole[0, len(prompt) :].tolist()
+        ended = made[-1] if made[-1] in self._ends else None
+        return Answer(tuple(made if ended is None else made[:-1]), ended, tuple(self._head.margins))
 
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[Scored]:
         """See ``Engine``. A prompt is read once for all continuations that follow each other."""
@@ -126,7 +126,7 @@ class Continuing:
         return list(rows), getattr(out, "past_key_values", None)
 
 
-class _Head:
+class _AnswerHead:
     """The output head of a loaded model, in float32 where it is not quantized; while generating, a logits processor."""
 
     def __init__(self, model: Any) -> None:

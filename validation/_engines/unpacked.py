@@ -40,7 +40,7 @@ def is_autoawq(folder: Path) -> bool:
 
 
 def must_unpack(folder: Path) -> bool:
-    """Whether transformers needs ``load`` for ``folder``."""
+    """Whether transformers needs ``load_unpacked`` for ``folder``."""
     if is_autoawq(folder):
         return True
     if not quantization(folder):
@@ -48,7 +48,7 @@ def must_unpack(folder: Path) -> bool:
     return any(".experts." in name and name.endswith(f".{OPTIONAL}") for name in check_index(folder))
 
 
-def load(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
     """The model of ``folder`` with its packed weights dequantized, and transformers' account of the loading.
 
     ``dtype`` is the name of a torch dtype, or ``auto`` for that of config.json. Takes as much memory as the
@@ -90,7 +90,7 @@ def _weights(folder: Path, dtype: Any) -> dict[str, Tensor]:
     """All tensors, packed ones dequantized to ``dtype`` under the name that the unquantized model gives them."""
     found: dict[str, Tensor] = {}
     headers = check_index(folder)
-    files = _Files(folder)
+    files = _WeightFiles(folder)
     taken: set[str] = set()
     for mark, parts, unpacked in LAYOUTS:
         for module in [name.removesuffix(f".{mark}") for name in headers if name.endswith(f".{mark}")]:
@@ -107,17 +107,17 @@ def _weights(folder: Path, dtype: Any) -> dict[str, Tensor]:
     return found
 
 
-class _Files:
+class _WeightFiles:
     """Open weight files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._opened: dict[str, Any] = {}
+        self._handles: dict[str, Any] = {}
 
     def read(self, tensor: TensorHeader) -> Tensor:
         from safetensors import safe_open
 
-        if tensor.file not in self._opened:
-            self._opened[tensor.file] = safe_open(self._folder / tensor.file, framework="pt")
-        read: Tensor = self._opened[tensor.file].get_tensor(tensor.name)
+        if tensor.file not in self._handles:
+            self._handles[tensor.file] = safe_open(self._folder / tensor.file, framework="pt")
+        read: Tensor = self._handles[tensor.file].get_tensor(tensor.name)
         return read

@@ -28,7 +28,7 @@ from quantool.validation._engines.head import (
     joined,
 )
 from quantool.validation._engines.interface import Answer, Engine, Scored, require_room
-from quantool.validation._engines.reference import recalled, tensor
+from quantool.validation._engines.reference import as_tensor, read_hidden
 from quantool.validation._engines.windows import scored
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def require() -> None:
         )
 
 
-def load(artifact: Path, context: int, trust_remote_code: bool) -> tuple[Any, Kernels]:
+def load_vllm(artifact: Path, context: int, trust_remote_code: bool) -> tuple[Any, Kernels]:
     """A ``vllm.LLM`` of the folder ``artifact`` and the kernels that it chose; Unsound when vLLM refuses it."""
     require()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -98,7 +98,7 @@ def load(artifact: Path, context: int, trust_remote_code: bool) -> tuple[Any, Ke
 
 
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Worker: score the one folder in ``models``; request and result as in ``_llamacpp.score``, and ``kernels``.
+    """Worker: score the one folder in ``models``; request and result as in ``score_llama_cpp.score``, and ``kernels``.
 
     ``kernels`` are vLLM's own words, such as ``CutlassFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8``.
     """
@@ -110,11 +110,11 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     source, plan = Path(request["source"]), HeadPlan.of(request["head"])
     try:
         # One token more: vLLM wants room for the token that it generates.
-        model, kernels = load(Path(folder), request["context"] + 1, request["trust_remote_code"])
+        model, kernels = load_vllm(Path(folder), request["context"] + 1, request["trust_remote_code"])
         entries = int(model.llm_engine.model_config.get_vocab_size())
         head = Head(source, plan, common_vocabulary(entries_of(source, plan), entries, request["tokens"]))
         for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
-            states = recalled(Path(hidden))
+            states = read_hidden(Path(hidden))
             parts: list[Tensor] = []
             for start in range(0, len(ids), BATCH):
                 batch = ids[start : start + BATCH]
@@ -131,31 +131,31 @@ def _score_batch(model: Any, head: Head, ids: NDArray[np.int32], hidden: Any) ->
     """Score windows [windows, context] beside the reference's hidden states [windows, scored, width]."""
     import vllm
 
-    asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST, detokenize=False)
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=LIKELIEST, detokenize=False)
     prompts = [{"prompt_token_ids": window} for window in ids.tolist()]
     positions = scored(ids.shape[1])
-    for number, answer in enumerate(model.generate(prompts, asked, use_tqdm=False)):
-        log_p = head.log_probs(tensor(hidden[number]))
+    for number, answer in enumerate(model.generate(prompts, sampling, use_tqdm=False)):
+        log_p = head.log_probs(as_tensor(hidden[number]))
         targets = following(ids[number : number + 1], positions)
-        told = [
+        listed = [
             {token: entry.logprob for token, entry in answer.prompt_logprobs[position + 1].items()}
             for position in positions
         ]
-        yield divergence(log_p, told, targets)
+        yield divergence(log_p, listed, targets)
 
 
-def divergence(log_p: Tensor, told: Sequence[dict[int, float]], targets: Tensor) -> Tensor:
+def divergence(log_p: Tensor, listed: Sequence[dict[int, float]], targets: Tensor) -> Tensor:
     """Score what an engine tells of some tokens beside the reference's log-probabilities [n, vocabulary].
 
-    ``told`` has for each position the log-probabilities of the most likely tokens and of the one that came (``targets``
+    ``listed`` has for each position the log-probabilities of the most likely tokens and of the one that came (``targets``
     [n]). All other tokens count as one: by the log-sum inequality (Cover and Thomas, Elements of Information Theory,
     2.7.1) the KL divergence of what is left is at most that of the whole, so it is a lower bound, exact when the engine
-    tells of every token. Returns [4, n] as ``_head.compare``. Raises Unsound when a log-probability is not finite.
+    tells of every token. Returns [4, n] as ``head.compare``. Raises Unsound when a log-probability is not finite.
     """
     import torch
 
     rows = []
-    for reference, entries, target in zip(log_p, told, targets.tolist(), strict=True):
+    for reference, entries, target in zip(log_p, listed, targets.tolist(), strict=True):
         known = [token for token in entries if token < len(reference)]  # beyond: padding of the vocabulary
         log_q = torch.tensor([entries[token] for token in known], dtype=torch.float64)
         if not torch.isfinite(log_q).all():
@@ -172,13 +172,13 @@ def divergence(log_p: Tensor, told: Sequence[dict[int, float]], targets: Tensor)
 
 
 @contextmanager
-def opened(artifact: Path, context: int, trust_remote_code: bool) -> Iterator[Engine]:
+def load_engine(artifact: Path, context: int, trust_remote_code: bool) -> Iterator[Engine]:
     """The folder ``artifact`` as an ``Engine``."""
-    model, _ = load(artifact, context, trust_remote_code)
-    yield _Served(model, context)
+    model, _ = load_vllm(artifact, context, trust_remote_code)
+    yield VllmEngine(model, context)
 
 
-class _Served:
+class VllmEngine:
     """An ``Engine`` over ``vllm.LLM``."""
 
     def __init__(self, model: Any, context: int) -> None:
@@ -191,12 +191,12 @@ class _Served:
         import vllm
 
         require_room(prompts, [budget] * len(prompts), self)
-        asked = vllm.SamplingParams(temperature=0, max_tokens=budget, detokenize=False)
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=budget, detokenize=False)
         answers = []
-        for answer in self._model.generate(_prompts(prompts), asked, use_tqdm=False):
-            (said,) = answer.outputs
-            ids = tuple(said.token_ids)
-            if said.finish_reason == "stop":
+        for answer in self._model.generate(_prompts(prompts), sampling, use_tqdm=False):
+            (output,) = answer.outputs
+            ids = tuple(output.token_ids)
+            if output.finish_reason == "stop":
                 answers.append(Answer(ids[:-1], ids[-1]))
             else:
                 answers.append(Answer(ids, None))
@@ -207,11 +207,11 @@ class _Served:
         import vllm
 
         require_room(prompts, [len(one) + 1 for one in continuations], self)
-        asked = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         whole = [[*prompt, *more] for prompt, more in zip(prompts, continuations, strict=True)]
         found = []
         for answer, prompt, ids in zip(
-            self._model.generate(_prompts(whole), asked, use_tqdm=False), prompts, whole, strict=True
+            self._model.generate(_prompts(whole), sampling, use_tqdm=False), prompts, whole, strict=True
         ):
             entries = [answer.prompt_logprobs[place][ids[place]] for place in range(len(prompt), len(ids))]
             greedy = all(entry.rank == 1 for entry in entries)

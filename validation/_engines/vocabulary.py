@@ -12,24 +12,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantool.errors import QuantizationError
+from quantool.errors import QuantizationError, SourceError
 from quantool.plugins.contract import Case
-from quantool.records import Finding, Verdict, fingerprint
+from quantool.records import fingerprint
+from quantool.runtime.llama_cpp import LlamaLog, load
 from quantool.runtime.process import call, name_of
 from quantool.runtime.worker import Report, Work
+from quantool.runtime.workspace import Stage
+from quantool.validation._engines.crash import WorkerError, crash
+from quantool.validation._findings.builder import without_folders
 
-GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp's Python names for them are wrong
 SURROUNDINGS = 4  # tokens shown on each side of a difference
 TEMPLATE = "tokenizer.chat_template"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 class UnloadableError(Exception):
-    """The artifact's vocabulary does not load; the message is the engine's reason."""
+    """The artifact's vocabulary or template is of no use to an engine; the message is the engine's reason."""
+
+    def __init__(self, reason: str, case: Case) -> None:
+        super().__init__(without_folders(reason, case.artifact, case.artifact.parent))
 
 
 @dataclass(frozen=True)
-class Text:
+class ProbeText:
     """A text to tokenize: whether BOS/EOS are added as the tokenizer's settings say, and special tokens recognized."""
 
     name: str
@@ -62,16 +68,16 @@ class Vocabulary:
     pieces: tuple[str, ...]
 
 
-def of_gguf(case: Case, texts: Sequence[Text] = ()) -> tuple[Vocabulary, list[list[int]]]:
+def of_gguf(case: Case, texts: Sequence[ProbeText] = ()) -> tuple[Vocabulary, list[list[int]]]:
     """The vocabulary of the case's GGUF and the ids of ``texts`` in it; raises UnloadableError."""
     log = case.workspace.logs / f"vocabulary-{case.name.replace('/', '-')}.log"
     request = {"model": str(case.artifact), "texts": [asdict(text) for text in texts]}
     try:
-        result = call(tokenize, request, log=log)
+        result = call(tokenize, request, log=log, failure=WorkerError)
+    except WorkerError as error:
+        raise UnloadableError(crash(error, "llama.cpp"), case) from error
     except QuantizationError as error:
-        raise UnloadableError(f"{error.message}\n{error.hint}") from error
-    if result["failure"]:
-        raise UnloadableError(result["failure"])
+        raise UnloadableError(f"llama.cpp: {error.message}", case) from error
     fields = result["vocabulary"]
     lists = {name: tuple(fields[name]) for name in ("ends", "pieces", "template_names")}
     return Vocabulary(**fields | lists), result["ids"]
@@ -91,41 +97,31 @@ def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dic
         (file.name, file.bytes, file.sha256) for file in case.source.files if not file.name.endswith(WEIGHTS)
     ]
     key = fingerprint(name_of(work), whole, files, version("transformers"), version("tokenizers"))
-
-    def produce() -> tuple[list[Path], dict[str, Any]]:
-        log = case.workspace.logs / "tokenizer-reference.log"
-        return [], call(work, whole, log=log)
-
-    return case.workspace.stage(f"reference-{name}", key, produce)
+    log = case.workspace.logs / "tokenizer-reference.log"
+    stage = Stage(f"reference-{name}", key)
+    return case.workspace.together([stage], lambda _: [call(work, whole, log=log)])[0]
 
 
 def by_artifact(case: Case, work: Work, request: dict[str, Any]) -> dict[str, Any]:
-    """The same for the folder of an artifact that transformers loads."""
+    """The same for the folder of an artifact that transformers loads; raises UnloadableError."""
     log = case.workspace.logs / f"tokenizer-{case.name.replace('/', '-')}.log"
-    return call(
-        work,
-        {
-            "folder": str(case.artifact),
-            "trust_remote_code": case.source.trust_remote_code,
-            **request,
-        },
-        log=log,
-    )
-
-
-def unloadable(check: str, error: UnloadableError) -> list[Finding]:
-    """The one finding of a check on an artifact that does not load."""
-    return [Finding(check=check, metric="loads", verdict=Verdict.REGRESSION, detail=f"llama.cpp: {error}")]
+    whole = {
+        "folder": str(case.artifact),
+        "trust_remote_code": case.source.trust_remote_code,
+        **request,
+    }
+    try:
+        return call(work, whole, log=log)
+    except SourceError as error:
+        raise UnloadableError(f"transformers: {error.message}", case) from error
 
 
 def differing(expected: Sequence[int], found: Sequence[int]) -> int | None:
     """Index of the first difference; None when equal."""
     if list(expected) == list(found):
         return None
-    for index, (one, other) in enumerate(zip(expected, found, strict=False)):
-        if one != other:
-            return index
-    return min(len(expected), len(found))
+    pairs = enumerate(zip(expected, found, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(expected), len(found)))
 
 
 def explain(expected: Sequence[int], found: Sequence[int], pieces: Sequence[str]) -> str:
@@ -148,41 +144,19 @@ def _piece(token: int, pieces: Sequence[str]) -> str:
 def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: load the vocabulary of a GGUF and tokenize.
 
-    Request: ``model`` (path), ``texts`` (``Text`` as objects). Result: ``failure`` (the reason when it does not load,
-    else empty), ``vocabulary`` (fields of ``Vocabulary``), ``ids`` (a list for each text).
+    Request: ``model`` (path), ``texts`` (``ProbeText`` as objects). Result: ``vocabulary`` (fields of
+    ``Vocabulary``), ``ids`` (a list for each text). Raises LoadError.
     """
-    import ctypes
-    import os
-
     import llama_cpp
 
-    problems: list[str] = []
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def keep(level: int, text: bytes | None, _: ctypes.c_void_p) -> None:
-        line = (text or b"").decode("utf-8", "replace")
-        print(line, end="", flush=True)  # noqa: T201 - to the log file
-        if level == GGML_LOG_LEVEL_ERROR:
-            problems.append(line.strip())
-
-    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(request["model"]), parameters)
-    if not model:
-        return {
-            "failure": "; ".join(dict.fromkeys(problems)) or "no reason given",
-            "vocabulary": {},
-            "ids": [],
-        }
-    vocabulary = llama_cpp.llama_model_get_vocab(model)
-    ids = []
-    for done, text in enumerate(request["texts"]):
-        ids.append(_tokenize(llama_cpp, vocabulary, text))
-        report(done + 1, len(request["texts"]))
-    described = _describe(llama_cpp, model, vocabulary, request["model"])
-    llama_cpp.llama_model_free(model)
-    return {"failure": "", "vocabulary": described, "ids": ids}
+    path = Path(request["model"])
+    ids: list[list[int]] = []
+    with LlamaLog() as log, load(path, log, vocabulary=True) as model:
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        for done, text in enumerate(request["texts"]):
+            ids.append(_tokenize(llama_cpp, vocabulary, text))
+            report(done + 1, len(request["texts"]))
+        return {"vocabulary": _describe(llama_cpp, model, vocabulary, str(path)), "ids": ids}
 
 
 def _tokenize(library: Any, vocabulary: Any, text: dict[str, Any]) -> list[int]:

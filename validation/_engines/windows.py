@@ -22,9 +22,10 @@ from quantool.plugins.contract import Case
 from quantool.records import Source, fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import written
+from quantool.runtime.workspace import Stage, written
 from quantool.source.resolve import identity
 from quantool.texts import corpus as texts
+from quantool.validation._engines.hf_tokenizer import beginning, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,11 +59,10 @@ def windows(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[
         raise ConfigError(
             f"validation.context is {settings.context}, but {source.name} reads no more than {source.facts.context} tokens"
         )
-    results: dict[str, dict[str, Any]] = {}
-    keys: dict[str, str | None] = {}
+    stages = []
     for corpus in corpora:
         text = texts.identity(corpus)
-        keys[corpus.name] = text and fingerprint(
+        key = text and fingerprint(
             text,
             identity(_small(source)),
             settings.context,
@@ -70,35 +70,28 @@ def windows(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[
             __version__,
             version("transformers"),
         )
-        known = text and case.workspace.recall(f"windows/{corpus.name}", keys[corpus.name] or "")
-        if known:
-            results[corpus.name] = known
-    missing = [corpus for corpus in corpora if corpus.name not in results]
-    if missing:
+        stages.append(Stage(f"windows/{corpus.name}", key, (_file(case, corpus),)))
+
+    def produce(missing: list[int]) -> list[dict[str, Any]]:
         request = {
-            "corpora": [corpus.model_dump(mode="json") for corpus in missing],
-            "outputs": [str(_file(case, corpus)) for corpus in missing],
+            "corpora": [corpora[number].model_dump(mode="json") for number in missing],
+            "outputs": [str(_file(case, corpora[number])) for number in missing],
             "tokenizer": str(source.tokenizer or source.folder),
             "trust_remote_code": source.trust_remote_code,
             "context": settings.context,
             "max_tokens": settings.max_tokens,
             "cache_dir": case.config.dataset_cache_dir and str(case.config.dataset_cache_dir),
         }
+        log = case.workspace.logs / "reference.log"
         with progress.bar("tokenize held-out text") as bar:
-            answer = process.call(
-                tokenize,
-                request,
-                log=case.workspace.logs / "reference.log",
-                bar=bar,
-                failure=SourceError,
-            )
-        for corpus, made in zip(missing, answer["corpora"], strict=True):
-            results[corpus.name] = made
-            key = keys[corpus.name]
-            if key:
-                case.workspace.keep(f"windows/{corpus.name}", key, [_file(case, corpus)], made)
+            answer = process.call(tokenize, request, log=log, bar=bar, failure=SourceError)
+        made: list[dict[str, Any]] = answer["corpora"]
+        return made
+
+    results = case.workspace.together(stages, produce)
     return tuple(
-        Windows(corpus=corpus, path=_file(case, corpus), **results[corpus.name]) for corpus in corpora
+        Windows(corpus=corpus, path=_file(case, corpus), **result)
+        for corpus, result in zip(corpora, results, strict=True)
     )
 
 
@@ -115,14 +108,9 @@ def _file(case: Case, corpus: Corpus) -> Path:
 def tokenize(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: tokenize the ``corpora`` of the request and save their windows to its ``outputs``."""
     import numpy as np
-    from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            request["tokenizer"], trust_remote_code=request["trust_remote_code"]
-        )
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(f"the tokenizer of {request['tokenizer']} cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
+    bos = next(iter(beginning(tokenizer)), None)
     made = []
     for number, (fields, output) in enumerate(zip(request["corpora"], request["outputs"], strict=True)):
         corpus = Corpus.model_validate(fields)
@@ -132,7 +120,7 @@ def tokenize(request: dict[str, Any], report: Callable[[float, float], None]) ->
             cache_dir=request["cache_dir"] and Path(request["cache_dir"]),
         )
         ids = np.fromiter(itertools.chain.from_iterable(token_ids(documents, tokenizer)), dtype=np.int32)
-        cut = cut_windows(ids, request["context"], request["max_tokens"], _bos(tokenizer), corpus.name)
+        cut = cut_windows(ids, request["context"], request["max_tokens"], bos, corpus.name)
         with written(Path(output)) as part, part.open("wb") as file:
             np.save(file, cut)
         digest = hashlib.sha256(cut.tobytes()).hexdigest()
@@ -175,10 +163,3 @@ def cut_windows(
     if bos is not None:
         cut[:, 0] = bos
     return cut
-
-
-def _bos(tokenizer: Any) -> int | None:
-    """The BOS id if the tokenizer puts it before a text."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    bos: int | None = tokenizer.bos_token_id
-    return bos if bos is not None and ids[:1] == [bos] else None

@@ -11,7 +11,7 @@ from quantool.errors import SourceError
 from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
-from quantool.validation._findings.builder import Voice, some
+from quantool.validation._findings.builder import FindingBuilder, some
 
 OWN = ("config.json", INDEX)
 TEMPLATE = "chat_template.jinja"
@@ -22,7 +22,7 @@ HEADER = 1 << 16
 """Bytes by which a file may differ from its plan: what the saving library writes into its header."""
 
 
-def judge_companions(case: Case, voice: Voice) -> Finding:
+def judge_companions(case: Case, build: FindingBuilder) -> Finding:
     """Tokenizer, chat template and generation settings of the source are there; what this run made has their bytes."""
     names = {
         file.name: file.sha256
@@ -42,7 +42,7 @@ def judge_companions(case: Case, voice: Voice) -> Finding:
     if case.output is not None and other:
         problems.append(f"not the source's: {some(other)}")
     told = f", {len(other)} not the source's ({some(other)})" if other else ""
-    return voice.say("companions", f"{len(names) - len(missing)} of {len(names)}{told}", "; ".join(problems))
+    return build.fact("companions", f"{len(names) - len(missing)} of {len(names)}{told}", "; ".join(problems))
 
 
 def _needed(name: str, folder: Path) -> bool:
@@ -67,7 +67,7 @@ def _differs(found: Path, original: Path, digest: str) -> bool:
     return True
 
 
-def judge_plan(case: Case, stored: Mapping[str, TensorHeader], voice: Voice) -> list[Finding]:
+def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBuilder) -> list[Finding]:
     """Weight files, their bytes and bits a weight are those that the plan announced; nothing without a plan."""
     if case.output is None:
         return []
@@ -87,7 +87,7 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], voice: Voice) -> 
     if wanted is not None and not math.isclose(bits, wanted, rel_tol=BITS):
         problems.append(f"{bits:.5g} bits a weight, {wanted:.5g} were planned")
     return [
-        voice.say(
+        build.fact(
             "planned_size",
             f"{sum(found.values())} bytes, {bits:.4g} bits a weight",
             "; ".join(problems),

@@ -22,13 +22,13 @@ from quantool.validation._files.modules import (
     HEAD,
     QUANTIZED,
     ROUTER,
+    LayerScheme,
     Module,
     Numbers,
     Promise,
-    Scheme,
     modules,
 )
-from quantool.validation._findings.builder import SHOWN, Voice, some
+from quantool.validation._findings.builder import SHOWN, FindingBuilder, some
 
 FLOATS = ("BF16", "F16", "F32")
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -68,7 +68,7 @@ class Folder:
                 found[module] = (tensor.shape[0], tensor.shape[1])
         return found
 
-    def scheme_of(self, name: str) -> Scheme | None:
+    def scheme_of(self, name: str) -> LayerScheme | None:
         """What the promise says of a layer; None for one that is left alone."""
         if self.promise is None or any(ignores(self.promise, name, entry) for entry in self.promise.ignore):
             return None
@@ -94,7 +94,7 @@ def ignores(promise: Promise, name: str, entry: str) -> bool:
     return entry == LINEAR or matches(name, entry)
 
 
-def judge_layers(case: Case, folder: Folder, voice: Voice) -> list[Finding]:
+def judge_layers(case: Case, folder: Folder, build: FindingBuilder) -> list[Finding]:
     """Layers are quantized or left alone as config.json says; routers and, by default, the head are floats."""
     linear, wanted = folder.linear, folder.wanted()
     problems: list[str] = []
@@ -117,9 +117,9 @@ def judge_layers(case: Case, folder: Folder, voice: Voice) -> list[Finding]:
         problems.append("config.json has a quantization_config, and no layer is quantized")
     shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return [
-        voice.say("layers", shown, _joined(problems)),
-        voice.say("kept_layers", *_kept(case, linear)),
-        voice.say("other_tensors", *_others(case, folder, linear)),
+        build.fact("layers", shown, _joined(problems)),
+        build.fact("kept_layers", *_kept(case, linear)),
+        build.fact("other_tensors", *_others(case, folder, linear)),
     ]
 
 
@@ -129,7 +129,7 @@ def _joined(problems: list[str]) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def _shape(module: Module, scheme: Scheme) -> tuple[int, int]:
+def _shape(module: Module, scheme: LayerScheme) -> tuple[int, int]:
     return module.shape(scheme.weights.bits)
 
 
@@ -141,7 +141,7 @@ def _untouched(module: Module, shape: tuple[int, int] | None) -> Iterator[str]:
         yield f"{module.name} is {list(weight.shape)}, the source's is {list(shape)}"
 
 
-def _layer(module: Module, shape: tuple[int, int], scheme: Scheme) -> Iterator[str]:
+def _layer(module: Module, shape: tuple[int, int], scheme: LayerScheme) -> Iterator[str]:
     """What is wrong with a layer that should be quantized by ``scheme``; ``shape`` is [outputs, inputs]."""
     if not module.quantized:
         yield f"{module.name} is not quantized: its weight is {module.parts['weight'].dtype}"
@@ -164,7 +164,7 @@ def _scalar(size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _expected(
-    scheme: Scheme, shape: tuple[int, int]
+    scheme: LayerScheme, shape: tuple[int, int]
 ) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
     """Part to the dtypes that it may have and its shape."""
     weights = scheme.weights
@@ -228,7 +228,7 @@ def _others(case: Case, folder: Folder, linear: Mapping[str, Module]) -> tuple[s
     return f"{len(others) - len(missing) - len(changed)} of {len(others)}", "; ".join(problems)
 
 
-def judge_ignore(folder: Folder, voice: Voice) -> list[Finding]:
+def judge_ignore(folder: Folder, build: FindingBuilder) -> list[Finding]:
     """Every entry of ``ignore`` and ``targets`` means a layer that exists: else a layer was renamed, or mistyped."""
     promise = folder.promise
     if promise is None:
@@ -242,7 +242,7 @@ def judge_ignore(folder: Folder, voice: Voice) -> list[Finding]:
         if target not in EVERY_CLASS and not any(matches(name, target) for name in names)
     ]
     problem = f"matches no layer: {some([repr(entry) for entry in lost])}" if lost else ""
-    return [voice.say("ignore", some(list(promise.ignore)) or "nothing", problem)]
+    return [build.fact("ignore", some(list(promise.ignore)) or "nothing", problem)]
 
 
 def _parents(headers: Iterable[str]) -> set[str]:
@@ -254,20 +254,20 @@ def _parents(headers: Iterable[str]) -> set[str]:
     return found
 
 
-def judge_level(case: Case, promise: Promise | None, dtype: str, voice: Voice) -> Finding:
+def judge_level(case: Case, promise: Promise | None, dtype: str, build: FindingBuilder) -> Finding:
     """The level in the plan or the folder's name is what config.json promises; ``dtype`` is most of the weights'."""
     level = case.output.level if case.output is not None else _named(case.artifact.name)
     if level is None:
-        return voice.skip("level", f"the name {case.artifact.name} holds no level")
+        return build.skip("level", f"the name {case.artifact.name} holds no level")
     if level in FLOATS:
         problem = "" if promise is None and dtype == level else f"the weights are {_said(promise, dtype)}"
-        return voice.say("level", _said(promise, dtype), problem, level)
+        return build.fact("level", _said(promise, dtype), problem, level)
     found = {_key(scheme, promise) for scheme in promise.schemes} if promise is not None else set()
     wanted = LEVELS[level]
     if promise is not None and promise.method == "awq":
         wanted = (*wanted[:3], False)  # the layout always holds zero points
     problem = "" if found == {wanted} else f"config.json says {_said(promise, dtype)}, not {level}"
-    return voice.say("level", _said(promise, dtype), problem, level)
+    return build.fact("level", _said(promise, dtype), problem, level)
 
 
 def _named(name: str) -> str | None:
@@ -276,7 +276,7 @@ def _named(name: str) -> str | None:
     return next((level for level in (*LEVELS, *FLOATS) if re.search(rf"(?:^|_){level}$", text)), None)
 
 
-def _key(scheme: Scheme, promise: Promise | None) -> tuple[Any, ...]:
+def _key(scheme: LayerScheme, promise: Promise | None) -> tuple[Any, ...]:
     weights = scheme.weights
     symmetric = weights.symmetric if promise is None or promise.method != "awq" else False
     return (weights.kind, weights.bits, weights.strategy, symmetric)

@@ -25,7 +25,7 @@ LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
-class Tensor:
+class GgufTensor:
     """One tensor; ``shape`` as numpy has it, rows before columns; ``type`` as ggml names it (``Q4_K``)."""
 
     name: str
@@ -52,7 +52,7 @@ class Header:
 
     keys: Mapping[str, Any]
     """Of the first shard, without the tokenizer's."""
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[GgufTensor, ...]
     level: str | None
     """By ``general.file_type``."""
     levels: tuple[str, ...]
@@ -78,8 +78,8 @@ def read(case: Case, shards: Sequence[str]) -> Header:
     try:
         found = call(read_headers, request, log=log)
     except QuantizationError as error:
-        raise UnloadableError(error.message) from error
-    tensors = tuple(Tensor(**one | {"shape": tuple(one["shape"])}) for one in found.pop("tensors"))
+        raise UnloadableError(f"llama.cpp: {error.message}", case) from error
+    tensors = tuple(GgufTensor(**one | {"shape": tuple(one["shape"])}) for one in found.pop("tensors"))
     return Header(
         **found | {"tensors": tensors, "levels": tuple(found["levels"]), "broken": tuple(found["broken"])}
     )

@@ -13,8 +13,8 @@ from typing import Any
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
-from quantool.validation._files.gguf_file import SHARD, Header, Tensor
-from quantool.validation._findings.builder import Voice, some
+from quantool.validation._files.gguf_file import SHARD, GgufTensor, Header
+from quantool.validation._findings.builder import FindingBuilder, some
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
 HEADROOM = 2.6
@@ -55,7 +55,7 @@ def class_of(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name)), OTHER)
 
 
-def is_matrix(tensor: Tensor) -> bool:
+def is_matrix(tensor: GgufTensor) -> bool:
     """Whether llama-quantize would quantize it (``tensor_allows_quantization``)."""
     return (
         len(tensor.shape) >= 2
@@ -65,18 +65,18 @@ def is_matrix(tensor: Tensor) -> bool:
     )
 
 
-def judge_level(case: Case, header: Header, voice: Voice) -> list[Finding]:
+def judge_level(case: Case, header: Header, build: FindingBuilder) -> list[Finding]:
     """``general.file_type`` and the types of the tensors are those of the level in the names."""
     named = named_levels(case, header.levels)
-    classes = judge_classes(case, header, named[0][1] if named else None, voice)
+    classes = judge_classes(case, header, named[0][1] if named else None, build)
     if not named:
         reason = f"neither {case.name} nor {case.artifact.name} names a level"
-        return [voice.skip("file_type", reason), voice.skip("bits_per_weight", reason), *classes]
+        return [build.skip("file_type", reason), build.skip("bits_per_weight", reason), *classes]
     wrong = [f"{where} says {name}" for where, name in named if name != header.level]
     problem = f"general.file_type is {header.level}, but {' and '.join(wrong)}" if wrong else ""
     return [
-        voice.say("file_type", str(header.level), problem, named[0][1]),
-        _judge_bits(case, header, named[0][1], voice),
+        build.fact("file_type", str(header.level), problem, named[0][1]),
+        _judge_bits(case, header, named[0][1], build),
         *classes,
     ]
 
@@ -113,7 +113,7 @@ def demanded(name: str, options: Mapping[str, Any]) -> str | None:
     return next((kind.upper() for pattern, kind in types.items() if re.search(pattern.lower(), name)), None)
 
 
-def _judge_bits(case: Case, header: Header, level: str, voice: Voice) -> Finding:
+def _judge_bits(case: Case, header: Header, level: str, build: FindingBuilder) -> Finding:
     """Bits a weight in the matrices of the layers lie where the level puts them: it was quantized, and no weaker."""
     options = options_of(case)
     matrices = [
@@ -122,13 +122,13 @@ def _judge_bits(case: Case, header: Header, level: str, voice: Voice) -> Finding
         if one.name.startswith("blk.") and is_matrix(one) and demanded(one.name, options) is None
     ]
     if not matrices:
-        return voice.skip("bits_per_weight", "tensor_types name a type for every matrix of the layers")
+        return build.skip("bits_per_weight", "tensor_types name a type for every matrix of the layers")
     measured = 8 * sum(one.bytes for one in matrices) / sum(one.elements for one in matrices)
     lowest, highest = bounds(level)
     problem = ""
     if not lowest <= measured <= highest:
         problem = f"the layers' matrices are {_counted(matrices)}: not between {lowest:g} and {highest:g} bits a weight"
-    return voice.say("bits_per_weight", round(measured, 3), problem, level)
+    return build.fact("bits_per_weight", round(measured, 3), problem, level)
 
 
 def bounds(level: str) -> tuple[float, float]:
@@ -144,10 +144,10 @@ def bounds(level: str) -> tuple[float, float]:
     ), HIGHEST if level == "MXFP4_MOE" else bits + HEADROOM  # all but the experts are Q8_0 there
 
 
-def judge_classes(case: Case, header: Header, level: str | None, voice: Voice) -> list[Finding]:
+def judge_classes(case: Case, header: Header, level: str | None, build: FindingBuilder) -> list[Finding]:
     """Every class of tensors has the bits that level and options give it; norms and routers are floats."""
     options = options_of(case)
-    classes: dict[str, list[Tensor]] = {}
+    classes: dict[str, list[GgufTensor]] = {}
     for tensor in header.tensors:
         if is_matrix(tensor) or class_of(tensor.name) in (ROUTER, NORM):
             classes.setdefault(class_of(tensor.name), []).append(tensor)
@@ -157,16 +157,16 @@ def judge_classes(case: Case, header: Header, level: str | None, voice: Voice) -
         for problem in _problems(kind, tensors, level, options, header)
     ]
     shown = ", ".join(f"{kind} {_bits(tensors)}" for kind, tensors in classes.items())
-    return [voice.say("tensor_types", f"bits a weight: {shown}", "; ".join(problems))]
+    return [build.fact("tensor_types", f"bits a weight: {shown}", "; ".join(problems))]
 
 
-def _bits(tensors: Sequence[Tensor]) -> str:
+def _bits(tensors: Sequence[GgufTensor]) -> str:
     total = 8 * sum(one.bytes for one in tensors) / max(1, sum(one.elements for one in tensors))
     return f"{total:.3g}"
 
 
 def _problems(
-    kind: str, tensors: Sequence[Tensor], level: str | None, options: Mapping[str, Any], header: Header
+    kind: str, tensors: Sequence[GgufTensor], level: str | None, options: Mapping[str, Any], header: Header
 ) -> list[str]:
     if kind in (ROUTER, NORM):
         quantized = [f"{one.name} ({one.type})" for one in tensors if one.type not in FLOATS]
@@ -204,25 +204,25 @@ def _class_bounds(kind: str, level: str, header: Header) -> tuple[float, float]:
     return lowest, max(highest, HIGHEST) if kind in EXACT else highest
 
 
-def _fell_back(tensor: Tensor, wish: str) -> bool:
+def _fell_back(tensor: GgufTensor, wish: str) -> bool:
     """Whether the width of ``tensor`` is none that blocks of the type ``wish`` divide."""
     kind = toolchain.ggml_types().get(wish.lower())
     return kind is not None and tensor.shape[-1] % kind.block != 0
 
 
-def _odd(tensor: Tensor) -> bool:
+def _odd(tensor: GgufTensor) -> bool:
     """A width that no block divides stays F16 at every level."""
     return tensor.shape[-1] % 32 != 0 and tensor.type in FLOATS
 
 
-def _counted(tensors: Sequence[Tensor]) -> str:
+def _counted(tensors: Sequence[GgufTensor]) -> str:
     counts: dict[str, int] = {}
     for one in tensors:
         counts[one.type] = counts.get(one.type, 0) + 1
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
-def judge_plan(case: Case, header: Header, names: Sequence[str], voice: Voice) -> list[Finding]:
+def judge_plan(case: Case, header: Header, names: Sequence[str], build: FindingBuilder) -> list[Finding]:
     """Names, bytes and bits a weight are those that the plan announced; nothing to say without a plan."""
     if case.output is None:
         return []
@@ -242,7 +242,7 @@ def judge_plan(case: Case, header: Header, names: Sequence[str], voice: Voice) -
     if wanted is not None and not math.isclose(bits, wanted, rel_tol=PLAN):
         problems.append(f"{bits:.6g} bits a weight, {wanted:.6g} were planned")
     return [
-        voice.say(
+        build.fact(
             "planned_size",
             f"{sum(found.values())} bytes, {bits:.4g} bits a weight",
             "; ".join(problems),

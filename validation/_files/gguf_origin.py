@@ -15,7 +15,7 @@ from quantool.records import Finding
 from quantool.source.model_facts import read_json
 from quantool.validation._files.gguf_file import MATRIX_FILE, Header
 from quantool.validation._files.gguf_levels import FLOATS, class_of, is_matrix, options_of
-from quantool.validation._findings.builder import Voice, some
+from quantool.validation._findings.builder import FindingBuilder, some
 
 DATASET, ENTRIES, CHUNKS = (f"quantize.imatrix.{key}" for key in ("dataset", "entries_count", "chunks_count"))
 LONGEST = 127
@@ -23,7 +23,7 @@ LONGEST = 127
 RECORD = "quantool.json"
 
 
-def judge_matrix(case: Case, header: Header, voice: Voice) -> list[Finding]:
+def judge_matrix(case: Case, header: Header, build: FindingBuilder) -> list[Finding]:
     """An importance matrix was used where the plan asks for one, and it is this model's.
 
     Nothing to say of a file without a plan that carries no sign of one.
@@ -43,7 +43,7 @@ def judge_matrix(case: Case, header: Header, voice: Voice) -> list[Finding]:
         problems += _covered(header)
         problems += _text(case, header, wanted)
     measured = f"{present}: {keys.get(ENTRIES)} weights, {keys.get(DATASET)}" if present else "none"
-    return [voice.say("imatrix", measured, "; ".join(problems))]
+    return [build.fact("imatrix", measured, "; ".join(problems))]
 
 
 def _entries(header: Header) -> list[str]:
@@ -110,7 +110,7 @@ def _text(case: Case, header: Header, wanted: object) -> list[str]:
     return [f"{DATASET} is {found!r}, the calibration text is {text!r}"]
 
 
-def judge_source(case: Case, keys: Mapping[str, Any], voice: Voice) -> Finding:
+def judge_source(case: Case, keys: Mapping[str, Any], build: FindingBuilder) -> Finding:
     """The checkpoint that the artifact was made from is the one that it is compared with: its commit, its weights."""
     folder = case.artifact if case.artifact.is_dir() else case.artifact.parent
     recorded = {name: str(keys[name]) for name in (COMMIT, WEIGHTS) if keys.get(name) not in (None, UNREAD)}
@@ -119,11 +119,11 @@ def judge_source(case: Case, keys: Mapping[str, Any], voice: Voice) -> Finding:
         recorded, where = _recorded(folder / RECORD), RECORD
     commit, weights = case.source.commit, weights_sha256(case.source)
     if case.output is not None and case.engine != "llama.cpp":
-        return voice.say(
+        return build.fact(
             "source_commit", case.source.label(), ""
         )  # the plan that made the folder holds the source
     if not recorded:
-        return voice.skip("source_commit", f"{where} does not say which checkpoint it was made from")
+        return build.skip("source_commit", f"{where} does not say which checkpoint it was made from")
     problems = []
     if commit is not None and recorded.get(COMMIT, commit) != commit:
         problems.append(f"{where} was made from commit {recorded[COMMIT]}, the reference is {commit}")
@@ -133,7 +133,7 @@ def judge_source(case: Case, keys: Mapping[str, Any], voice: Voice) -> Finding:
             "another checkpoint, or another commit of it"
         )
     measured = recorded.get(COMMIT) or recorded[WEIGHTS]
-    return voice.say("source_commit", measured, "; ".join(problems), commit or weights)
+    return build.fact("source_commit", measured, "; ".join(problems), commit or weights)
 
 
 def _recorded(path: Path) -> dict[str, str]:

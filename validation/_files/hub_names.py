@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.validation._files.gguf_file import SHARD
-from quantool.validation._findings.builder import Voice
+from quantool.validation._findings.builder import FindingBuilder
 
 SIDECARS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """A file with one of these in its name is no model to llama.cpp (case matters)."""
@@ -69,24 +69,28 @@ def label(name: str) -> str | None:
     return found[-1] if found else None
 
 
-def judge_names(case: Case, level: str | None, planned: Sequence[str], voice: Voice) -> list[Finding]:
+def judge_names(
+    case: Case, level: str | None, planned: Sequence[str], build: FindingBuilder
+) -> list[Finding]:
     """``-hf repo:level`` finds exactly this file among all of the repository, and the Hub labels it with the level.
 
     ``planned`` are the models of the repository to be. Without a plan it is the folder, which may be none.
     """
     if level is None:
         reason = f"{case.artifact.name} names no level to ask for"
-        return [voice.skip("hf_resolver", reason), voice.skip("hub_label", reason)]
+        return [build.skip("hf_resolver", reason), build.skip("hub_label", reason)]
     folder = case.artifact.parent
     present = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     names = sorted({*planned, case.artifact.name} if planned else present | {case.artifact.name})
     return [
-        _judge_resolver(names, case.artifact.name, level, voice, certain=bool(planned) or RECORD in present),
-        _judge_label(case.artifact.name, level, voice),
+        _judge_resolver(names, case.artifact.name, level, build, certain=bool(planned) or RECORD in present),
+        _judge_label(case.artifact.name, level, build),
     ]
 
 
-def _judge_resolver(names: Sequence[str], wanted: str, level: str, voice: Voice, *, certain: bool) -> Finding:
+def _judge_resolver(
+    names: Sequence[str], wanted: str, level: str, build: FindingBuilder, *, certain: bool
+) -> Finding:
     found = resolve(names, level)
     problem = ""
     if found == PRESET:
@@ -102,16 +106,16 @@ def _judge_resolver(names: Sequence[str], wanted: str, level: str, voice: Voice,
     elif found != wanted:
         problem = f"llama-server -hf repo:{level} loads {found}: give it and {wanted} repositories of their own, or other names"
         if not certain:
-            return voice.skip("hf_resolver", f"the folder is no packed one; as a repository, {problem}")
+            return build.skip("hf_resolver", f"the folder is no packed one; as a repository, {problem}")
     measured = f"-hf repo:{level} finds {found}; -hf repo finds {resolve(names)}"
-    return voice.say("hf_resolver", measured, problem, wanted)
+    return build.fact("hf_resolver", measured, problem, wanted)
 
 
-def _judge_label(name: str, level: str, voice: Voice) -> Finding:
+def _judge_label(name: str, level: str, build: FindingBuilder) -> Finding:
     found = label(name)
     known = level in LABELS
     problem = ""
     if found != level and (known or found is not None):
         problem = f"the Hub would show {name} as {found or 'a file without quantization'}, it is {level}"
     measured = found or f"none: the Hub does not know {level}"
-    return voice.say("hub_label", measured, problem, level)
+    return build.fact("hub_label", measured, problem, level)

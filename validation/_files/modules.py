@@ -132,7 +132,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class LayerScheme:
     """One group of ``config_groups``, or all that an AutoAWQ configuration says."""
 
     targets: tuple[str, ...]
@@ -155,7 +155,7 @@ class Promise:
     """``quantization_config``: schemes, what is left alone, and the attention cache."""
 
     method: Literal["compressed-tensors", "awq"]
-    schemes: tuple[Scheme, ...]
+    schemes: tuple[LayerScheme, ...]
     ignore: tuple[str, ...]
     cache: Numbers | None = None
     head: bool = False
@@ -181,7 +181,7 @@ def promise(found: Mapping[str, Any]) -> Promise | None:
             continue  # a group for the attention cache alone
         form = str(part.get("format") or found.get("format"))
         targets = tuple(part.get("targets") or ())
-        schemes.append(Scheme(targets, form, weights, Numbers.of(part.get("input_activations"))))
+        schemes.append(LayerScheme(targets, form, weights, Numbers.of(part.get("input_activations"))))
     problems = [f"{key} is set" for key in ("sparsity_config",) if (found.get(key) or {}).get("targets")]
     if not schemes:
         problems.append("config_groups quantizes nothing")
@@ -209,4 +209,4 @@ def _autoawq(found: Mapping[str, Any]) -> Promise:
         problems.append(f"{bits} bits, and only 4 are read")
     left = tuple(found.get("modules_to_not_convert") or ())
     head = bool(found.get("lm_head", False))
-    return Promise("awq", (Scheme(("Linear",), "awq", weights),), left, None, head, tuple(problems))
+    return Promise("awq", (LayerScheme(("Linear",), "awq", weights),), left, None, head, tuple(problems))

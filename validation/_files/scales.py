@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from quantool.formats.safetensors import BITS, TensorHeader
 from quantool.records import Finding
 from quantool.validation._files.modules import Numbers
-from quantool.validation._findings.builder import Voice, some
+from quantool.validation._findings.builder import FindingBuilder, some
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ E4M3_NAN = 0x7F
 """Without its sign bit: the one pattern of F8_E4M3 that is no number (OCP 8-bit floating point, table 1)."""
 
 
-def judge_scales(folder: Path, stored: Mapping[str, TensorHeader], voice: Voice) -> list[Finding]:
+def judge_scales(folder: Path, stored: Mapping[str, TensorHeader], build: FindingBuilder) -> list[Finding]:
     """Scales are finite and above 0, eight-bit weights are numbers; nothing to say of a folder without them."""
     scales = [one for one in stored.values() if one.name.rpartition(".")[2] in SCALES and one.dtype in READ]
     weights = [one for one in stored.values() if one.dtype == "F8_E4M3"]
@@ -47,7 +47,7 @@ def judge_scales(folder: Path, stored: Mapping[str, TensorHeader], voice: Voice)
             problems.append(f"{tensor.name}: {broken} of {len(raw)} weights read are NaN")
     total = sum(one.elements for one in scales)
     measured = f"{read} of {total} scales of {len(scales)} tensors read"
-    return [voice.say("scales", measured, "; ".join(problems[:4]))]
+    return [build.fact("scales", measured, "; ".join(problems[:4]))]
 
 
 def _bad_scale(tensor: TensorHeader, raw: NDArray[np.uint8]) -> list[str]:
@@ -80,7 +80,7 @@ def _read(folder: Path, tensor: TensorHeader, *, whole: bool) -> NDArray[np.uint
 
 
 def judge_cache(
-    stored: Mapping[str, TensorHeader], promised: Numbers | None, asked: object, voice: Voice
+    stored: Mapping[str, TensorHeader], promised: Numbers | None, asked: object, build: FindingBuilder
 ) -> list[Finding]:
     """Every attention layer has scales for its cache where config.json, or the plan (``asked``), says so."""
     scales = [name for name in stored if name.endswith((".k_scale", ".v_scale"))]
@@ -93,7 +93,7 @@ def judge_cache(
         problems.append(f"config.json has no kv_cache_scheme, but there are scales: {some(scales)}")
     if promised is not None and not promised.dynamic:
         problems += _without_scales(stored)
-    return [voice.say("kv_cache", f"{len(scales)} scales", "; ".join(problems))]
+    return [build.fact("kv_cache", f"{len(scales)} scales", "; ".join(problems))]
 
 
 def _without_scales(stored: Mapping[str, TensorHeader]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quantool.validation._files.modules import Group, Module, Scheme
+from quantool.validation._files.modules import Group, LayerScheme, Module
 
 PACKED = "pack-quantized"
 ACTIVATIONS = ("float-quantized", "int-quantized", "naive-quantized")
@@ -46,7 +46,7 @@ class Kernel:
     problem: str = ""
 
 
-def kernel(scheme: Scheme, group: Group) -> Kernel:
+def kernel(scheme: LayerScheme, group: Group) -> Kernel:
     """What would run ``group`` on one GPU."""
     weights, inputs = scheme.weights, scheme.inputs
     if scheme.form == "awq" or (scheme.form == PACKED and inputs is None and weights.kind == "int"):
@@ -60,7 +60,7 @@ def kernel(scheme: Scheme, group: Group) -> Kernel:
     return Kernel("", problem=f"vLLM has no scheme for {said}")
 
 
-def _packed(scheme: Scheme, group: Group) -> Kernel:
+def _packed(scheme: LayerScheme, group: Group) -> Kernel:
     bits, size = scheme.weights.bits, scheme.weights.group
     if bits not in (4, 8):
         return Kernel("", problem=f"packed weights of {bits} bits are not read, 4 and 8 are")
@@ -87,7 +87,7 @@ def _packed(scheme: Scheme, group: Group) -> Kernel:
     return Kernel("Machete", "9.0; Marlin from 7.5") if fits else Kernel("Marlin", "7.5 and more")
 
 
-def _experts_packed(scheme: Scheme, group: Group) -> Kernel:
+def _experts_packed(scheme: LayerScheme, group: Group) -> Kernel:
     weights = scheme.weights
     if weights.bits not in (4, 8):
         return Kernel("", problem=f"packed experts of {weights.bits} bits are not read, 4 and 8 are")
@@ -101,7 +101,7 @@ def _experts_packed(scheme: Scheme, group: Group) -> Kernel:
     return Kernel("Triton for experts", "7.0 and more")
 
 
-def _experts_marlin(scheme: Scheme, group: Group, gpus: int) -> bool:
+def _experts_marlin(scheme: LayerScheme, group: Group, gpus: int) -> bool:
     """``check_moe_marlin_supports_layer``: the hidden size by 128, a GPU's share of the inner size by its group."""
     size = scheme.weights.group or 0
     for module in group.modules:
@@ -112,7 +112,7 @@ def _experts_marlin(scheme: Scheme, group: Group, gpus: int) -> bool:
     return size in (0, *MARLIN_GROUPS)
 
 
-def _fp8(scheme: Scheme, group: Group) -> Kernel:
+def _fp8(scheme: LayerScheme, group: Group) -> Kernel:
     weights, inputs = scheme.weights, scheme.inputs
     if weights.strategy == "block":
         if weights.block != (BLOCK, BLOCK):
@@ -135,7 +135,7 @@ def _fp8(scheme: Scheme, group: Group) -> Kernel:
     return Kernel(name, "8.9 and more; Marlin (weights alone) from 7.5")
 
 
-def _int8(scheme: Scheme, group: Group) -> Kernel:
+def _int8(scheme: LayerScheme, group: Group) -> Kernel:
     inputs = scheme.inputs
     pair = (scheme.weights.strategy, inputs.strategy if inputs else "")
     if pair[0] not in ("tensor", "channel") or pair[1] not in ("tensor", "token"):
@@ -148,7 +148,7 @@ def _int8(scheme: Scheme, group: Group) -> Kernel:
     return Kernel("CUTLASS INT8", "7.5 to 9.0")
 
 
-def _size(scheme: Scheme, group: Group) -> tuple[int, int]:
+def _size(scheme: LayerScheme, group: Group) -> tuple[int, int]:
     """Inputs of a group, and the outputs of all its modules together."""
     shapes = [module.shape(scheme.weights.bits) for module in group.modules]
     return shapes[0][1], sum(outputs for outputs, _ in shapes)
@@ -158,14 +158,14 @@ def _by_rows(module: Module) -> bool:
     return module.last in ROWS
 
 
-def unsplittable(scheme: Scheme, group: Group, gpus: int, heads: Heads) -> str:
+def unsplittable(scheme: LayerScheme, group: Group, gpus: int, heads: Heads) -> str:
     """Why ``group`` cannot be split over ``gpus``; empty when it can."""
     if group.experts and scheme.form in ("awq", PACKED) and _experts_marlin(scheme, group, gpus):
         return ""
     return next(_unsplittable(scheme, group, gpus, heads), "")
 
 
-def _unsplittable(scheme: Scheme, group: Group, gpus: int, heads: Heads) -> Iterator[str]:
+def _unsplittable(scheme: LayerScheme, group: Group, gpus: int, heads: Heads) -> Iterator[str]:
     weights = scheme.weights
     packed = 32 // weights.bits if scheme.form in ("awq", PACKED) else 1
     for module in group.modules:

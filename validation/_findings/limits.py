@@ -22,20 +22,23 @@ class Gate:
     text: str
 
 
-def gated(gate: Gate, corpus: str, check: str) -> Finding:
+def gated(gate: Gate, corpus: str | None, check: str) -> Finding:
     """REGRESSION when the number is beyond its limit by more than ``NOISE`` standard errors, or is no number; else PASS."""
     value, error = gate.estimate.value, gate.estimate.error
-    verdict, detail = Verdict.PASS, f"{gate.text}: {shown(gate.estimate)} on {corpus}"
+    verdict, detail = Verdict.PASS, f"{gate.text}: {shown(gate.estimate)}"
+    if corpus is not None:
+        detail += f" on {corpus}"
     if gate.limit is not None:
         beyond = gate.sign * (value - gate.limit)
-        side = "upper" if gate.sign > 0 else "lower"
+        limit = f"{'upper' if gate.sign > 0 else 'lower'} limit {gate.limit:g}"
         if not beyond <= NOISE * error:  # also when it is not a number
             verdict = Verdict.REGRESSION
-            detail += f", beyond the {side} limit {gate.limit:g}"
+            detail += f", beyond the {limit}"
+            detail += " by more than two standard errors" if error else ""
         elif beyond > 0:
-            detail += f", beyond the {side} limit {gate.limit:g} but within two standard errors of it"
+            detail += f", within noise of the {limit}: beyond it by less than two standard errors"
         else:
-            detail += f" ({side} limit {gate.limit:g})"
+            detail += f" ({limit})"
     return Finding(
         check=check,
         metric=gate.metric,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from quantool import gates
 from quantool.gates import ALL_LEVELS
-from quantool.records import Finding, Gates, Verdict
+from quantool.records import Finding, Gates
+from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Tokens, summarize
 
@@ -24,7 +25,7 @@ CONVERSION, QUANTIZATION = "conversion_kld", "quantization_kld"
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseScores:
     """The scores of a base on one corpus, and of a level beside it."""
 
     name: str
@@ -47,14 +48,11 @@ def conversion_limit(file_type: int, configured: Mapping[str, Gates]) -> float |
     return gates.resolve(UNQUANTIZED[file_type], named).max_mean_kld
 
 
-def findings_of(base: Base, corpus: str, configured: Mapping[str, Gates], check: str) -> list[Finding]:
+def findings_of(base: BaseScores, corpus: str, configured: Mapping[str, Gates], check: str) -> list[Finding]:
     """The findings of one corpus: ``conversion_kld``, gated, and ``quantization_kld``."""
     if base.scores is None:
-        detail = f"the base {base.name} cannot be scored: {base.failure}"
-        failed = Finding(
-            check=check, metric=CONVERSION, verdict=Verdict.REGRESSION, corpus=corpus, detail=detail
-        )
-        return [failed]
+        reason = f"the base {base.name} cannot be scored: {base.failure}"
+        return [FindingBuilder(check).fail(CONVERSION, reason, corpus=corpus)]
     text = f"mean KL divergence of the base {base.name} from the reference, {len(base.scores.kld)} tokens"
     estimate = summarize(base.scores).mean_kld
     limit = conversion_limit(base.file_type, configured)
@@ -69,26 +67,17 @@ def findings_of(base: Base, corpus: str, configured: Mapping[str, Gates], check:
 
 def without_base(check: str) -> Finding:
     """The finding of a GGUF whose base is not there."""
-    return Finding(
-        check=check,
-        metric=CONVERSION,
-        verdict=Verdict.SKIPPED,
-        detail="conversion and quantization are not told apart: that needs the unquantized GGUF that this one was "
-        "made from (--base FILE)",
-    )
+    reason = "conversion and quantization are not told apart: that needs the unquantized GGUF that this one was made from"
+    return FindingBuilder(check).skip(CONVERSION, f"{reason} (--base FILE)")
 
 
 def unquantized(file_type: int, check: str) -> Finding:
     """The finding of a GGUF that is not quantized itself."""
-    return Finding(
-        check=check,
-        metric=QUANTIZATION,
-        verdict=Verdict.SKIPPED,
-        detail=f"it is {UNQUANTIZED[file_type]}, not quantized: whatever it loses, the conversion lost",
-    )
+    reason = f"it is {UNQUANTIZED[file_type]}, not quantized: whatever it loses, the conversion lost"
+    return FindingBuilder(check).skip(QUANTIZATION, reason)
 
 
-def blame(base: Base, conversion: Finding) -> str:
+def blame(base: BaseScores, conversion: Finding) -> str:
     """Which one broke, said of a level that lost too much; ``conversion`` is the first of ``findings_of``."""
     if base.scores is None:
         return f"the base {base.name} cannot be scored either: the conversion broke"

@@ -1,4 +1,4 @@
-"""Score GGUF files with llama.cpp in lockstep: the reference's log-probabilities are made once for all of them.
+"""Score GGUF files with llama.cpp side by side: the reference's log-probabilities are made once for all of them.
 
 Block by block of the text: log-probabilities of the reference, then one file after the other decodes the block and is
 compared. The windows are decoded as llama-perplexity does (tools/perplexity/perplexity.cpp): memory cleared before each
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantool.runtime.llama_cpp import LlamaLog
 from quantool.validation._engines.head import (
     Head,
     HeadPlan,
@@ -29,8 +30,8 @@ from quantool.validation._engines.head import (
     joined,
     normalized,
 )
-from quantool.validation._engines.llama_cpp import Layout, Log, Model, Weights, loaded, running
-from quantool.validation._engines.reference import recalled, tensor
+from quantool.validation._engines.llama_cpp import Layout, Model, Weights, load_weights, make_context
+from quantool.validation._engines.reference import as_tensor, read_hidden
 from quantool.validation._engines.windows import scored
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ BLOCK_BYTES = 256 << 20
 BASE_BYTES = 128 << 20
 """Log-probabilities of the base that are held at once; positions of a window beyond it are not compared with the base."""
 WEIGHTS_SHARE = 0.8
-"""Of the memory that is available, what the weights of models in lockstep may take (llama.cpp repacks some: a copy)."""
+"""Of the memory that is available, what the weights of models that are scored together may take (llama.cpp repacks some: a copy)."""
 
 
 @dataclass
@@ -59,12 +60,12 @@ class _Member:
     file_type: int | None = None
     failure: str | None = None
     scores: list[Tensor] = field(default_factory=list)
-    """Beside the reference; see ``_head.compare``."""
+    """Beside the reference; see ``head.compare``."""
     beside_base: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class _Text:
+class _CorpusText:
     """One corpus: ids [windows, context] and the reference's hidden states of their scored positions."""
 
     number: int
@@ -91,16 +92,15 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     Result: ``failures``, for each model None or why it cannot be scored, ``types``, each one's ``general.file_type``, and the
     same of the base, ``base_failure`` and ``base_type``. A comparison with the base is left out where vocabularies differ.
     """
-    import llama_cpp
     import numpy as np
 
-    asked = request["base"]
+    comparison = request["base"]
     models, outputs = request["models"], request["outputs"]
-    divided = asked["divided"] if asked else [[None] * len(request["windows"])] * len(models)
+    divided = comparison["divided"] if comparison else [[None] * len(request["windows"])] * len(models)
     members = [_Member(Path(path), *paths) for path, *paths in zip(models, outputs, divided, strict=True)]
-    base = _Member(Path(asked["path"]), asked["outputs"], []) if asked else None
+    base = _Member(Path(comparison["path"]), comparison["outputs"], []) if comparison else None
     texts = [
-        _Text(number, np.load(windows), recalled(Path(hidden)))
+        _CorpusText(number, np.load(windows), read_hidden(Path(hidden)))
         for number, (windows, hidden) in enumerate(zip(request["windows"], request["hidden"], strict=True))
     ]
     total = sum(text.ids.size for member in members for text in texts if member.outputs[text.number])
@@ -111,10 +111,9 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
         done += tokens
         report(done, max(done, total))
 
-    with closing(Log()) as log:
-        llama_cpp.llama_backend_init()
+    with LlamaLog() as log:
         for group in grouped(members, base, gpu=request["gpu"]):
-            _Lockstep(request, log, advanced).run(group, base, texts)
+            _Group(request, log, advanced).run(group, base, texts)
     return {
         "failures": [member.failure for member in members],
         "types": [member.file_type for member in members],
@@ -160,14 +159,14 @@ def available(*, gpu: bool) -> int:
 
 
 @dataclass
-class _Lockstep:
+class _Group:
     """The run of one group."""
 
     request: dict[str, Any]
-    log: Log
+    log: LlamaLog
     advanced: Callable[[int], None]
 
-    def run(self, members: Sequence[_Member], base: _Member | None, texts: Sequence[_Text]) -> None:
+    def run(self, members: Sequence[_Member], base: _Member | None, texts: Sequence[_CorpusText]) -> None:
         """Score all texts; what is found is saved, or ``failure`` of the member says why not."""
         source, plan = Path(self.request["source"]), HeadPlan.of(self.request["head"])
         entries = entries_of(source, plan)
@@ -178,7 +177,7 @@ class _Lockstep:
                     continue
                 try:
                     self.log.brief = False
-                    held = loaded(member.path, gpu=self.request["gpu"], log=self.log)
+                    held = load_weights(member.path, gpu=self.request["gpu"], log=self.log)
                     member.weights = stack.enter_context(held)
                     member.file_type = member.weights.file_type
                     rows = common_vocabulary(entries, member.weights.vocabulary, self.request["tokens"])
@@ -198,16 +197,16 @@ class _Lockstep:
 class _Scoring:
     """One text, by models with the same vocabulary."""
 
-    lockstep: _Lockstep
+    group: _Group
     head: Head
-    text: _Text
+    text: _CorpusText
     base: _Member | None
 
     def __post_init__(self) -> None:
         self.context = self.text.ids.shape[1]
         self.layout = Layout.of(self.head.rows, self.context)
-        asked = self.lockstep.request["base"]
-        self.base_windows = min(asked["windows"], len(self.text.ids)) if self.base and asked else 0
+        comparison = self.group.request["base"]
+        self.base_windows = min(comparison["windows"], len(self.text.ids)) if self.base and comparison else 0
 
     def run(self, members: Sequence[_Member]) -> None:
         """Score the text and save what was found."""
@@ -248,7 +247,7 @@ class _Scoring:
                 self._compared(member, step, expected.of(step), logits, member.scores)
                 if step in beside:
                     self._compared(member, step, beside[step], logits, member.beside_base)
-            self.lockstep.advanced((last - first) * self.context)
+            self.group.advanced((last - first) * self.context)
 
     def _steps(self, first: int, last: int) -> Iterator[_Step]:
         for start in range(first, last, self.layout.sequences):
@@ -269,8 +268,8 @@ class _Scoring:
         if member.weights is None:  # it failed to load, so nobody asks
             raise AssertionError
         try:
-            with running(member.weights, self.layout, self.context, self.lockstep.log) as model:
-                self.lockstep.log.brief = True
+            with make_context(member.weights, self.layout, self.context, self.group.log) as model:
+                self.group.log.brief = True
                 for step in steps:
                     yield step, self._decode(model, step)
                     if member.failure:
@@ -298,19 +297,19 @@ class _Scoring:
 class _Expected:
     """The reference's log-probabilities of windows ``first`` to ``last``; kept when they are within ``BLOCK_BYTES``."""
 
-    def __init__(self, head: Head, text: _Text, first: int, last: int) -> None:
+    def __init__(self, head: Head, text: _CorpusText, first: int, last: int) -> None:
         self._head, self._text, self._first = head, text, first
         self._start = scored(text.ids.shape[1]).start
         self._rows = len(scored(text.ids.shape[1]))
         fits = 4 * head.rows * self._rows * (last - first) <= BLOCK_BYTES
-        self._kept = head.log_probs(tensor(text.hidden[first:last]).flatten(0, 1)) if fits else None
+        self._kept = head.log_probs(as_tensor(text.hidden[first:last]).flatten(0, 1)) if fits else None
 
     def of(self, step: _Step) -> Tensor:
         """Those of one step [windows * wanted, vocabulary]."""
         low, high = step.wanted.start - self._start, step.wanted.stop - self._start
         if self._kept is None:
             return self._head.log_probs(
-                tensor(self._text.hidden[step.first : step.last, low:high]).flatten(0, 1)
+                as_tensor(self._text.hidden[step.first : step.last, low:high]).flatten(0, 1)
             )
         begin, end = step.first - self._first, step.last - self._first - 1  # several windows are whole ones
         return self._kept[begin * self._rows + low : end * self._rows + high]

@@ -23,7 +23,7 @@ from quantool.validation._engines.head import (
     following,
     joined,
 )
-from quantool.validation._engines.reference import load, recalled, run, tensor, verify
+from quantool.validation._engines.reference import as_tensor, load_model, read_hidden, run, verify
 from quantool.validation._engines.windows import scored
 from quantool.validation._findings.statistics import Tokens
 
@@ -64,7 +64,7 @@ def _score_folder(
     advanced: Callable[[int], None],
 ) -> None:
     """Score one folder on all texts; its memory is given back before the next one is loaded."""
-    model = load(folder, "auto", request["device"], request["trust_remote_code"])
+    model = load_model(folder, "auto", request["device"], request["trust_remote_code"])
     head, own = _heads(model, folder, request, texts[0])
     done = 0
     for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
@@ -72,7 +72,7 @@ def _score_folder(
         def moved(tokens: int, before: int = done) -> None:
             advanced(before + tokens)
 
-        _score_text(model, head, own, ids, recalled(Path(hidden)), moved).save(Path(output))
+        _score_text(model, head, own, ids, read_hidden(Path(hidden)), moved).save(Path(output))
         done += ids.size
 
 
@@ -102,7 +102,7 @@ def _score_text(
     step = max(1, LOGIT_BYTES // (4 * head.rows))
     done = 0
     for count, batch in run(model, ids, keep_logits=own is None):
-        states = tensor(hidden[done:count]).flatten(0, 1)
+        states = as_tensor(hidden[done:count]).flatten(0, 1)
         targets = following(ids[done:count], scored(ids.shape[1]))
         for rows, logits in _logits(own, batch.flatten(0, 1), step):
             part = compare(head.log_probs(states[rows]), logits[:, : head.rows], targets[rows])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantool.errors import ConfigError, QuantizationError
+from quantool.errors import ConfigError
 from quantool.plugins.contract import Case
 from quantool.records import fingerprint
 from quantool.runtime import process
@@ -16,10 +16,12 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.validation._cache.keys import stamp, versions
 from quantool.validation._engines import vllm
+from quantool.validation._engines.crash import WorkerError, crash
 from quantool.validation._engines.reference import Reference
+from quantool.validation._findings.builder import without_folders
 from quantool.validation._findings.statistics import Tokens
 from quantool.validation._score import score_llama_cpp, score_transformers
-from quantool.validation._score.conversion_loss import UNQUANTIZED, Base, windows_of
+from quantool.validation._score.conversion_loss import UNQUANTIZED, BaseScores, windows_of
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,15 @@ ENGINES = {
     "transformers": _Engine(score_transformers.score, ("torch", "transformers"), True),
     "vllm": _Engine(vllm.score, ("vllm", "torch"), False),
 }
-CRASHES = ("SIGABRT", "SIGSEGV")
-"""llama.cpp aborts on a file that breaks its assumptions; another end (out of memory) says nothing about the file."""
-
-
-class _WorkerError(QuantizationError):
-    """The worker ended without an answer."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ArtifactScores:
     """The scores of one artifact."""
 
     tokens: tuple[Tokens, ...]
     """By corpus; empty when it cannot be scored (``failure``)."""
-    bases: tuple[Base, ...]
+    bases: tuple[BaseScores, ...]
     """By corpus; empty without a base, or when the artifact is not quantized itself."""
     failure: str
     file_type: int | None
@@ -60,23 +56,24 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Place:
+class ScoresFile:
     """Where one set of scores is kept: stage, key, file."""
 
     stage: str
     key: str
     file: Path
 
-    def kept(self, case: Case) -> dict[str, Any] | None:
-        """What was recorded with the scores: ``failure``, ``file_type``."""
+    def record(self, case: Case) -> dict[str, Any] | None:
+        """What was recorded with the scores: ``failure``, ``file_type``, ``kernels``."""
         return case.workspace.recall(self.stage, self.key)
 
     def keep(
         self, case: Case, failure: str | None, file_type: int | None, kernels: Sequence[str] = ()
     ) -> None:
+        """Record scores that are in the file, or the ``failure`` that they are not."""
         files = [] if failure or not self.file.is_file() else [self.file]
-        said = {"failure": failure, "file_type": file_type, "kernels": list(kernels)}
-        case.workspace.keep(self.stage, self.key, files, said)
+        record = {"failure": failure, "file_type": file_type, "kernels": list(kernels)}
+        case.workspace.keep(self.stage, self.key, files, record)
 
 
 def require(case: Case) -> None:
@@ -88,8 +85,6 @@ def require(case: Case) -> None:
     if not case.artifact.exists():
         raise ConfigError(f"artifact not found: {case.artifact}")
     if case.engine == "vllm":
-        from quantool.validation._engines import vllm
-
         vllm.require()
 
 
@@ -111,34 +106,31 @@ def compute(cases: Sequence[Case], known: Sequence[Reference], progress: Progres
             _score(part, _base(part[0]), texts, progress)
 
 
-def outcome(case: Case, known: Sequence[Reference]) -> Outcome:
+def kept_scores(case: Case, known: Sequence[Reference]) -> ArtifactScores:
     """The kept scores of an artifact that ``compute`` was called for."""
-    places = [_place(case, reference) for reference in known]
-    said = [place.kept(case) or {} for place in places]
-    file_type = said[0].get("file_type")
-    failure = next((one["failure"] for one in said if one.get("failure")), "")
-    own = file_type in UNQUANTIZED
-    return Outcome(
-        tokens=() if failure else tuple(Tokens.load(place.file) for place in places),
-        bases=() if own or _base(case) is None else tuple(_base_of(case, reference) for reference in known),
+    files = [_own_file(case, reference) for reference in known]
+    records = [file.record(case) or {} for file in files]
+    base, file_type = _base(case), records[0].get("file_type")
+    failure = next((record["failure"] for record in records if record.get("failure")), "")
+    bases = () if file_type in UNQUANTIZED or base is None else known
+    return ArtifactScores(
+        tokens=() if failure else tuple(Tokens.load(file.file) for file in files),
+        bases=tuple(_base_scores(case, base, reference) for reference in bases if base is not None),
         failure=failure,
         file_type=file_type,
-        kernels=tuple(said[0].get("kernels", ())),
+        kernels=tuple(records[0].get("kernels", ())),
     )
 
 
-def _base_of(case: Case, reference: Reference) -> Base:
-    base = _base(case)
-    if base is None:  # the caller asked before
-        raise AssertionError
-    place, divided = _base_place(case, base, reference), _divided_place(case, base, reference)
-    said = place.kept(case) or {}
-    failure = said.get("failure") or ""
-    beside = divided.kept(case) is not None and divided.file.is_file() and not failure
-    return Base(
+def _base_scores(case: Case, base: Path, reference: Reference) -> BaseScores:
+    file, divided = _base_file(case, base, reference), _divided_file(case, base, reference)
+    record = file.record(case) or {}
+    failure = record.get("failure") or ""
+    beside = divided.record(case) is not None and divided.file.is_file() and not failure
+    return BaseScores(
         name=base.name,
-        file_type=said.get("file_type") or 0,
-        scores=None if failure else Tokens.load(place.file),
+        file_type=record.get("file_type") or 0,
+        scores=None if failure else Tokens.load(file.file),
         divided=Tokens.load(divided.file) if beside else None,
         failure=failure,
     )
@@ -152,14 +144,14 @@ def _base(case: Case) -> Path | None:
 
 
 def _lacking(case: Case, reference: Reference) -> bool:
-    said = _place(case, reference).kept(case)
-    if said is None:
+    record = _own_file(case, reference).record(case)
+    if record is None:
         return True
     base = _base(case)
-    if base is None or said["failure"] or said["file_type"] in UNQUANTIZED:
+    if base is None or record["failure"] or record["file_type"] in UNQUANTIZED:
         return False
-    places = (_base_place(case, base, reference), _divided_place(case, base, reference))
-    return any(place.kept(case) is None for place in places)
+    files = (_base_file(case, base, reference), _divided_file(case, base, reference))
+    return any(file.record(case) is None for file in files)
 
 
 def _score(cases: list[Case], base: Path | None, known: list[Reference], progress: Progress) -> None:
@@ -171,16 +163,18 @@ def _score(cases: list[Case], base: Path | None, known: list[Reference], progres
             f"the base {base} is quantized (general.file_type {base_type})",
             hint=f"give the file before quantization, {', '.join(UNQUANTIZED.values())}",
         )
-    failures = answer["failures"]
+    failures = [
+        reason and without_folders(reason, case.artifact.parent)
+        for case, reason in zip(cases, answer["failures"], strict=True)
+    ]
     types = answer.get("types", [None] * len(cases))
     for reference in known:
         for case, failure, file_type in zip(cases, failures, types, strict=True):
-            _place(case, reference).keep(case, failure, file_type, answer.get("kernels", ()))
+            _own_file(case, reference).keep(case, failure, file_type, answer.get("kernels", ()))
             if base is not None:
-                _divided_place(case, base, reference).keep(case, failure, file_type)
+                _divided_file(case, base, reference).keep(case, failure, file_type)
         if base is not None:
-            place = _base_place(cases[0], base, reference)
-            place.keep(cases[0], answer.get("base_failure"), base_type)
+            _base_file(cases[0], base, reference).keep(cases[0], answer.get("base_failure"), base_type)
 
 
 def _answer(
@@ -190,10 +184,8 @@ def _answer(
     first = cases[0]
     try:
         return _call(cases, base, known, first, progress)
-    except _WorkerError as error:
-        if not any(name in error.message for name in CRASHES):
-            raise
-        failure = f"{first.engine} crashes on it: {error.message}\n{error.hint}"
+    except WorkerError as error:
+        failure = crash(error, first.engine)
     if len(cases) == 1 and base is None:
         return {"failures": [failure]}
     progress.warn(f"{first.engine} crashed on one of {len(cases) + (base is not None)} files: now one by one")
@@ -205,16 +197,10 @@ def _answer(
     if base is None:
         return answer
     try:
-        return answer | _only(_call([], base, known, first, progress), "base_failure", "base_type")
-    except _WorkerError as error:
-        if not any(name in error.message for name in CRASHES):
-            raise
-        failure = f"{first.engine} crashes on it: {error.message}\n{error.hint}"
-        return answer | {"base_failure": failure, "base_type": None}
-
-
-def _only(answer: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: answer[name] for name in names}
+        alone = _call([], base, known, first, progress)
+    except WorkerError as error:
+        alone = {"base_failure": crash(error, first.engine), "base_type": None}
+    return answer | {name: alone[name] for name in ("base_failure", "base_type")}
 
 
 def _call(
@@ -225,55 +211,47 @@ def _call(
     progress: Progress,
 ) -> dict[str, Any]:
     """Run the worker on ``cases`` (none: the base alone); ``first`` says what they all share."""
-    device = first.config.device or "auto"
-    for place in _places(cases, base, known, first):
-        place.file.unlink(missing_ok=True)  # a comparison that is left out must not leave an older one
+    device, context = first.config.device or "auto", first.config.validation.context
+    own = [[_own_file(case, one).file for one in known] for case in cases]
+    base_files: list[Path] = []
+    divided: list[list[Path]] = [[] for _ in cases]
+    if base is not None:
+        base_files = [_base_file(first, base, one).file for one in known]
+        divided = [[_divided_file(case, base, one).file for one in known] for case in cases]
+    for file in itertools.chain(base_files, *own, *divided):
+        file.unlink(missing_ok=True)  # a comparison that is left out must not leave an older one
     request: dict[str, Any] = {
         "models": [str(case.artifact) for case in cases],
-        "outputs": [[str(_place(case, one).file) for one in known] for case in cases],
+        "outputs": [list(map(str, files)) for files in own],
         "windows": [str(one.windows.path) for one in known],
         "hidden": [str(one.hidden) for one in known],
         "source": str(first.source.folder),
         "head": known[0].head.fields(),
         "tokens": known[0].windows.vocabulary,
-        "context": first.config.validation.context,
+        "context": context,
         "gpu": device == "cuda",
         "device": device,
         "trust_remote_code": first.source.trust_remote_code,
         "base": base
         and {
             "path": str(base),
-            "outputs": [str(_base_place(first, base, one).file) for one in known],
-            "divided": [[str(_divided_place(case, base, one).file) for one in known] for case in cases],
-            "windows": windows_of(first.config.validation.context),
+            "outputs": list(map(str, base_files)),
+            "divided": [list(map(str, files)) for files in divided],
+            "windows": windows_of(context),
         },
     }
     names = [case.name for case in cases] or ["the base"]
     label = ", ".join(names) if len(names) <= 3 else f"{len(names)} artifacts"
     stem = f"{names[0].replace('/', '-')}.perplexity" if len(cases) == 1 else "perplexity"
+    log = first.workspace.logs / f"{stem}.log"
+    work = ENGINES[first.engine].work
     with progress.bar(f"score {label}", "tok") as bar:
-        return process.call(
-            ENGINES[first.engine].work,
-            request,
-            log=first.workspace.logs / f"{stem}.log",
-            bar=bar,
-            failure=_WorkerError,
-        )
+        return process.call(work, request, log=log, bar=bar, failure=WorkerError)
 
 
-def _places(
-    cases: Sequence[Case], base: Path | None, known: Sequence[Reference], first: Case
-) -> Iterator[_Place]:
-    for reference in known:
-        yield from (_place(case, reference) for case in cases)
-        if base is not None:
-            yield from (_divided_place(case, base, reference) for case in cases)
-            yield _base_place(first, base, reference)
-
-
-def _place(case: Case, reference: Reference) -> _Place:
+def _own_file(case: Case, reference: Reference) -> ScoresFile:
     corpus = reference.windows.corpus.name
-    return _Place(
+    return ScoresFile(
         f"scores/{case.name}/{corpus}",
         fingerprint(
             reference.key, stamp(case.artifact), case.engine, versions(ENGINES[case.engine].libraries)
@@ -282,19 +260,19 @@ def _place(case: Case, reference: Reference) -> _Place:
     )
 
 
-def _base_place(case: Case, base: Path, reference: Reference) -> _Place:
+def _base_file(case: Case, base: Path, reference: Reference) -> ScoresFile:
     corpus = reference.windows.corpus.name
-    return _Place(
+    return ScoresFile(
         f"base-scores/{base.stem}/{corpus}",
         fingerprint(reference.key, stamp(base), versions(ENGINES[case.engine].libraries)),
         case.workspace.work / "base-scores" / base.stem / f"{corpus}.npz",
     )
 
 
-def _divided_place(case: Case, base: Path, reference: Reference) -> _Place:
-    corpus, own = reference.windows.corpus.name, _place(case, reference)
-    return _Place(
+def _divided_file(case: Case, base: Path, reference: Reference) -> ScoresFile:
+    corpus, own = reference.windows.corpus.name, _own_file(case, reference)
+    return ScoresFile(
         f"divided-scores/{case.name}/{corpus}",
-        fingerprint(own.key, _base_place(case, base, reference).key),
+        fingerprint(own.key, _base_file(case, base, reference).key),
         case.workspace.work / "divided-scores" / case.name / f"{corpus}.npz",
     )

@@ -16,12 +16,12 @@ from typing import Any
 
 from quantool.errors import SourceError
 from quantool.runtime.worker import Report
-from quantool.validation._cache.ask_both import beginning
 from quantool.validation._engines.head import Unsound
+from quantool.validation._engines.hf_tokenizer import beginning
 from quantool.validation._engines.interface import Engine, Scored
 
 Ids = list[int]
-Opened = Callable[[int], AbstractContextManager[Engine]]
+EngineLoader = Callable[[int], AbstractContextManager[Engine]]
 """Load the model for prompts and answers of so many tokens."""
 
 SCORED_AT_ONCE = 64
@@ -32,7 +32,7 @@ MAX_NEW_TOKENS = 256
 """Tokens of an answer where the task does not say: lm-eval's own default."""
 
 
-def adapted(tokenizer: Any, opened: Opened, longest: int, report: Report) -> Any:
+def adapted(tokenizer: Any, load_engine: EngineLoader, longest: int, report: Report) -> Any:
     """Make an ``lm_eval.api.model.LM`` that answers through an engine; its ``notes`` count what was done otherwise.
 
     ``longest`` is the number of tokens that the source reads. The model is loaded for each kind of request, for no more
@@ -40,7 +40,7 @@ def adapted(tokenizer: Any, opened: Opened, longest: int, report: Report) -> Any
     """
     from lm_eval.api.model import TemplateLM
 
-    return type("Adapted", (Adapter, TemplateLM), {})(tokenizer, opened, longest, report)
+    return type("Adapted", (Adapter, TemplateLM), {})(tokenizer, load_engine, longest, report)
 
 
 @dataclass
@@ -57,11 +57,11 @@ class _Writing:
 class Adapter:
     """What ``TemplateLM`` leaves to the one who knows the model."""
 
-    def __init__(self, tokenizer: Any, opened: Opened, longest: int, report: Report) -> None:
+    def __init__(self, tokenizer: Any, load_engine: EngineLoader, longest: int, report: Report) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.notes: Counter[str] = Counter()
-        self._opened = opened
+        self._load_engine = load_engine
         self._longest = longest
         self._report = report
         self._beginning = beginning(tokenizer)
@@ -115,7 +115,7 @@ class Adapter:
         open_ones = [self._begun(place, *request.args) for place, request in enumerate(requests)]
         texts = [""] * len(open_ones)
         total = sum(one.left for one in open_ones)
-        with self._opened(max((len(one.prompt) + one.left for one in open_ones), default=1)) as engine:
+        with self._load_engine(max((len(one.prompt) + one.left for one in open_ones), default=1)) as engine:
             while open_ones:
                 going_on = []
                 for one in self._continued(engine, open_ones):
@@ -173,7 +173,7 @@ class Adapter:
         order = [place for place in order if pairs[place][0]]
         if not order:
             return found
-        with self._opened(max(sum(map(len, pairs[place])) for place in order)) as engine:
+        with self._load_engine(max(sum(map(len, pairs[place])) for place in order)) as engine:
             for start in range(0, len(order), SCORED_AT_ONCE):
                 part = order[start : start + SCORED_AT_ONCE]
                 scored = engine.score(

@@ -14,9 +14,9 @@ from typing import Any
 
 from quantool.errors import ConfigError, nearest
 from quantool.runtime.worker import Report
-from quantool.validation._cache.ask_both import loaded
+from quantool.validation._cache.questions import load_engine
 from quantool.validation._engines.head import Unsound
-from quantool.validation._engines.hf_tokenizer import load
+from quantool.validation._engines.hf_tokenizer import load_tokenizer
 from quantool.validation._tasks.lm_eval_adapter import adapted
 
 DRAWS = 200
@@ -53,7 +53,7 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: let a model do ``tasks``.
 
     Result: ``failure``, or empty; ``series`` by name of task or group (each the fields of a ``Series``); ``notes`` on what
-    was done otherwise than a task says; ``asked``, a fingerprint of all documents and prompts.
+    was done otherwise than a task says; ``documents``, a fingerprint of all documents and prompts.
     """
     if request["cache_dir"]:
         os.environ["HF_DATASETS_CACHE"] = request["cache_dir"]  # read when datasets is imported
@@ -62,9 +62,9 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     _seed()
     leaves, notes = _loaded(request)
     tasks = {task.task_name: task for found in leaves.values() for task in found}
-    tokenizer = load(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
+    tokenizer = load_tokenizer(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
 
-    model = adapted(tokenizer, partial(loaded, request), request["context"], report)
+    model = adapted(tokenizer, partial(load_engine, request), request["context"], report)
     try:
         found = evaluate(
             model, {"tasks": tasks, "groups": {}}, limit=request["limit"], bootstrap_iters=0, log_samples=True
@@ -76,7 +76,7 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     samples = found["samples"]
     series = {name: [asdict(one) for one in _series(of_name, samples)] for name, of_name in leaves.items()}
     counted = [f"{count} {what}" for what, count in model.notes.items() if count]
-    return {"failure": "", "series": series, "notes": notes + counted, "asked": _asked(samples)}
+    return {"failure": "", "series": series, "notes": notes + counted, "documents": _fingerprint(samples)}
 
 
 def _seed() -> None:
@@ -99,9 +99,9 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     manager = TaskManager(include_path=include_path)
     missing = [name for name in names if name not in manager.all_tasks]
     if missing:
-        told = [f"{name!r} ({nearest(name, manager.all_tasks) or 'none is like it'})" for name in missing]
+        likest = [f"{name!r} ({nearest(name, manager.all_tasks) or 'none is like it'})" for name in missing]
         raise ConfigError(
-            f"validation.lm_eval.tasks: lm-eval has no task or group {', '.join(told)}",
+            f"validation.lm_eval.tasks: lm-eval has no task or group {', '.join(likest)}",
             hint=_unreadable(include_path)
             or "`lm-eval ls tasks` lists them; tasks of your own need validation.lm_eval.include_path",
         )
@@ -125,13 +125,13 @@ def _unreadable(include_path: str | None) -> str:
     import yaml
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    told = []
+    unread = []
     for path in sorted(Path(include_path).rglob("*.yaml")) if include_path else []:
         try:
             load_yaml(path, resolve_func=False)
         except (yaml.YAMLError, ValueError, OSError) as error:
-            told.append(f"{path} cannot be read: {' '.join(str(error).split())}")
-    return "\n".join(told)
+            unread.append(f"{path} cannot be read: {' '.join(str(error).split())}")
+    return "\n".join(unread)
 
 
 def _loaded(request: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
@@ -164,7 +164,7 @@ def _loaded(request: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
     return leaves, notes
 
 
-def _asked(samples: Mapping[str, list[dict[str, Any]]]) -> str:
+def _fingerprint(samples: Mapping[str, list[dict[str, Any]]]) -> str:
     """A fingerprint of the documents, prompts and right answers of all tasks."""
     lines = [
         f"{name} {one['doc_id']} {one['doc_hash']} {one['prompt_hash']} {one['target_hash']}"

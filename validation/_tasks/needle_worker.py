@@ -20,9 +20,9 @@ from quantool.config.schema import Corpus
 from quantool.errors import ConfigError
 from quantool.runtime.worker import Report
 from quantool.texts import corpus
-from quantool.validation._cache.ask_both import beginning, loaded
+from quantool.validation._cache.questions import load_engine
 from quantool.validation._engines.head import Unsound
-from quantool.validation._engines.hf_tokenizer import load
+from quantool.validation._engines.hf_tokenizer import beginning, load_tokenizer
 
 ANSWER = 48
 """Tokens of an answer."""
@@ -66,16 +66,16 @@ class Haystack:
         count = min(room, len(ids))
         while count > 0:
             kept = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-            asked = self._asked(_with(kept, cell))
-            if len(asked) <= room:
-                return asked, max(1, -(-len(kept) // (len(self.text) + 2)))
-            count -= len(asked) - room
+            prompt = self._question(_with(kept, cell))
+            if len(prompt) <= room:
+                return prompt, max(1, -(-len(kept) // (len(self.text) + 2)))
+            count -= len(prompt) - room
         raise ConfigError(
             f"validation.needle.lengths: {cell.length} tokens have no room for a text beside question and answer",
             hint="give longer ones",
         )
 
-    def _asked(self, text: str) -> list[int]:
+    def _question(self, text: str) -> list[int]:
         ids: list[int]
         if not self.chat:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -112,14 +112,14 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Result: ``failure``, or empty; ``cells`` (fields of ``Hidden``) by length and depth; ``chat``, whether the question went
     through the template.
     """
-    tokenizer = load(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
+    tokenizer = load_tokenizer(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
     lengths, depths = sorted(set(request["lengths"])), sorted(set(request["depths"]))
     haystack = Haystack(tokenizer, _text(request, max(lengths)), bool(tokenizer.chat_template))
     grid = list(cells(lengths, depths, request["seed"]))
     prompts = [haystack.prompt(cell) for cell in grid]
     answers: list[str] = []
     try:
-        with loaded(request, max(lengths)) as engine:
+        with load_engine(request, max(lengths)) as engine:
             for start in range(0, len(grid), AT_ONCE):
                 part = [ids for ids, _ in prompts[start : start + AT_ONCE]]
                 answers += [tokenizer.decode(one.ids) for one in engine.generate(part, ANSWER)]
@@ -147,11 +147,11 @@ def _text(request: dict[str, Any], tokens: int) -> str:
     origin = Corpus.model_validate(request["corpus"])
     cache_dir = request["cache_dir"] and Path(request["cache_dir"])
     documents = corpus.read(origin, characters=tokens * CHARACTERS, cache_dir=cache_dir)
-    said = [
+    parts = [
         document.text or "\n".join(str(message.get("content") or "") for message in document.messages)
         for document in documents
     ]
-    text = "\n\n".join(part.strip() for part in said if part.strip())
+    text = "\n\n".join(part.strip() for part in parts if part.strip())
     if not text:
         raise ConfigError(f"corpus {origin.name!r} has no text to hide a sentence in")
     return text

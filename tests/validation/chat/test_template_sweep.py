@@ -24,7 +24,7 @@ from quantool.runtime.toolchain import cache_folder, installed_version
 from quantool.runtime.worker import Report
 from quantool.validation._chat import llama_server
 from quantool.validation._chat.agreement import judge_caps, judge_continued, judge_text
-from quantool.validation._chat.causes import CAUSES, family
+from quantool.validation._chat.causes import CAUSES
 from quantool.validation._chat.conversations import Conversation, suite
 from quantool.validation._chat.renderings import Renderings
 from quantool.validation._engines import hf_tokenizer
@@ -165,8 +165,7 @@ def test_continued_answers_are_the_servers_own_way_only(swept: dict[str, Swept])
     passed = {name for name, one in found.items() if one.verdict == Verdict.PASS}
     assert {"Qwen-Qwen2.5-7B-Instruct", "meta-llama-Llama-3.3-70B-Instruct", "google-gemma-2-2b-it"} <= passed
     assert "Qwen-Qwen3-0.6B" in passed
-    assert "chat-auto-parser-generator.cpp" in found["ByteDance-Seed-OSS"].detail
-    assert "gpt-oss.cpp" in found["openai-gpt-oss-120b"].detail
+    assert "does not cut an answer out" in found["ByteDance-Seed-OSS"].detail
 
 
 def test_capabilities_are_what_the_templates_show(swept: dict[str, Swept]) -> None:
@@ -175,9 +174,3 @@ def test_capabilities_are_what_the_templates_show(swept: dict[str, Swept]) -> No
         assert found.verdict == (Verdict.SKIPPED if name in UNRENDERED else Verdict.PASS), (
             f"{name}: {found.detail}"
         )
-
-
-def test_families_with_a_parser_of_their_own(swept: dict[str, Swept]) -> None:
-    sources = {one.source for template in swept.values() if (one := family(template.stored)) is not None}
-    assert len(sources) == 15
-    assert family(swept["Qwen-Qwen3-0.6B"].stored) is None

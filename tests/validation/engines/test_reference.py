@@ -58,7 +58,7 @@ def ids(windows: int = 5, context: int = 32) -> np.ndarray[Any, np.dtype[np.int3
 
 
 def loaded(folder: Path) -> Any:
-    return reference.load(folder, "bfloat16", "cpu", trust_remote_code=False)
+    return reference.load_model(folder, "bfloat16", "cpu", trust_remote_code=False)
 
 
 def test_logits_come_back_from_stored_hidden_states(folder: Path, tmp_path: Path) -> None:
@@ -76,12 +76,12 @@ def test_logits_come_back_from_stored_hidden_states(folder: Path, tmp_path: Path
     moves: list[float] = []
     answer = reference.capture(request, lambda done, _: moves.append(done))
     assert moves[-1] == ids().size
-    hidden = reference.recalled(tmp_path / "h.npy")
+    hidden = reference.read_hidden(tmp_path / "h.npy")
     assert hidden.shape == (5, 15, 64)
     head = Head(folder, HeadPlan.of(answer["head"]))
     with torch.no_grad():
         own = loaded(folder)(torch.from_numpy(ids()).long(), use_cache=False).logits[:, 16:31].float()
-    made = head.log_probs(reference.tensor(hidden).flatten(0, 1)).view(own.shape)
+    made = head.log_probs(reference.as_tensor(hidden).flatten(0, 1)).view(own.shape)
     # Roundings of the model's own bfloat16 logits are all that is between them.
     assert float((made - own.log_softmax(-1)).abs().max()) < 0.02 * float(own.abs().max())
     assert float(made.exp().sum(-1).sub(1).abs().max()) < 1e-5

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantool.validation._engines import unpacked
-from quantool.validation._engines.reference import load
+from quantool.validation._engines.reference import load_model
 
 GROUP = 32
 pytestmark = pytest.mark.e2e
@@ -56,7 +56,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_experts_with_zero_points_are_the_numbers_that_were_packed(packed: tuple[Path, Path]) -> None:
-    models = [load(folder, "auto", "cpu", trust_remote_code=False) for folder in packed]
+    models = [load_model(folder, "auto", "cpu", trust_remote_code=False) for folder in packed]
     weights = [model.state_dict() for model in models]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():

@@ -16,7 +16,7 @@ from quantool.records import Finding, Verdict
 from quantool.validation._files import folder as _folder
 from quantool.validation._files import scales as _scales
 from quantool.validation._files.modules import Numbers
-from quantool.validation._findings.builder import Voice
+from quantool.validation._findings.builder import FindingBuilder
 
 pytestmark = pytest.mark.e2e
 LAYER = "model.layers.1.mlp.up_proj"
@@ -273,7 +273,7 @@ def test_runs_of_a_tensor(tmp_path: Path, whole: bool, monkeypatch: pytest.Monke
     assert len(read) == (tensor.bytes if whole else _scales.RUNS * _scales.RUN)
     monkeypatch.setattr(_scales, "WHOLE", 0)
     monkeypatch.setattr(_scales, "RUN", 16)
-    (found,) = _scales.judge_scales(folder, stored, Voice("integrity"))
+    (found,) = _scales.judge_scales(folder, stored, FindingBuilder("integrity"))
     assert found.verdict == Verdict.PASS
     count, total = str(found.measured).split(" scales")[0].split(" of ")
     assert 0 < int(count) < int(total)
@@ -281,7 +281,7 @@ def test_runs_of_a_tensor(tmp_path: Path, whole: bool, monkeypatch: pytest.Monke
 
 def cache(stored: set[str], promised: Numbers | None, asked: object) -> list[Finding]:
     headers = {name: TensorHeader(name, "BF16", (1,), "f", 0, 2) for name in stored}
-    return _scales.judge_cache(headers, promised, asked, Voice("integrity"))
+    return _scales.judge_cache(headers, promised, asked, FindingBuilder("integrity"))
 
 
 def test_scales_of_the_cache() -> None:

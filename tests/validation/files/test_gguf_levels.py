@@ -15,23 +15,23 @@ from tampering import case
 from quantool.records import Finding, Gates, OutputPlan, PlannedFile, Verdict
 from quantool.runtime import process
 from quantool.validation._files import gguf_file, gguf_levels
-from quantool.validation._files.gguf_file import Header, Tensor
-from quantool.validation._findings.builder import Voice
+from quantool.validation._files.gguf_file import GgufTensor, Header
+from quantool.validation._findings.builder import FindingBuilder
 
-VOICE = Voice("integrity")
+BUILD = FindingBuilder("integrity")
 
 
-def tensor(name: str, kind: str, *shape: int) -> Tensor:
+def tensor(name: str, kind: str, *shape: int) -> GgufTensor:
     """A tensor of a type, as a header has it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     wide = shape or (256, 256)
     elements = wide[0] * (wide[1] if len(wide) > 1 else 1)
-    return Tensor(name, kind, wide, elements // block * size, block)
+    return GgufTensor(name, kind, wide, elements // block * size, block)
 
 
-def header(*tensors: Tensor, level: str = "Q4_K_M") -> Header:
+def header(*tensors: GgufTensor, level: str = "Q4_K_M") -> Header:
     return Header(
         keys={},
         tensors=tensors,
@@ -58,7 +58,7 @@ SOUND = (
 )
 
 
-def judged(*changed: Tensor, level: str = "Q4_K_M", **options: Any) -> dict[str, Finding]:
+def judged(*changed: GgufTensor, level: str = "Q4_K_M", **options: Any) -> dict[str, Finding]:
     """Findings on ``SOUND`` with other tensors in the place of those of the same name."""
     names = {one.name for one in changed}
     tensors = [one for one in SOUND if one.name not in names] + list(changed)
@@ -67,7 +67,7 @@ def judged(*changed: Tensor, level: str = "Q4_K_M", **options: Any) -> dict[str,
         chosen,
         config=chosen.config.model_copy(update={"quantization_config": options}),
     )
-    found = gguf_levels.judge_level(chosen, header(*tensors, level=level), VOICE)
+    found = gguf_levels.judge_level(chosen, header(*tensors, level=level), BUILD)
     return {one.metric: one for one in found}
 
 
@@ -91,7 +91,9 @@ def test_every_level_that_llama_cpp_makes_passes() -> None:
         read = Header(
             **found
             | {
-                "tensors": tuple(Tensor(**one | {"shape": tuple(one["shape"])}) for one in found["tensors"]),
+                "tensors": tuple(
+                    GgufTensor(**one | {"shape": tuple(one["shape"])}) for one in found["tensors"]
+                ),
                 "levels": tuple(found["levels"]),
                 "broken": tuple(found["broken"]),
             }
@@ -101,7 +103,7 @@ def test_every_level_that_llama_cpp_makes_passes() -> None:
         if level == "COPY":
             continue
         chosen = replace(case("spm_llama", Path(f"x-{level}.gguf"), output=f"gguf/{level}"), source=source)
-        wrong = [one for one in gguf_levels.judge_level(chosen, read, VOICE) if one.verdict != Verdict.PASS]
+        wrong = [one for one in gguf_levels.judge_level(chosen, read, BUILD) if one.verdict != Verdict.PASS]
         failed |= {f"{level} {one.metric}": one.detail for one in wrong}
     assert len(names) > 50
     assert failed == {}
@@ -126,7 +128,7 @@ def test_sound() -> None:
         (tensor("output.weight", "Q3_K"), "output: 1 Q3_K"),
     ],
 )
-def test_a_class_of_another_type(changed: Tensor, word: str) -> None:
+def test_a_class_of_another_type(changed: GgufTensor, word: str) -> None:
     found = judged(changed)["tensor_types"]
     assert found.verdict == Verdict.REGRESSION
     assert word in found.detail
@@ -250,11 +252,11 @@ def test_sizes_against_the_plan(tmp_path: Path) -> None:
     found = header(*SOUND)
     bits = 8 * sum(one.bytes for one in SOUND) / sum(one.elements for one in SOUND)
     chosen = case("qwen3", file)
-    assert gguf_levels.judge_plan(chosen, found, [file.name], VOICE) == []  # nobody planned it
+    assert gguf_levels.judge_plan(chosen, found, [file.name], BUILD) == []  # nobody planned it
 
     def verdict(files: dict[str, int], bits: float) -> Finding:
         planned = replace(chosen, output=plan(files, bits))
-        (one,) = gguf_levels.judge_plan(planned, found, [file.name], VOICE)
+        (one,) = gguf_levels.judge_plan(planned, found, [file.name], BUILD)
         return one
 
     assert verdict({file.name: 1000}, bits).verdict == Verdict.PASS

@@ -15,18 +15,18 @@ from quantool.formats.gguf_keys import COMMIT, UNREAD, WEIGHTS, origin_keys, wei
 from quantool.plugins.contract import Case
 from quantool.records import Finding, Gates, OutputPlan, Source, SourceFile, Verdict
 from quantool.validation._files import gguf_origin
-from quantool.validation._files.gguf_file import Header, Tensor
-from quantool.validation._findings.builder import Voice
+from quantool.validation._files.gguf_file import GgufTensor, Header
+from quantool.validation._findings.builder import FindingBuilder
 
-VOICE = Voice("integrity")
+BUILD = FindingBuilder("integrity")
 MATRICES = ("attn_q", "attn_k", "ffn_up", "ffn_down")
 
 
 def header(matrix: dict[str, int] | None = None, **keys: Any) -> Header:
     """Two layers of four matrices, quantized; ``keys`` are those of quantize.imatrix."""
-    tensors = [Tensor("token_embd.weight", "Q4_K", (512, 256), 73728, 256)]
+    tensors = [GgufTensor("token_embd.weight", "Q4_K", (512, 256), 73728, 256)]
     tensors += [
-        Tensor(f"blk.{layer}.{name}.weight", "Q4_K", (256, 256), 36864, 256)
+        GgufTensor(f"blk.{layer}.{name}.weight", "Q4_K", (256, 256), 36864, 256)
         for layer in (0, 1)
         for name in MATRICES
     ]
@@ -68,13 +68,13 @@ def planned(imatrix: object) -> Case:
 
 
 def judged(found: Header, chosen: Case) -> Finding:
-    (one,) = gguf_origin.judge_matrix(chosen, found, VOICE)
+    (one,) = gguf_origin.judge_matrix(chosen, found, BUILD)
     return one
 
 
 def test_no_matrix() -> None:
-    assert gguf_origin.judge_matrix(planned(False), header(), VOICE) == []
-    assert gguf_origin.judge_matrix(case("qwen3", Path("toy.gguf")), header(), VOICE) == []
+    assert gguf_origin.judge_matrix(planned(False), header(), BUILD) == []
+    assert gguf_origin.judge_matrix(case("qwen3", Path("toy.gguf")), header(), BUILD) == []
 
 
 def test_matrix_of_this_model() -> None:
@@ -133,7 +133,7 @@ def test_weights_are_one_number_whatever_their_files_are_called() -> None:
 
 
 def from_source(keys: dict[str, Any], against: Source) -> Finding:
-    return gguf_origin.judge_source(replace(case("qwen3", Path("toy.gguf")), source=against), keys, VOICE)
+    return gguf_origin.judge_source(replace(case("qwen3", Path("toy.gguf")), source=against), keys, BUILD)
 
 
 def test_made_from_the_reference() -> None:
@@ -158,13 +158,13 @@ def test_source_in_the_record_of_a_packed_folder(tmp_path: Path) -> None:
         files = [{"name": "model.safetensors", "bytes": 1, "sha256": digest}]
         record = {"plan": {"source": {"commit": commit, "files": files}}}
         (tmp_path / "quantool.json").write_text(json.dumps(record))
-        return gguf_origin.judge_source(chosen, {}, VOICE)
+        return gguf_origin.judge_source(chosen, {}, BUILD)
 
     assert write("1" * 40, "a").verdict == Verdict.PASS
     assert write("2" * 40, "a").verdict == Verdict.REGRESSION
     assert write(None, "b").verdict == Verdict.REGRESSION
     (tmp_path / "quantool.json").write_text("[]")
-    assert gguf_origin.judge_source(chosen, {}, VOICE).verdict == Verdict.SKIPPED
+    assert gguf_origin.judge_source(chosen, {}, BUILD).verdict == Verdict.SKIPPED
 
 
 @pytest.mark.e2e

@@ -9,7 +9,7 @@ from tampering import case
 
 from quantool.records import Finding, Verdict
 from quantool.validation._files import hub_names
-from quantool.validation._findings.builder import Voice
+from quantool.validation._findings.builder import FindingBuilder
 
 FILES = [
     "README.md",
@@ -62,7 +62,7 @@ def test_hub(name: str, label: str | None) -> None:
 
 def judged(folder: Path, name: str, level: str | None, *planned: str) -> dict[str, Finding]:
     chosen = case("qwen3", folder / name)
-    found = hub_names.judge_names(chosen, level, planned, Voice("integrity"))
+    found = hub_names.judge_names(chosen, level, planned, FindingBuilder("integrity"))
     return {one.metric: one for one in found}
 
 
