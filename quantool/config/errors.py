@@ -59,8 +59,15 @@ class Mistake:
 
 
 def dotted(path: KeyPath) -> str:
-    """``("quantizations", 0, "method")`` as ``quantizations.0.method``."""
-    return ".".join(str(key) for key in path)
+    """``("quantizations", 0, "method")`` as ``quantizations.0.method``, on one line and not endless."""
+    keys = (key if key.isprintable() else json.dumps(key) for key in map(str, path))
+    return ".".join(key if len(key) <= 60 else f"{key[:59]}…" for key in keys)
+
+
+def line_of(text: str, position: int) -> tuple[int, int]:
+    """Line and column, from 1, of a character."""
+    before = text[:position]
+    return before.count("\n") + 1, position - before.rfind("\n")
 
 
 def show(value: Any) -> str:
