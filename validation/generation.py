@@ -15,7 +15,7 @@ from quantool.plugins.contract import Case, check
 from quantool.records import Finding
 from quantool.runtime.process import call
 from quantool.runtime.progress import Progress
-from quantool.source.model_facts import read_optional
+from quantool.formats.json_file import read_optional
 from quantool.validation._files import gguf_file
 from quantool.validation._findings.builder import Voice
 

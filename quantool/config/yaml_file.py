@@ -52,7 +52,9 @@ class YamlDocument:
     def error(self, mistakes: Iterable[Mistake], hint: str = "") -> ConfigError:
         """All ``mistakes`` in one error, each on its line: ``FILE:LINE:COL: key.path: what is wrong``."""
         placed = {mistake: mistake.place or self.place(mistake.path) for mistake in mistakes}
-        ordered = sorted(placed.items(), key=lambda entry: (1,) if isinstance(entry[1], str) else (0, *entry[1]))
+        ordered = sorted(
+            placed.items(), key=lambda entry: (1,) if isinstance(entry[1], str) else (0, *entry[1])
+        )
         return ConfigError("\n".join(self._line(*entry) for entry in ordered), hint=hint)
 
     def _line(self, mistake: Mistake, place: Place) -> str:
@@ -69,7 +71,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlDocument:
     document = parse(_text(path), str(path))
     if not isinstance(document.data, dict):
         line, column = document.places.get((), (1, 1))
-        what = "the file is empty" if document.data is None else f"a configuration is a mapping of keys {show(document.data)}"
+        what = (
+            "the file is empty"
+            if document.data is None
+            else f"a configuration is a mapping of keys {show(document.data)}"
+        )
         raise ConfigError(f"{path}:{line}:{column}: {what}", hint="start with model_id: and method:")
     places = dict(document.places)
     wrong = [mistake for override in overrides for mistake in _override(override, document.data, places)]
@@ -94,7 +100,8 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line, column = line_of(raw.decode("latin-1"), error.start)
         raise ConfigError(
-            f"{path}:{line}:{column}: byte 0x{raw[error.start]:02x} is not UTF-8", hint="save the file as UTF-8"
+            f"{path}:{line}:{column}: byte 0x{raw[error.start]:02x} is not UTF-8",
+            hint="save the file as UTF-8",
         ) from error
 
 
@@ -106,7 +113,9 @@ def parse(text: str, name: str) -> YamlDocument:
         try:
             node = loader.get_single_node()
         except (ValueError, OverflowError) as error:  # "\U00110000", %YAML 999…
-            raise yaml.MarkedYAMLError(problem=f"no character or number: {error}", problem_mark=loader.get_mark()) from error
+            raise yaml.MarkedYAMLError(
+                problem=f"no character or number: {error}", problem_mark=loader.get_mark()
+            ) from error
         walk = _Walk(loader)
         data = None if node is None else walk.value(node, ())
     except yaml.MarkedYAMLError as error:
@@ -151,7 +160,10 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _kind, _pattern in (
     ("int", r"[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)"),
-    ("float", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    ),
 ):
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
 
@@ -169,7 +181,11 @@ class _Walk:
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or id(node) in self.open or len(self.open) > MAX_DEPTH:
-            what = "aliases without end" if id(node) in self.open else f"more than {MAX_NODES} values (aliases without end?)"
+            what = (
+                "aliases without end"
+                if id(node) in self.open
+                else f"more than {MAX_NODES} values (aliases without end?)"
+            )
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
         self.places.setdefault(path, _position(node.start_mark))
         if node.tag.removeprefix(_TAG) not in _TAGS[type(node)]:
@@ -199,7 +215,9 @@ class _Walk:
         except (ValueError, LookupError):  # an explicit tag on a value that it does not fit
             fits = False
         if not fits or (kind in ("int", "float") and ":" in text):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.tag} does not fit {text[:60]!r}", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.tag} does not fit {text[:60]!r}", node.start_mark
+            )
         if isinstance(value, float) and not math.isfinite(value):
             return self._wrong(path, f"must be a finite number (value {text[:60]})")
         return value

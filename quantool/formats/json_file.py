@@ -161,7 +161,11 @@ def require_bounded(path: Path, limits: JsonLimits = TOKENIZER) -> bytes:
         check_bounds(content, limits)
         content.decode("utf-8")
     except (JsonError, UnicodeDecodeError) as error:
-        problem = f"not UTF-8: {error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
+        problem = (
+            f"not UTF-8: {error.reason} at byte {error.start}"
+            if isinstance(error, UnicodeDecodeError)
+            else error
+        )
         raise SourceError(f"{path}: {problem}") from error
     return content
 

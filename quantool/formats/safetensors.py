@@ -118,12 +118,14 @@ def _parse_header(text: bytes, file: Path) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, file: Path, data: int) -> TensorHeader:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if (
-            len(shape) <= MAX_RANK and all(type(size) is int and 0 <= size <= MAX_SIZE for size in (*shape, start, end))
-        ):
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if len(
+            shape
+        ) <= MAX_RANK and all(type(size) is int and 0 <= size <= MAX_SIZE for size in (*shape, start, end)):
             tensor = TensorHeader(name, dtype, tuple(shape), file.name, data + start, data + end)
         case _:
-            raise SourceError(f"{file}: the header's entry for {brief(name)} is not dtype, shape and data_offsets")
+            raise SourceError(
+                f"{file}: the header's entry for {brief(name)} is not dtype, shape and data_offsets"
+            )
     if dtype not in BITS:
         raise SourceError(f"{file}: tensor {brief(name)} has the unknown dtype {brief(dtype)}")
     bits = tensor.elements * BITS[dtype]
@@ -249,7 +251,9 @@ def compare(index: Mapping[str, str], headers: Mapping[str, TensorHeader], place
             raise SourceError(f"{place}: {INDEX} puts tensor {brief(name)} in {shard}, but {found}")
     for name, tensor in headers.items():
         if name not in index:
-            raise SourceError(f"{place}: {tensor.file} holds tensor {brief(name)}, which {INDEX} does not name")
+            raise SourceError(
+                f"{place}: {tensor.file} holds tensor {brief(name)}, which {INDEX} does not name"
+            )
 
 
 def remote_headers(

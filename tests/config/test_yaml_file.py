@@ -153,7 +153,9 @@ def test_aliases_that_nest(write: Write) -> None:
     assert "without end" in fails(write, "\n".join(lines))
 
 
-@pytest.mark.parametrize("text", ["1:30", "-1:30", "1:30.5", "010", "0o17", "190:20:30", "2024-13-45", "1_0:00"])
+@pytest.mark.parametrize(
+    "text", ["1:30", "-1:30", "1:30.5", "010", "0o17", "190:20:30", "2024-13-45", "1_0:00"]
+)
 def test_what_yaml_1_1_takes_for_another_number_is_text(write: Write, text: str) -> None:
     assert write(f"a: {text}").data == {"a": text}
 
@@ -173,13 +175,16 @@ def test_numbers(write: Write, text: str, value: object) -> None:
 @pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" * 6000, "-" + "9" * 30, "!!int " + "1" * 5000])
 def test_numbers_without_end(write: Write, number: str) -> None:
     (line,) = told(write(f"seed: {number}"))
-    assert line.startswith("c.yaml:1:") or line.startswith("c.yaml:1:1: seed: a whole number has at most 18 digits (value ")
+    assert line.startswith("c.yaml:1:") or line.startswith(
+        "c.yaml:1:1: seed: a whole number has at most 18 digits (value "
+    )
     assert "at most 18 digits" in line
     assert len(line) < 130
 
 
 @pytest.mark.parametrize(
-    ("text", "character"), [(r'a: "x\0y"', "0x0000"), (r'a: "\ud800"', "0xd800"), (r'a: ["\uDFFF"]', "0xdfff")]
+    ("text", "character"),
+    [(r'a: "x\0y"', "0x0000"), (r'a: "\ud800"', "0xd800"), (r'a: ["\uDFFF"]', "0xdfff")],
 )
 def test_characters_that_no_file_name_can_have(write: Write, text: str, character: str) -> None:
     (line,) = told(write(text))
@@ -308,7 +313,10 @@ def test_an_override_hides_the_places_of_what_it_replaces(write: Write) -> None:
         ("a..b=1", '--set a..b: must be KEY=VALUE or KEY.SUB=VALUE (value "a..b=1")'),
         ("a.b=1", "--set a.b: a is not a mapping (value 1)"),
         ("list.x=1", "--set list.x: list is a list of 1: say 0 to 1, the last appends"),
-        ("list." + "9" * 5000 + "=1", "--set list." + "9" * 54 + "…: list is a list of 1: say 0 to 1, the last appends"),
+        (
+            "list." + "9" * 5000 + "=1",
+            "--set list." + "9" * 54 + "…: list is a list of 1: say 0 to 1, the last appends",
+        ),
         ("list.²=1", "--set list.²: list is a list of 1: say 0 to 1, the last appends"),
         ("b=1\n---\n2", "--set b: the value is not YAML: but found another document"),
         ("list.2=1", "--set list.2: list is a list of 1: say 0 to 1, the last appends"),
