@@ -15,11 +15,12 @@ from typing import Any
 from quantool.errors import SourceError
 from quantool.formats.json_file import read_bounded
 from quantool.runtime.process import environment
-from quantool.source.template_child import SECONDS
 
 FILE = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
 MAX_BYTES = 1 << 20
+SECONDS, MEMORY = 5, 1 << 30
+"""Processor time that all templates of a checkpoint may take, and bytes of address space."""
 PATIENCE = 60
 """Seconds of wall time for the child, whose processor time is limited: on a machine that is busy it waits."""
 
@@ -100,13 +101,15 @@ def end_of_turn(templates: ChatTemplates, special: Iterable[str], tokens: Mappin
 
     ``tokens`` are the named ones the template may use (``bos_token`` …). None also for a template that refuses the
     plain question and answer it is tried on. Raises SourceError, naming file and line, when a template, named ones
-    included, does not compile, or the default one does not end within the limits of ``template_child``.
+    included, does not compile, or the default one does not end within ``SECONDS`` and ``MEMORY``.
     """
     texts = {**({} if templates.default is None else {"": templates.default}), **templates.named}
     if not texts:
         return None
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     request = {
+        "seconds": SECONDS,
+        "memory": MEMORY,
         "templates": texts,
         "render": "" if "" in texts else None,
         "variables": {**tokens, "messages": messages, "add_generation_prompt": False},

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY = 5, 1 << 30
-"""Of processor time for all templates of a checkpoint, and bytes of address space."""
 OUTPUT = 1 << 20
 """Characters that a rendered conversation has at most."""
 
@@ -57,9 +55,12 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def main() -> None:
-    """Answer the request on standard input: ``templates`` by place, ``render`` (a place or null), its ``variables``."""
-    _limit()
+    """Answer the request on standard input: ``templates`` by place, ``render`` (a place or null), its ``variables``.
+
+    ``seconds`` of processor time and bytes of ``memory`` are the limits.
+    """
     request = json.load(sys.stdin)
+    _limit(request["seconds"], request["memory"])
     for place, text in request["templates"].items():
         _send({"at": place})
         with _failures():
@@ -70,11 +71,11 @@ def main() -> None:
             _send(_rendered(request["templates"][place], request["variables"]))
 
 
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+def _limit(seconds: int, memory: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # elsewhere libraries alone can take more addresses than that
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def _rendered(template: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _failures() -> Iterator[None]:
             {"problem": what if isinstance(error, RecursionError) else f"is nested too deeply ({error.msg})"}
         )
     except MemoryError:
-        _end({"problem": f"needs more than {MEMORY >> 30} GiB of memory"})
+        _end({"problem": "needs too much memory"})
     except jinja2.TemplateError as error:
         _end({"problem": f"does not compile: {error}"})
     except REFUSALS as error:  # a constant expression that Jinja computes while it compiles

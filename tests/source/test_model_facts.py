@@ -171,7 +171,6 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
         ({"eos_token_id": True}, "eos_token_id is True, expected", ""),
         ({"bos_token_id": {}}, "bos_token_id is {}, expected", ""),
         ({"model_type": "x" * 10**6}, "unknown model type 'xxx", ""),
-        ({"text_config": {"model_type": "x" * 10**6}, "vocab_size": None}, "vocab_size is None", ""),
         ({"architectures": ["a\nb"]}, "names no architecture", ""),
         ({"quantization_config": "x" * 10**6}, "already quantized", "bf16"),
     ],
