@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.gguf_header import SHARD, GgufHeader, read_shards
+from quantool.formats.json_file import brief, read_json
 from quantool.formats.safetensors import check_index
 from quantool.records import Artifact, FileRecord, sha256_of
 
@@ -76,11 +76,11 @@ def _recorded(folder: Path, names: list[str]) -> str | None:
     if not record.is_file():
         return None
     try:
-        made = [report["artifact"] for report in json.loads(record.read_bytes())["reports"]]
+        made = [report["artifact"] for report in read_json(record)["reports"]]
         levels = [str(one["level"]) for one in made if {*names} <= {file["name"] for file in one["files"]}]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SourceError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{record} is damaged ({type(error).__name__}: {error})",
+            f"{record} is damaged ({type(error).__name__}: {brief(str(error), 200)})",
             hint="download it again, or remove it: levels are then read from names",
         ) from error
     return levels[0] if levels else None
