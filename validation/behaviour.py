@@ -24,8 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding, Gates, Verdict
 from quantool.runtime.progress import Progress
+from quantool.texts import inputs
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._chat.answers import (
     Prompt,
     Prompts,
@@ -35,6 +38,7 @@ from quantool.validation._chat.answers import (
     reference_answers,
 )
 from quantool.validation._chat.tool_calls import calls
+from quantool.validation._engines.vocabulary import TOKENIZER
 
 NAME = "behaviour"
 NOISE = 2.0
@@ -82,7 +86,17 @@ class Pair:
         )
 
 
-@check(NAME)
+@check(
+    NAME,
+    depends=TOKENIZER
+    | ANSWERS
+    | REFERENCE_ANSWERS
+    | Depends(
+        fields=("validation.behaviour.max_new_tokens",),
+        inputs=(inputs.prompts, inputs.held_out),
+        gates=True,
+    ),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Greedy answers beside the reference's: first tokens, where they stop, tool calls."""
     if case.source.facts.chat_template is None:

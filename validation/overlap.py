@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool import __version__
 from quantool.config.schema import Config, Corpus
 from quantool.errors import SourceError
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Verdict, fingerprint
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import Finding, Verdict
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.texts import corpus as texts
+from quantool.texts import inputs
 from quantool.texts.readers import BUILT_IN
 
 if TYPE_CHECKING:
@@ -34,8 +35,14 @@ WORDS = 13
 MAJORITY = 0.5
 """Above this share most of the text was calibrated on, and its figures say nothing about other text."""
 CHARACTERS = 1 << 24
-SAID_OF = ("sample_size", "shuffle", "dataset_seed", "dataset_config", "split", "calibration_config")
-"""Keys of the configuration that choose calibration documents, beside the data set."""
+COMPARED = Depends(
+    fields=(
+        "sample_size", "shuffle", "dataset_seed", "dataset_config", "split", "calibration_config",
+        "validation.max_tokens",
+    ),
+    libraries=("datasets", "numpy"),
+)  # fmt: skip
+"""Two texts compared: which calibration documents are chosen, and how far the evaluation text is read."""
 
 # A letter of a script that does not separate words counts as one: kana, Han, Thai, Lao, Khmer, Myanmar.
 _WORD = re.compile(
@@ -55,7 +62,7 @@ class Overlap:
     """The first common sequence; empty when there is none."""
 
 
-@check(NAME)
+@check(NAME, depends=COMPARED | Depends(inputs=(inputs.held_out, inputs.calibration)))
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Calibration text that occurs in the evaluation text."""
     config = case.config
@@ -76,11 +83,8 @@ def _found(case: Case, origin: Corpus, evaluated: Sequence[Corpus], progress: Pr
     keys = {}
     for one in evaluated:
         own = texts.identity(one)
-        chosen = config.model_dump(mode="json", include=set(SAID_OF))
         known = own and calibrated
-        keys[one.name] = known and fingerprint(
-            own, calibrated, chosen, config.validation.max_tokens, __version__
-        )
+        keys[one.name] = known and key_of(COMPARED, case.source, own, calibrated, config=config)
     found: dict[str, Overlap] = {}
     for one in evaluated:
         kept = case.workspace.recall(f"overlap/{one.name}", keys[one.name] or "")

@@ -10,24 +10,16 @@ from typing import Any
 
 from quantool.errors import QuantizationError, SourceError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
-from quantool.source.resolve import identity
-from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS, artifact_key
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.interface import Engine
 from quantool.validation._engines.start import start
 
 REFERENCE = "transformers"
 """The engine that speaks for the source."""
-LIBRARIES = {
-    "llama.cpp": ("llama-cpp-python", "transformers"),
-    "transformers": ("torch", "transformers"),
-    "vllm": ("vllm", "transformers"),
-}
-"""What an engine's answers depend on; transformers has the tokenizer."""
 
 
 class _WorkerError(QuantizationError):
@@ -55,7 +47,7 @@ def reference(case: Case, asked: Questions, progress: Progress, *, anew: bool = 
     ``anew`` ignores what is kept. Raises SourceError when the source cannot answer.
     """
     stage = f"reference-{asked.check}"
-    key = asked.key and fingerprint(identity(case.source), asked.key, versions(LIBRARIES[REFERENCE]))
+    key = asked.key and case.key(REFERENCE_ANSWERS, asked.key)
     kept = None if anew or key is None else case.workspace.recall(stage, key)
     if kept is not None:
         return kept
@@ -73,9 +65,7 @@ def reference(case: Case, asked: Questions, progress: Progress, *, anew: bool = 
 def artifact(case: Case, asked: Questions, progress: Progress, *, anew: bool = False) -> dict[str, Any]:
     """Give the artifact's answers, kept like the reference's; ``failure`` in them says why it has none."""
     stage = f"{asked.check}/{case.name}"
-    key = asked.key and fingerprint(
-        identity(case.source), asked.key, stamp(case.artifact), case.engine, versions(LIBRARIES[case.engine])
-    )
+    key = asked.key and artifact_key(case, ANSWERS, asked.key)
     kept = None if anew or key is None else case.workspace.recall(stage, key)
     if kept is not None:
         return kept

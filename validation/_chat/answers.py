@@ -18,13 +18,11 @@ from typing import Any
 from quantool.config.schema import Corpus
 from quantool.errors import QuantizationError, SourceError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
-from quantool.source.resolve import identity
 from quantool.texts import corpus
 from quantool.texts.readers import BUILT_IN as DOCSTRINGS
-from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS, artifact_key
 from quantool.validation._chat.conversations import ENDED, Conversation, end_of_turn, suite
 from quantool.validation._chat.prompts import BUILT_IN
 from quantool.validation._engines import hf_tokenizer
@@ -39,13 +37,6 @@ OF_CORPORA = 16
 LONGEST = 2048
 """Tokens of a prompt; a longer one is left out."""
 CORPUS_CHARACTERS = 200_000
-
-LIBRARIES = {
-    "llama.cpp": ("llama-cpp-python",),
-    "transformers": ("torch", "transformers"),
-    "vllm": ("torch", "vllm"),
-}
-"""Engine to the libraries whose versions its answers depend on."""
 
 
 class _WorkerError(QuantizationError):
@@ -182,7 +173,7 @@ def _last_words(one: Conversation) -> str:
 
 def reference_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...]:
     """What the checkpoint itself answers; SourceError when transformers does not run it."""
-    key = fingerprint(identity(case.source), *_asked_for(case, prompts), versions(LIBRARIES["transformers"]))
+    key = case.key(REFERENCE_ANSWERS, *_asked_for(case, prompts))
     answers = case.workspace.recall("reference/answers", key)
     if answers is None:
         with progress.bar("reference answers", "tok") as bar:
@@ -201,9 +192,7 @@ def reference_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple
 
 def artifact_answers(case: Case, prompts: Prompts, progress: Progress) -> tuple[Said, ...] | str:
     """What the artifact answers, or why it does not."""
-    key = fingerprint(
-        stamp(case.artifact), case.engine, *_asked_for(case, prompts), versions(LIBRARIES[case.engine])
-    )
+    key = artifact_key(case, ANSWERS, *_asked_for(case, prompts))
     stage = f"answers/{case.name}"
     answers = case.workspace.recall(stage, key)
     if answers is None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError
 from quantool.plugins.contract import Case
-from quantool.records import Finding, Verdict, fingerprint
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import Finding, Verdict
 from quantool.runtime.process import call, name_of
 from quantool.runtime.worker import Report, Work
 
@@ -22,6 +22,8 @@ GGML_LOG_LEVEL_ERROR = 4  # ggml.h; llama_cpp's Python names for them are wrong
 SURROUNDINGS = 4  # tokens shown on each side of a difference
 TEMPLATE = "tokenizer.chat_template"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+TOKENIZER = Depends(libraries=("transformers", "tokenizers"))
+"""What the source's tokenizer answers."""
 
 
 class UnloadableError(Exception):
@@ -82,19 +84,16 @@ def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dic
 
     Kept in the workspace under ``name``, for the next artifact and for other checks that ask the same.
     """
-    whole = {
-        "folder": str(case.source.folder),
-        "trust_remote_code": case.source.trust_remote_code,
-        **request,
-    }
-    files = [
-        (file.name, file.bytes, file.sha256) for file in case.source.files if not file.name.endswith(WEIGHTS)
-    ]
-    key = fingerprint(name_of(work), whole, files, version("transformers"), version("tokenizers"))
+    small = tuple(file for file in case.source.files if not file.name.endswith(WEIGHTS))
+    key = key_of(TOKENIZER, case.source.model_copy(update={"files": small}), name_of(work), request)
 
     def produce() -> tuple[list[Path], dict[str, Any]]:
         log = case.workspace.logs / "tokenizer-reference.log"
-        return [], call(work, whole, log=log)
+        where = {
+            "folder": str(case.source.folder),
+            "trust_remote_code": case.source.trust_remote_code,
+        }
+        return [], call(work, {**where, **request}, log=log)
 
     return case.workspace.stage(f"reference-{name}", key, produce)
 

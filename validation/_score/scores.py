@@ -10,11 +10,11 @@ from typing import Any
 
 from quantool.errors import ConfigError, QuantizationError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
+from quantool.plugins.keys import Depends
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
-from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._cache.keys import artifact_key, stamp
 from quantool.validation._engines import vllm
 from quantool.validation._engines.reference import Reference
 from quantool.validation._findings.statistics import Tokens
@@ -24,18 +24,19 @@ from quantool.validation._score.conversion_loss import UNQUANTIZED, Base, window
 
 @dataclass(frozen=True)
 class _Engine:
-    """A worker, the libraries whose versions its scores depend on, and whether it takes several artifacts."""
+    """A worker, and whether it takes several artifacts."""
 
     work: Work
-    libraries: tuple[str, ...]
     several: bool
 
 
 ENGINES = {
-    "llama.cpp": _Engine(score_llama_cpp.score, ("llama-cpp-python", "torch"), True),
-    "transformers": _Engine(score_transformers.score, ("torch", "transformers"), True),
-    "vllm": _Engine(vllm.score, ("vllm", "torch"), False),
+    "llama.cpp": _Engine(score_llama_cpp.score, True),
+    "transformers": _Engine(score_transformers.score, True),
+    "vllm": _Engine(vllm.score, False),
 }
+SCORES = Depends(fields=("validation.context", "device"), engine=True)
+"""The scores of an artifact, or of its base, on the reference's windows; these count by the reference's key."""
 CRASHES = ("SIGABRT", "SIGSEGV")
 """llama.cpp aborts on a file that breaks its assumptions; another end (out of memory) says nothing about the file."""
 
@@ -275,9 +276,7 @@ def _place(case: Case, reference: Reference) -> _Place:
     corpus = reference.windows.corpus.name
     return _Place(
         f"scores/{case.name}/{corpus}",
-        fingerprint(
-            reference.key, stamp(case.artifact), case.engine, versions(ENGINES[case.engine].libraries)
-        ),
+        artifact_key(case, SCORES, reference.key),
         case.workspace.work / "scores" / case.name / f"{corpus}.npz",
     )
 
@@ -286,7 +285,7 @@ def _base_place(case: Case, base: Path, reference: Reference) -> _Place:
     corpus = reference.windows.corpus.name
     return _Place(
         f"base-scores/{base.stem}/{corpus}",
-        fingerprint(reference.key, stamp(base), versions(ENGINES[case.engine].libraries)),
+        case.key(SCORES, reference.key, stamp(base)),
         case.workspace.work / "base-scores" / base.stem / f"{corpus}.npz",
     )
 
@@ -295,6 +294,6 @@ def _divided_place(case: Case, base: Path, reference: Reference) -> _Place:
     corpus, own = reference.windows.corpus.name, _place(case, reference)
     return _Place(
         f"divided-scores/{case.name}/{corpus}",
-        fingerprint(own.key, _base_place(case, base, reference).key),
+        case.key(SCORES, own.key, _base_place(case, base, reference).key),
         case.workspace.work / "divided-scores" / case.name / f"{corpus}.npz",
     )
