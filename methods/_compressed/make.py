@@ -18,14 +18,14 @@ from quantool.methods._artifacts.files import (
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
 from quantool.methods._compressed.outline import (
+    CALIBRATED,
     CompressedOptions,
     Recipe,
     Task,
-    key_of,
     max_seq_length,
     split,
+    task_key,
     task_of,
-    versions,
     workers,
 )
 from quantool.methods._compressed.proof import verify
@@ -51,6 +51,7 @@ def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline:
         outline=outline,
         needs=("llmcompressor",),
         extra="compressed",
+        depends=CALIBRATED,
     )
     return registered(quantize)
 
@@ -59,7 +60,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     """Make one level in its folder, or recall it."""
     output, workspace, config = job.output, job.workspace, job.config
     task = task_of(recipe, output.level, options, job.plan.source)
-    key = key_of(task, config, options, job.plan.source)
+    key = task_key(task, config, options, job.plan.source)
     if (kept := workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
     started = time.monotonic()
@@ -92,9 +93,9 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
         details={
             "layers": len(task.selection.layers),
             "ignored": list(task.selection.left),
-            "versions": dict(versions()),
             **result,
         },
+        versions=job.versions(),
     )
     workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
     return artifact
@@ -106,7 +107,7 @@ def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] 
         return None
     sibling = replace(task, autoawq=False)
     plain = options.model_copy(update={"format": "compressed-tensors"})
-    kept = job.workspace.recall(sibling.id, key_of(sibling, job.config, plain, job.plan.source))
+    kept = job.workspace.recall(sibling.id, task_key(sibling, job.config, plain, job.plan.source))
     if kept is None:
         return None
     artifact = Artifact.model_validate(kept)
@@ -116,7 +117,7 @@ def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] 
         return None
     for name in own:
         shutil.copyfile(artifact.folder / name, part / name)
-    return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored", "versions"}}
+    return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored"}}
 
 
 def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tuple[Work, dict[str, Any]]:

@@ -275,7 +275,7 @@ def remote_headers(
                 key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
                 for key, info in found.items()
             }
-            data = files[name] - max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            data = files[name] - max((info.data_offsets[1] for info in found.values()), default=0)
         except SafetensorsParsingError as error:
             raise SourceError(f"{file}: not a safetensors file: {error}") from error
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:

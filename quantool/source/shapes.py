@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from quantool.errors import SourceError
+from quantool.formats.json_file import read_optional
 from quantool.formats.safetensors import TensorHeader
 from quantool.records import Source
-from quantool.source.model_facts import read_optional
 
 CONFORMING = frozenset({
     "apertus", "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "granitemoe", "llama", "mistral",

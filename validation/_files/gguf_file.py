@@ -25,7 +25,7 @@ LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class InspectedTensor:
     """One tensor; ``shape`` as numpy has it, rows before columns; ``type`` as ggml names it (``Q4_K``)."""
 
     name: str
@@ -52,7 +52,7 @@ class Header:
 
     keys: Mapping[str, Any]
     """Of the first shard, without the tokenizer's."""
-    tensors: tuple[GgufTensor, ...]
+    tensors: tuple[InspectedTensor, ...]
     level: str | None
     """By ``general.file_type``."""
     levels: tuple[str, ...]
@@ -79,7 +79,7 @@ def read(case: Case, shards: Sequence[str]) -> Header:
         found = call(read_headers, request, log=log)
     except QuantizationError as error:
         raise UnloadableError(f"llama.cpp: {error.message}", case) from error
-    tensors = tuple(GgufTensor(**one | {"shape": tuple(one["shape"])}) for one in found.pop("tensors"))
+    tensors = tuple(InspectedTensor(**one | {"shape": tuple(one["shape"])}) for one in found.pop("tensors"))
     return Header(
         **found | {"tensors": tensors, "levels": tuple(found["levels"]), "broken": tuple(found["broken"])}
     )

@@ -13,7 +13,7 @@ from typing import Any
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
-from quantool.validation._files.gguf_file import SHARD, GgufTensor, Header
+from quantool.validation._files.gguf_file import SHARD, InspectedTensor, Header
 from quantool.validation._findings.builder import FindingBuilder, some
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
@@ -55,7 +55,7 @@ def class_of(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name)), OTHER)
 
 
-def is_matrix(tensor: GgufTensor) -> bool:
+def is_matrix(tensor: InspectedTensor) -> bool:
     """Whether llama-quantize would quantize it (``tensor_allows_quantization``)."""
     return (
         len(tensor.shape) >= 2
@@ -147,7 +147,7 @@ def bounds(level: str) -> tuple[float, float]:
 def judge_classes(case: Case, header: Header, level: str | None, build: FindingBuilder) -> list[Finding]:
     """Every class of tensors has the bits that level and options give it; norms and routers are floats."""
     options = options_of(case)
-    classes: dict[str, list[GgufTensor]] = {}
+    classes: dict[str, list[InspectedTensor]] = {}
     for tensor in header.tensors:
         if is_matrix(tensor) or class_of(tensor.name) in (ROUTER, NORM):
             classes.setdefault(class_of(tensor.name), []).append(tensor)
@@ -160,13 +160,13 @@ def judge_classes(case: Case, header: Header, level: str | None, build: FindingB
     return [build.fact("tensor_types", f"bits a weight: {shown}", "; ".join(problems))]
 
 
-def _bits(tensors: Sequence[GgufTensor]) -> str:
+def _bits(tensors: Sequence[InspectedTensor]) -> str:
     total = 8 * sum(one.bytes for one in tensors) / max(1, sum(one.elements for one in tensors))
     return f"{total:.3g}"
 
 
 def _problems(
-    kind: str, tensors: Sequence[GgufTensor], level: str | None, options: Mapping[str, Any], header: Header
+    kind: str, tensors: Sequence[InspectedTensor], level: str | None, options: Mapping[str, Any], header: Header
 ) -> list[str]:
     if kind in (ROUTER, NORM):
         quantized = [f"{one.name} ({one.type})" for one in tensors if one.type not in FLOATS]
@@ -204,18 +204,18 @@ def _class_bounds(kind: str, level: str, header: Header) -> tuple[float, float]:
     return lowest, max(highest, HIGHEST) if kind in EXACT else highest
 
 
-def _fell_back(tensor: GgufTensor, wish: str) -> bool:
+def _fell_back(tensor: InspectedTensor, wish: str) -> bool:
     """Whether the width of ``tensor`` is none that blocks of the type ``wish`` divide."""
     kind = toolchain.ggml_types().get(wish.lower())
     return kind is not None and tensor.shape[-1] % kind.block != 0
 
 
-def _odd(tensor: GgufTensor) -> bool:
+def _odd(tensor: InspectedTensor) -> bool:
     """A width that no block divides stays F16 at every level."""
     return tensor.shape[-1] % 32 != 0 and tensor.type in FLOATS
 
 
-def _counted(tensors: Sequence[GgufTensor]) -> str:
+def _counted(tensors: Sequence[InspectedTensor]) -> str:
     counts: dict[str, int] = {}
     for one in tensors:
         counts[one.type] = counts.get(one.type, 0) + 1

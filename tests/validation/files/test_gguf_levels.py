@@ -15,23 +15,23 @@ from tampering import case
 from quantool.records import Finding, Gates, OutputPlan, PlannedFile, Verdict
 from quantool.runtime import process
 from quantool.validation._files import gguf_file, gguf_levels
-from quantool.validation._files.gguf_file import GgufTensor, Header
+from quantool.validation._files.gguf_file import InspectedTensor, Header
 from quantool.validation._findings.builder import FindingBuilder
 
 BUILD = FindingBuilder("integrity")
 
 
-def tensor(name: str, kind: str, *shape: int) -> GgufTensor:
+def tensor(name: str, kind: str, *shape: int) -> InspectedTensor:
     """A tensor of a type, as a header has it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     wide = shape or (256, 256)
     elements = wide[0] * (wide[1] if len(wide) > 1 else 1)
-    return GgufTensor(name, kind, wide, elements // block * size, block)
+    return InspectedTensor(name, kind, wide, elements // block * size, block)
 
 
-def header(*tensors: GgufTensor, level: str = "Q4_K_M") -> Header:
+def header(*tensors: InspectedTensor, level: str = "Q4_K_M") -> Header:
     return Header(
         keys={},
         tensors=tensors,
@@ -58,7 +58,7 @@ SOUND = (
 )
 
 
-def judged(*changed: GgufTensor, level: str = "Q4_K_M", **options: Any) -> dict[str, Finding]:
+def judged(*changed: InspectedTensor, level: str = "Q4_K_M", **options: Any) -> dict[str, Finding]:
     """Findings on ``SOUND`` with other tensors in the place of those of the same name."""
     names = {one.name for one in changed}
     tensors = [one for one in SOUND if one.name not in names] + list(changed)
@@ -92,7 +92,7 @@ def test_every_level_that_llama_cpp_makes_passes() -> None:
             **found
             | {
                 "tensors": tuple(
-                    GgufTensor(**one | {"shape": tuple(one["shape"])}) for one in found["tensors"]
+                    InspectedTensor(**one | {"shape": tuple(one["shape"])}) for one in found["tensors"]
                 ),
                 "levels": tuple(found["levels"]),
                 "broken": tuple(found["broken"]),
@@ -128,7 +128,7 @@ def test_sound() -> None:
         (tensor("output.weight", "Q3_K"), "output: 1 Q3_K"),
     ],
 )
-def test_a_class_of_another_type(changed: GgufTensor, word: str) -> None:
+def test_a_class_of_another_type(changed: InspectedTensor, word: str) -> None:
     found = judged(changed)["tensor_types"]
     assert found.verdict == Verdict.REGRESSION
     assert word in found.detail

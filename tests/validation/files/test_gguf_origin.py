@@ -15,7 +15,7 @@ from quantool.formats.gguf_keys import COMMIT, UNREAD, WEIGHTS, origin_keys, wei
 from quantool.plugins.contract import Case
 from quantool.records import Finding, Gates, OutputPlan, Source, SourceFile, Verdict
 from quantool.validation._files import gguf_origin
-from quantool.validation._files.gguf_file import GgufTensor, Header
+from quantool.validation._files.gguf_file import InspectedTensor, Header
 from quantool.validation._findings.builder import FindingBuilder
 
 BUILD = FindingBuilder("integrity")
@@ -24,9 +24,9 @@ MATRICES = ("attn_q", "attn_k", "ffn_up", "ffn_down")
 
 def header(matrix: dict[str, int] | None = None, **keys: Any) -> Header:
     """Two layers of four matrices, quantized; ``keys`` are those of quantize.imatrix."""
-    tensors = [GgufTensor("token_embd.weight", "Q4_K", (512, 256), 73728, 256)]
+    tensors = [InspectedTensor("token_embd.weight", "Q4_K", (512, 256), 73728, 256)]
     tensors += [
-        GgufTensor(f"blk.{layer}.{name}.weight", "Q4_K", (256, 256), 36864, 256)
+        InspectedTensor(f"blk.{layer}.{name}.weight", "Q4_K", (256, 256), 36864, 256)
         for layer in (0, 1)
         for name in MATRICES
     ]
