@@ -312,8 +312,13 @@ def test_another_quantization_is_skipped(tmp_path: Path) -> None:
     assert "bitsandbytes" in found.detail
 
 
-def test_nothing_is_said_of_files_that_are_not_quantized_or_are_gguf(tmp_path: Path) -> None:
+def test_files_that_are_not_quantized_or_are_gguf_are_skipped_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.gguf").touch()
-    assert not findings(tmp_path)
-    assert not findings(tmp_path / "model.gguf")
+    for artifact, reason in (
+        (tmp_path, "a folder without quantization_config"),
+        (tmp_path / "model.gguf", "a GGUF"),
+    ):
+        (found,) = findings(artifact).values()
+        assert found.verdict is Verdict.SKIPPED
+        assert reason in found.detail
