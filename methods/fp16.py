@@ -14,7 +14,8 @@ from quantool.methods._llama_cpp import base_file, dry_run
 from quantool.methods._safetensors import cast
 from quantool.methods._safetensors.cast import plan_header
 from quantool.plugins.contract import Job, Outline, Request, method
-from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, fingerprint
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import written
@@ -25,6 +26,10 @@ LEVELS = {
     "BF16": "bfloat16",
     "F32": "single precision",
 }
+
+
+TENSORS = Depends(libraries=("numpy", "torch", "safetensors"))
+"""An export as safetensors."""
 
 
 class Options(base_file.GgufOptions):
@@ -86,7 +91,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:
-    return fingerprint(base_file.base_key(source, options, kind), names)
+    return key_of(base_file.BASE, source, base_file.base_key(source, options, kind), names)
 
 
 def _weights(source: Source) -> dict[str, dict[str, tuple[str, tuple[int, ...], int]]]:
@@ -136,10 +141,10 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
 
 
 def _tensors_key(source: Source, level: str) -> str:
-    return fingerprint({file.name: file.sha256 for file in source.files}, level)
+    return key_of(TENSORS, source, level)
 
 
-@method("fp16", options=Options, levels=levels, outline=outline)
+@method("fp16", options=Options, levels=levels, outline=outline, depends=base_file.BASE | TENSORS)
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Export the source at one level."""
     export = _export_gguf if options.format == "gguf" else _export_safetensors
@@ -217,6 +222,7 @@ def _finish(job: Job, key: str, names: list[str], started: float, details: dict[
         bits_per_weight=job.output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details=details,
+        versions=job.versions(),
     )
     paths = [job.folder / name for name in names]
     job.workspace.keep(job.output.id, key, paths, artifact.model_dump(mode="json"))

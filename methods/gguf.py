@@ -15,6 +15,7 @@ from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
 from quantool.plugins.contract import Job, Outline, Request, method
+from quantool.plugins.keys import Depends, key_of
 from quantool.records import (
     Artifact,
     OutputPlan,
@@ -27,6 +28,11 @@ from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text
 
+GGUF = Depends(
+    libraries=("llama-cpp-python",),
+    without=("threads", "base_type", "imatrix", "llama_cpp_path", "max_shard_size"),
+)
+"""A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
 MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
 
@@ -128,11 +134,11 @@ def _splitting(outputs: list[OutputPlan], options: Options) -> list[StagePlan]:
 
 
 def _level_key(source: Source, options: Options, kind: str, level: str, matrix: str, names: list[str]) -> str:
-    """Fingerprint of all that the bytes of a level depend on; ``matrix`` is the key of the importance matrix."""
-    return fingerprint(
-        base_file.base_key(source, options, kind), toolchain.levels()[level].ftype, level,
-        options.settings() | {"threads": 0}, matrix, toolchain.installed_version(), names,
-        *([options.split_bytes()] if len(names) > 1 and not options.keep_split else []),
+    """The key of a level; ``matrix`` is that of the importance matrix."""
+    return key_of(
+        GGUF, source, base_file.base_key(source, options, kind), toolchain.levels()[level].ftype, level, matrix, names,
+        options.split_bytes() if len(names) > 1 and not options.keep_split else 0,
+        options=options,
     )  # fmt: skip
 
 
@@ -252,7 +258,14 @@ def _stages(
     return tuple(stages)
 
 
-@method("gguf", options=Options, levels=levels, outline=outline, needs=("llama_cpp", "gguf"))
+@method(
+    "gguf",
+    options=Options,
+    levels=levels,
+    outline=outline,
+    needs=("llama_cpp", "gguf"),
+    depends=GGUF | base_file.BASE | imatrix.TEXT | imatrix.MATRIX,
+)
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
     source, output, workspace = job.plan.source, job.output, job.workspace
@@ -288,6 +301,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details={"base": kind, "note": note, **said},
+        versions=job.versions(),
         made_from=str(base.relative_to(workspace.root)),
     )
     workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))

@@ -39,6 +39,7 @@ def outline(request: Request, options: Options) -> Outline:
     outline=outline,
     needs=("llmcompressor",),
     extra="compressed",
+    depends=_compressed.CALIBRATED,
 )
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level."""

@@ -17,7 +17,7 @@ from quantool.errors import INTERRUPTED, ConfigError, DependencyError, GateError
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config
-    from quantool.pipeline import Outcome
+    from quantool.pipeline import RunResult
     from quantool.records import Publication
     from quantool.runtime.progress import Progress
 
@@ -134,12 +134,12 @@ def run(
     from quantool import pipeline
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    outcome = pipeline.run(loaded, progress, allow_regression=allow_regression)
-    _show(outcome, progress, as_json=as_json)
-    errors: list[QuantoolError] = list(outcome.refused)
-    if outcome.failed:
+    result = pipeline.run(loaded, progress, allow_regression=allow_regression)
+    _show(result, progress, as_json=as_json)
+    errors: list[QuantoolError] = list(result.refused)
+    if result.failed:
         failed = GateError(
-            f"{len(outcome.failed)} of {len(outcome.reports)} artifacts did not pass",
+            f"{len(result.failed)} of {len(result.reports)} artifacts did not pass",
             hint=f"findings: {loaded.output_path / 'report.md'}; thresholds: validation.gates",
         )
         errors.insert(0, failed)
@@ -367,25 +367,25 @@ def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Conf
     return loaded.config, progress
 
 
-def _show(outcome: Outcome, progress: Progress, *, as_json: bool) -> None:
+def _show(result: RunResult, progress: Progress, *, as_json: bool) -> None:
     from quantool.report.table import failures, table, write_step_summary
 
     try:
-        write_step_summary(outcome.reports)
+        write_step_summary(result.reports)
     except OSError as error:  # the result is worth more than its copy
         progress.warn(f"the table is not in $GITHUB_STEP_SUMMARY: {error.strerror or error}")
     if as_json:
         reports = [
-            report.model_dump(mode="json") | {"verdict": report.verdict()} for report in outcome.reports
+            report.model_dump(mode="json") | {"verdict": report.verdict()} for report in result.reports
         ]
-        told = {"plan": outcome.plan.model_dump(mode="json"), "reports": reports}
-        told["publications"] = [made.model_dump(mode="json") for made in outcome.publications]
+        told = {"plan": result.plan.model_dump(mode="json"), "reports": reports}
+        told["publications"] = [made.model_dump(mode="json") for made in result.publications]
         typer.echo(json.dumps(told, indent=1))
         return
-    typer.echo(table(outcome.reports))
-    if said := failures(outcome.reports):
+    typer.echo(table(result.reports))
+    if said := failures(result.reports):
         _complain(said)
-    for repo in dict.fromkeys(output.repo for output in outcome.plan.outputs):
-        progress.say(f"folder: {outcome.reports[0].artifact.folder.parent / repo}")
-    for made in outcome.publications:
+    for repo in dict.fromkeys(output.repo for output in result.plan.outputs):
+        progress.say(f"folder: {result.reports[0].artifact.folder.parent / repo}")
+    for made in result.publications:
         typer.echo(f"published: {_published(made)}")

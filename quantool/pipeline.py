@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from quantool import judging
 from quantool.card.user_template import read_card_template
-from quantool.config.schema import Config, Corpus
+from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
+from quantool.plan.depends import depends_of
 from quantool.plan.disk import check_disk
 from quantool.plan.make import make_plan
 from quantool.plugins import find
@@ -22,7 +22,6 @@ from quantool.publish.permissions import preflight
 from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import (
     Artifact,
-    Finding,
     Gates,
     OutputPlan,
     Plan,
@@ -30,19 +29,17 @@ from quantool.records import (
     Report,
     Source,
     Verdict,
-    fingerprint,
 )
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.runtime.progress import Progress
-from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace, write_text
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import recall_scan, scan_source
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a run ends with."""
 
     plan: Plan
@@ -66,7 +63,7 @@ def plan(config: Config, progress: Progress) -> Plan:
     return _checked_plan(config, source, workspace, downloads=sum(missing))
 
 
-def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> Outcome:
+def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> RunResult:
     """Do everything that ``config`` asks for; a rerun redoes only what changed.
 
     With ``push_to_hub`` each folder whose artifacts all passed is published, whatever became of the others; with
@@ -77,33 +74,33 @@ def run(config: Config, progress: Progress, *, allow_regression: bool = False) -
     if config.push_to_hub:
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
-        made = _planned(config, workspace, progress)
+        plan = _planned(config, workspace, progress)
         if config.disk_bounded:
-            reports = _one_by_one(config, made, workspace, progress, allow_regression=allow_regression)
+            reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
-            reports = _all_at_once(config, made, workspace, progress)
-        folders = pack(made, reports, workspace)
+            reports = _all_at_once(config, plan, workspace, progress)
+        folders = pack(plan, reports, workspace)
         write_report(reports, workspace.root, folders)
-        outcome = Outcome(made, reports)
+        result = RunResult(plan, reports)
         if not config.push_to_hub:
-            return outcome
+            return result
         order = Order(private=private_of(config), allow_regression=allow_regression)
         done, refused = publish_passed(config, reports, folders, order, progress)
-        return replace(outcome, publications=done, refused=refused)
+        return replace(result, publications=done, refused=refused)
 
 
-def _all_at_once(config: Config, made: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
-    artifacts = [_make(config, made, output, workspace, progress) for output in made.outputs]
+def _all_at_once(config: Config, plan: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
+    artifacts = [_make(config, plan, output, workspace, progress) for output in plan.outputs]
     _drop_sums(artifacts)
     cases = [
-        _case(config, made.source, output, artifact, workspace)
-        for output, artifact in zip(made.outputs, artifacts, strict=True)
+        _case(config, plan, output, artifact, workspace)
+        for output, artifact in zip(plan.outputs, artifacts, strict=True)
     ]
-    return judge(cases, artifacts, progress)
+    return judging.judge(cases, artifacts, progress)
 
 
 def _one_by_one(
-    config: Config, made: Plan, workspace: Workspace, progress: Progress, *, allow_regression: bool
+    config: Config, plan: Plan, workspace: Workspace, progress: Progress, *, allow_regression: bool
 ) -> tuple[Report, ...]:
     """Make, judge, upload and delete one level after the other.
 
@@ -111,18 +108,18 @@ def _one_by_one(
     did not pass is deleted as well; its report stays.
     """
     reports = []
-    for output in made.outputs:
+    for output in plan.outputs:
         target = preupload.Target(output.repo_id or "", private_of(config), config.publish)
-        artifact = _make(config, made, output, workspace, progress)
-        case = _case(config, made.source, output, artifact, workspace)
+        artifact = _make(config, plan, output, workspace, progress)
+        case = _case(config, plan, output, artifact, workspace)
         if gone := preupload.missing(artifact):
-            known = _known_report(case, artifact)
+            known = judging.kept_report(case, artifact)
             goes_out = known is not None and (allow_regression or known.verdict() is Verdict.PASS)
             if known is None or (goes_out and not preupload.is_whole(workspace, target, artifact, progress)):
                 preupload.forget(workspace, target.repo_id, artifact.folder, gone)
-                artifact = _make(config, made, output, workspace, progress)
+                artifact = _make(config, plan, output, workspace, progress)
         _drop_sums([artifact])
-        (report,) = judge([case], [artifact], progress)
+        (report,) = judging.judge([case], [artifact], progress)
         if allow_regression or report.verdict() is Verdict.PASS:
             preupload.ship(workspace, target, artifact, progress)
         else:
@@ -135,8 +132,8 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     """The artifacts alone, not judged and not to be published: what a benchmark of the methods needs."""
     workspace = Workspace(config.output_path)
     with workspace.lock():
-        made = _planned(config, workspace, progress)
-        return tuple(_make(config, made, output, workspace, progress) for output in made.outputs)
+        plan = _planned(config, workspace, progress)
+        return tuple(_make(config, plan, output, workspace, progress) for output in plan.outputs)
 
 
 def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
@@ -145,11 +142,11 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     source = overlay(source, workspace.work / "source")
     check_disk(_checked_plan(config, recall_scan(source, workspace), workspace), workspace.root)
     source = scan_source(source, workspace, progress)
-    made = _checked_plan(config, source, workspace)
-    for note in made.warnings:
+    plan = _checked_plan(config, source, workspace)
+    for note in plan.warnings:
         progress.warn(note)
-    write_text(workspace.root / "plan.json", made.model_dump_json(indent=1))
-    return made
+    write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
+    return plan
 
 
 def _checked_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
@@ -175,138 +172,34 @@ def _drop_sums(artifacts: Sequence[Artifact]) -> None:
 
 
 def _make(
-    config: Config, made: Plan, output: OutputPlan, workspace: Workspace, progress: Progress
+    config: Config, plan: Plan, output: OutputPlan, workspace: Workspace, progress: Progress
 ) -> Artifact:
     """Let the method make one output."""
     method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
-    job = Job(config, made, output, workspace)
+    job = Job(config, plan, output, workspace, depends_of(method))
     artifact = method.quantize(job, options, progress)
     artifact = artifact.model_copy(update={"folder": job.folder})  # a recalled one says where it was
-    write_text(_record(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
+    write_text(judging.record_path(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
 
 
-def _case(
-    config: Config, source: Source, output: OutputPlan, artifact: Artifact, workspace: Workspace
-) -> Case:
-    path = artifact.folder
-    if output.engine == "llama.cpp":
-        path = path / artifact.files[0].name
+def _case(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, workspace: Workspace) -> Case:
     base = workspace.root / artifact.made_from if artifact.made_from else None
+    own = [other for other in plan.outputs if other.repo == output.repo]
     return Case(
-        path,
+        _loaded(artifact, output.engine),
         output.engine,
         output.id,
-        source,
+        plan.source,
         config,
         output.gates,
         workspace,
         output,
         base if base is not None and base.is_file() else None,
+        (*artifact.files, *artifact.shared),
+        tuple(file.name for other in own for file in other.files),
     )
-
-
-def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progress) -> tuple[Report, ...]:
-    """Run every check on the artifacts; kept under the hashes of their files and all that the checks depend on.
-
-    What a check can do for several artifacts at once (``Check.prepare``) is done once for those still to judge.
-    """
-    if not cases:
-        return ()
-    names = _checks(cases[0])
-    kept = [_known_report(case, artifact) for case, artifact in zip(cases, artifacts, strict=True)]
-    missing = [case for case, found in zip(cases, kept, strict=True) if found is None]
-    if missing:
-        for name in names:
-            if (prepare := find.find_check(name).prepare) is not None:
-                prepare(missing, progress)
-    reports = []
-    for case, artifact, found in zip(cases, artifacts, kept, strict=True):
-        report = found
-        if report is None:
-            report = _judged(case, names, artifact, progress)
-            files = [artifact.folder / file.name for file in artifact.files]
-            key = _report_key(case, artifact)
-            case.workspace.keep(f"report/{case.name}", key, files, report.model_dump(mode="json"))
-        write_text(_record(case.workspace, "report", case.name), report.model_dump_json(indent=1))
-        reports.append(report)
-    return tuple(reports)
-
-
-def _checks(case: Case) -> tuple[str, ...]:
-    return case.settings.checks or tuple(find.names("checks"))
-
-
-def _known_report(case: Case, artifact: Artifact) -> Report | None:
-    """The report of an earlier run that still holds.
-
-    A text that is a data set on the Hub may have changed unseen: it is measured again, unless the artifact was
-    uploaded and deleted after it was judged.
-    """
-    sure = all(identity is not None for _, identity in _texts(case.config))
-    if not sure and not preupload.missing(artifact):
-        return None
-    found = case.workspace.recall(f"report/{case.name}", _report_key(case, artifact))
-    return None if found is None else Report.model_validate(found).model_copy(update={"artifact": artifact})
-
-
-def _report_key(case: Case, artifact: Artifact) -> str:
-    """What the report depends on, as far as it can be known."""
-    return fingerprint(
-        [file.model_dump() for file in artifact.files],
-        {file.name: file.sha256 for file in case.source.files},
-        case.settings.model_copy(update={"gates": {}}),  # those of other levels do not matter
-        case.gates,
-        case.engine,
-        case.base is not None or artifact.made_from is not None,  # a base that was lost since changes nothing
-        case.source.commit,
-        _promised(case.output),
-        _texts(case.config),
-        _checks(case),
-        versions(),
-    )
-
-
-def _promised(output: OutputPlan | None) -> list[Any]:
-    """What the plan says that an artifact is held to."""
-    return [] if output is None else [output.files, output.bits_per_weight]
-
-
-def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Progress) -> Report:
-    started = time.monotonic()
-    findings: list[Finding] = []
-    for name in names:
-        if (
-            getattr(case.settings, name, True) is not None
-        ):  # one with a section of its own and none given does nothing
-            progress.say(f"{case.name}: {name}")
-        findings += find.find_check(name).judge(case, progress)
-    return Report(
-        artifact=artifact,
-        reference=case.source.label(),
-        findings=tuple(findings),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _texts(config: Config) -> list[tuple[str, str | None]]:
-    """Name and identity of every evaluation text: a changed file is another corpus; None where nothing tells."""
-    from quantool.texts import corpus
-
-    settings = config.validation
-    texts = [*corpus.corpora(config)]
-    for name, path in (("conversations", settings.conversations), ("prompts", settings.behaviour.prompts)):
-        if path is not None:
-            texts.append(Corpus(name=name, path=path))
-    if settings.needle is not None and settings.needle.haystack is not None:
-        texts.append(Corpus(name="haystack", path=settings.needle.haystack))
-    found = [(entry.name, corpus.identity(entry)) for entry in texts]
-    return found if settings.lm_eval is None else [*found, ("lm_eval", None)]  # its data lies anywhere
-
-
-def _record(workspace: Workspace, kind: str, name: str) -> Path:
-    return workspace.root / "records" / f"{name.replace('/', '-')}.{kind}.json"
 
 
 def validate(
@@ -317,7 +210,7 @@ def validate(
     progress: Progress,
     base: Path | None = None,
 ) -> tuple[Report, ...]:
-    """Judge artifacts that somebody made, against ``config.model_id``, working in ``config.output_path``.
+    """Judge artifacts that somebody plan, against ``config.model_id``, working in ``config.output_path``.
 
     ``limits`` are the gates of each. ``base`` is the unquantized GGUF that they were made from: with it, damage done
     by the conversion is told apart.
@@ -328,11 +221,21 @@ def validate(
         source = overlay(source, workspace.work / "source")
         source = scan_source(source, workspace, progress)
         cases = [
-            Case(path, engine, f"given/{path.name}", source, config, gates, workspace, base=base)
-            for path, gates in zip((_loaded(one, engine) for one in artifacts), limits, strict=True)
+            Case(
+                _loaded(one, engine),
+                engine,
+                f"given/{_loaded(one, engine).name}",
+                source,
+                config,
+                gates,
+                workspace,
+                base=base,
+                files=one.files,
+            )
+            for one, gates in zip(artifacts, limits, strict=True)
         ]
         counted = [judged_by(artifact, engine, source.facts.parameters) for artifact in artifacts]
-        reports = judge(cases, counted, progress)
+        reports = judging.judge(cases, counted, progress)
         title = cases[0].artifact.name if len(cases) == 1 else source.name
         draw(reports, workspace.root, title, workspace)
         write_report(reports, workspace.root, [workspace.root])

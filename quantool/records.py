@@ -106,6 +106,22 @@ class Source(Record):
     max_abs: float | None = None
     """Largest magnitude among the weights; None while nobody has read them."""
 
+    def identity(self) -> dict[str, JsonValue]:
+        """By what results that depend on the checkpoint know it again; reads no weights.
+
+        Small files count by their hash. Weights count by their size, at a Hub commit with it (which is immutable), in a
+        local folder with their modification time until they were hashed. Where the folder lies does not count.
+        """
+        entries: list[JsonValue] = []
+        for file in self.files:
+            entry: list[JsonValue] = [file.name, file.bytes, file.sha256]
+            if file.sha256 is None and self.commit is None:
+                entry[2] = (self.folder / file.name).stat().st_mtime_ns
+            entries.append(entry)
+        where: dict[str, JsonValue] = {"id": self.model_id, "commit": self.commit} if self.commit else {}
+        own_code: dict[str, JsonValue] = {"own_code": True} if self.trust_remote_code else {}
+        return {**where, **own_code, "files": entries}
+
     def label(self) -> str:
         """``id@commit`` for a Hub id, the path for a local folder."""
         return f"{self.model_id}@{self.commit}" if self.commit else self.model_id
@@ -205,6 +221,8 @@ class Artifact(Record):
     details: dict[str, JsonValue] = {}
     made_from: str | None = None
     """The unquantized GGUF (first shard), below the output path; None for artifacts without such a step."""
+    versions: dict[str, str] = {}
+    """What took part in making it: quantool and the libraries that its method declares."""
 
     def bytes(self) -> int:
         """Size of all files."""

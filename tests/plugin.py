@@ -16,6 +16,7 @@ from pydantic import Field
 
 from quantool.errors import PublicationError, QuantizationError, QuantoolError
 from quantool.plugins.contract import Case, Job, Options, Outline, Request, check, method
+from quantool.plugins.keys import Depends
 from quantool.records import (
     Artifact,
     FileRecord,
@@ -30,6 +31,7 @@ from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Report
 from quantool.runtime.workspace import written
+from quantool.texts import inputs
 
 
 class FakeOptions(Options):
@@ -111,7 +113,10 @@ def quantize(job: Job, options: FakeOptions, progress: Progress) -> Artifact:
     return artifact
 
 
-@check("fakecheck")
+@check(
+    "fakecheck",
+    depends=Depends(fields=("validation.max_tokens",), inputs=(inputs.held_out,), gates=True),
+)
 def judge(case: Case, progress: Progress) -> list[Finding]:
     """Compare the number in the file with the level's limit.
 

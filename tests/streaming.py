@@ -21,6 +21,7 @@ from quantool.config.schema import Config
 from quantool.formats.safetensors import INDEX
 from quantool.methods._safetensors.layout import Stored, encode, file_size, index_bytes
 from quantool.plan import make
+from quantool.plan.depends import depends_of
 from quantool.plugins import contract, find
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
@@ -117,7 +118,7 @@ def main() -> None:
         method = find.find_method(wanted.method)
         started = time.monotonic()
         with workspace.lock():
-            job = contract.Job(config, drawn, drawn.outputs[0], workspace)
+            job = contract.Job(config, drawn, drawn.outputs[0], workspace, depends_of(method))
             made = method.quantize(job, make.options_of(wanted, method), quiet)
         seconds, peak = time.monotonic() - started, int(str(made.details["peak_rss"]))
     print(

@@ -1,20 +1,22 @@
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from quantool import gates, pipeline
+from quantool import gates, judging, pipeline
 from quantool.config.load import load
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
-from quantool.pipeline import Outcome
+from quantool.pipeline import RunResult
 from quantool.plugins import find
-from quantool.plugins.contract import Case
+from quantool.plugins.contract import Case, Check
 from quantool.plugins.find import find_check
-from quantool.records import Artifact, FileRecord, Plan, Report, Verdict, sha256_of
+from quantool.plugins.keys import Depends
+from quantool.records import Artifact, FileRecord, Finding, Plan, Report, Verdict, sha256_of
 from quantool.runtime.progress import Progress
 from tests.checkpoint import tensors
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("plugin")
 ALL = ["made Q8_0", "made Q4_K_M", "judged fake/Q8_0", "judged fake/Q4_K_M"]
 
 
-def run(path: Path, *overrides: str) -> Outcome:
+def run(path: Path, *overrides: str) -> RunResult:
     return pipeline.run(load(path, overrides, find).config, Progress(quiet=True))
 
 
@@ -117,7 +119,7 @@ def test_new_files_are_not_judged_by_the_hashes_of_old_ones(
     kept: bool,
 ) -> None:
     run(config_file())
-    judge = pipeline.judge
+    judge = judging.judge
     seen: list[bool] = []
 
     def watched(
@@ -126,7 +128,7 @@ def test_new_files_are_not_judged_by_the_hashes_of_old_ones(
         seen.extend((artifact.folder / "SHA256SUMS").is_file() for artifact in artifacts)
         return judge(cases, artifacts, progress)
 
-    monkeypatch.setattr(pipeline, "judge", watched)
+    monkeypatch.setattr(judging, "judge", watched)
     run(config_file(**change))
     assert seen == [kept, kept]
     assert (tmp_path / "out" / "model-FAKE" / "SHA256SUMS").is_file()
@@ -155,6 +157,53 @@ def test_what_the_checks_depend_on_is_judged_again(
     done(tmp_path)
     run(path, override)
     assert done(tmp_path) == again
+
+
+def test_a_check_that_declares_nothing_depends_on_everything(
+    tmp_path: Path, config_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undeclared = replace(find_check("fakecheck"), depends=None)
+    monkeypatch.setattr("quantool.plugins.find.find_check", lambda _name: undeclared)
+    path = config_file(("Q8_0",))
+    run(path)
+    done(tmp_path)
+    run(path)
+    assert done(tmp_path) == []
+    run(path, "seed=3")
+    assert done(tmp_path) == ["judged fake/Q8_0"]
+    run(path, "seed=3", "private=false")
+    assert done(tmp_path) == []
+
+
+def test_checks_are_kept_one_by_one(
+    tmp_path: Path, config_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate of one check, or a check more, does not do the others again."""
+    first = find_check("fakecheck")
+
+    def noted(case: Case, progress: Progress) -> list[Finding]:
+        with (case.workspace.root / "done.txt").open("a") as note:
+            note.write("second\n")
+        return [Finding(check="second", metric="m", verdict=Verdict.PASS)]
+
+    second = Check("second", "", noted, depends=Depends(fields=("seed",)))
+    monkeypatch.setattr(
+        "quantool.plugins.find.find_check", {"fakecheck": first, "second": second}.__getitem__
+    )
+    path = config_file(("Q8_0",))
+    config = load(path, (), find).config
+
+    def judged(**keys: object) -> list[str]:
+        settings = config.validation.model_copy(update={"checks": ("fakecheck", "second")})
+        pipeline.run(config.model_copy(update={"validation": settings, **keys}), Progress(quiet=True))
+        return done(tmp_path)
+
+    run(path)
+    assert done(tmp_path) == ["made Q8_0", "judged fake/Q8_0"]
+    assert judged() == ["second"]
+    assert judged(seed=3) == ["second"]
+    (tmp_path / "held-out.txt").write_text("Other text to measure on.\n")
+    assert judged(seed=3) == ["judged fake/Q8_0"]
 
 
 def test_another_text_is_judged_again(tmp_path: Path, config_file: Write) -> None:

@@ -24,8 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding, Gates
 from quantool.runtime.progress import Progress
+from quantool.texts import inputs
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import ask_artifact, ask_reference
 from quantool.validation._chat.answers import (
     ChatAnswer,
@@ -37,6 +40,7 @@ from quantool.validation._chat.answers import (
 )
 from quantool.validation._chat.tool_calls import calls
 from quantool.validation._engines.head import Unsound
+from quantool.validation._engines.vocabulary import TOKENIZER
 from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated
 from quantool.validation._findings.statistics import Estimate
@@ -86,7 +90,17 @@ class AnswerPair:
         )
 
 
-@check(NAME)
+@check(
+    NAME,
+    depends=TOKENIZER
+    | ANSWERS
+    | REFERENCE_ANSWERS
+    | Depends(
+        fields=("validation.behaviour.max_new_tokens",),
+        inputs=(inputs.prompts, inputs.held_out),
+        gates=True,
+    ),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Greedy answers beside the reference's: first tokens, where they stop, tool calls."""
     if case.source.facts.chat_template is None:

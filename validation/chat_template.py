@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
+from quantool.texts import inputs
 from quantool.validation._chat import llama_cpp_python, llama_server
 from quantool.validation._chat.agreement import (
     judge_bos,
@@ -32,6 +34,7 @@ from quantool.validation._chat.conversations import Conversation, of_case
 from quantool.validation._chat.renderings import BUILD, NAME, Renderings, explain_text, first
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.vocabulary import (
+    TOKENIZER,
     UnloadableError,
     Vocabulary,
     by_artifact,
@@ -39,13 +42,18 @@ from quantool.validation._engines.vocabulary import (
     of_gguf,
 )
 
+RENDERERS = Depends(libraries=("llama-cpp-python", "xllamacpp", "jinja2"))
+"""What users of a GGUF render with, beside an own llama-server."""
 MALFORMED = "TemplateSyntaxError: "
 WITH_TOOLS = (
     "tool_use"  # the named template that transformers and llama.cpp's server take when tools are offered
 )
 
 
-@check(NAME)
+@check(
+    NAME,
+    depends=TOKENIZER | RENDERERS | Depends(inputs=(inputs.conversations, llama_server.server), engine=True),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Chats rendered by the artifact's engines and by the source's tokenizer: template, text and token ids."""
     del progress  # a few seconds

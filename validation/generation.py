@@ -12,6 +12,7 @@ from pathlib import Path
 from quantool.config.sampling import disagreements, listed, of_generation, recommended, stated
 from quantool.errors import QuantizationError, SourceError
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.process import call
 from quantool.runtime.progress import Progress
@@ -32,7 +33,7 @@ KEYS = {  # gguf-py/gguf/metadata.py: names in generation_config.json and in a G
 }
 
 
-@check(NAME)
+@check(NAME, depends=Depends(fields=("validation.generation",), engine=True, folder=True))
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Recommended sampling: generation_config.json, the artifact and the model card say the same."""
     del progress  # headers only

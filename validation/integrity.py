@@ -18,6 +18,7 @@ from typing import Any
 from quantool.errors import SourceError
 from quantool.formats.safetensors import check_index
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding, Plan, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source.tensor_headers import headers as source_headers
@@ -41,7 +42,14 @@ SUMS = "SHA256SUMS"
 ELEMENTS = 0.05  # share of weight elements that a conversion may drop (padding rows) or add (rope factors)
 
 
-@check(NAME)
+@check(
+    NAME,
+    depends=Depends(
+        fields=("quantization_config", "quantizations", "dataset_path", "dataset_id"),
+        engine=True,
+        folder=True,
+    ),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Files, tensors, types and metadata, from headers: whether a file holds what its name says."""
     del progress  # seconds

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from statistics import stdev
 
 from quantool.config.schema import Config, LmEval
 from quantool.errors import ConfigError, DependencyError
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Source, Verdict, fingerprint, sha256_of
+from quantool.plugins.keys import Depends
+from quantool.records import Finding, Source, Verdict, sha256_of
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
 from quantool.validation._engines.head import Unsound
 from quantool.validation._findings.builder import FindingBuilder
@@ -34,6 +35,26 @@ BUILD = FindingBuilder(NAME)
 NEED = "lm_eval"
 EXTRA = "lm-eval"
 PARTS_SHOWN = 60  # tasks of a group in the detail
+
+
+def _own_tasks(config: Config) -> Iterator[tuple[str, str | None]]:
+    """The user's task files."""
+    folder = config.validation.lm_eval and config.validation.lm_eval.include_path
+    for path in sorted(folder.rglob("*")) if folder else ():
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield str(path.relative_to(folder or path)), sha256_of(path)
+
+
+def _documents(config: Config) -> Iterator[tuple[str, str | None]]:
+    """The documents of the tasks, which lie anywhere: nothing tells whether they changed."""
+    if config.validation.lm_eval is not None:
+        yield "documents", None
+
+
+QUESTIONS = Depends(
+    fields=("validation.lm_eval",), inputs=(_own_tasks,), libraries=("lm_eval", "datasets", "transformers")
+)
+"""What is asked; that the documents are the same is seen by asking both."""
 
 
 def require(config: Config, source: Source) -> None:
@@ -73,7 +94,12 @@ def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
     require(cases[0].config, cases[0].source)
 
 
-@check(NAME, prepare=prepare, require=require)
+@check(
+    NAME,
+    prepare=prepare,
+    require=require,
+    depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(_documents,)),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Tasks of lm-eval (when configured): accuracy beside the reference, by McNemar's exact test."""
     settings = case.settings.lm_eval
@@ -104,7 +130,6 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
 
 def _questions(case: Case, settings: LmEval) -> Questions:
     folder, cache_dir = settings.include_path, case.config.dataset_cache_dir
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
     request = {
         "tasks": settings.tasks,
         "include_path": str(folder) if folder else None,
@@ -113,9 +138,7 @@ def _questions(case: Case, settings: LmEval) -> Questions:
         "context": case.source.facts.context,
         "cache_dir": str(cache_dir) if cache_dir else None,
     }
-    own = [(str(path), sha256_of(path)) for path in files if "__pycache__" not in path.parts]
-    key = fingerprint(request, own, version("lm_eval"), version("datasets"))
-    return Questions(NAME, lm_eval_worker.ask, request, key)
+    return Questions(NAME, lm_eval_worker.ask, request, case.key(QUESTIONS))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from quantool.config.schema import Config, Corpus
 from quantool.errors import ConfigError
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Source, Verdict, fingerprint
+from quantool.plugins.keys import Depends
+from quantool.records import Finding, Source, Verdict
 from quantool.runtime.progress import Progress
-from quantool.texts import corpus
+from quantool.texts import corpus, inputs
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
 from quantool.validation._engines.head import Unsound
 from quantool.validation._findings.builder import FindingBuilder
@@ -28,6 +30,8 @@ BUILD = FindingBuilder(NAME)
 CELLS = {(True, True): "both", (True, False): "LOST", (False, True): "gained", (False, False): "none"}
 """What stands in the grid, by whether the reference and the artifact found the sentence."""
 ANSWER_SHOWN = 60  # characters
+QUESTIONS = Depends(fields=("validation.needle", "seed"))
+"""The questions; the haystack counts by what it holds."""
 
 
 def require(config: Config, source: Source) -> None:
@@ -57,7 +61,12 @@ def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
     require(cases[0].config, cases[0].source)
 
 
-@check(NAME, prepare=prepare, require=require)
+@check(
+    NAME,
+    prepare=prepare,
+    require=require,
+    depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """A sentence hidden in long text (when configured), found by reference and artifact: depth by length."""
     if case.settings.needle is None:
@@ -103,7 +112,7 @@ def _questions(case: Case) -> Questions:
         "cache_dir": str(cache_dir) if cache_dir else None,
     }
     known = corpus.identity(haystack)
-    return Questions(NAME, needle_worker.ask, request, known and fingerprint(request, known))
+    return Questions(NAME, needle_worker.ask, request, known and case.key(QUESTIONS, known))
 
 
 def compare(reference: Sequence[Hidden], artifact: Sequence[Hidden]) -> Finding:

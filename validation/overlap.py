@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool import __version__
 from quantool.config.schema import Config, Corpus
 from quantool.errors import SourceError
 from quantool.plugins.contract import Case, check
-from quantool.records import Finding, Verdict, fingerprint
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import Finding, Verdict
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Stage
 from quantool.texts import corpus as texts
+from quantool.texts import inputs
 from quantool.texts.readers import BUILT_IN
 from quantool.validation._findings.builder import FindingBuilder
 
@@ -37,8 +38,14 @@ WORDS = 13
 MAJORITY = 0.5
 """Above this share most of the text was calibrated on, and its figures say nothing about other text."""
 CHARACTERS = 1 << 24
-CHOOSING = ("sample_size", "shuffle", "dataset_seed", "dataset_config", "split", "calibration_config")
-"""Keys of the configuration that choose calibration documents, beside the data set."""
+COMPARED = Depends(
+    fields=(
+        "sample_size", "shuffle", "dataset_seed", "dataset_config", "split", "calibration_config",
+        "validation.max_tokens",
+    ),
+    libraries=("datasets", "numpy"),
+)  # fmt: skip
+"""Two texts compared: which calibration documents are chosen, and how far the evaluation text is read."""
 
 # A letter of a script that does not separate words counts as one: kana, Han, Thai, Lao, Khmer, Myanmar.
 _WORD = re.compile(
@@ -58,7 +65,7 @@ class Overlap:
     """The first common sequence; empty when there is none."""
 
 
-@check(NAME)
+@check(NAME, depends=COMPARED | Depends(inputs=(inputs.held_out, inputs.calibration)))
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Calibration text that occurs in the evaluation text."""
     config = case.config
@@ -83,9 +90,8 @@ def _overlaps(case: Case, origin: Corpus, evaluated: Sequence[Corpus], progress:
     stages = []
     for corpus in evaluated:
         own = texts.identity(corpus)
-        chosen = config.model_dump(mode="json", include=set(CHOOSING))
         known = own and calibrated
-        key = known and fingerprint(own, calibrated, chosen, config.validation.max_tokens, __version__)
+        key = known and key_of(COMPARED, case.source, own, calibrated, config=config)
         stages.append(Stage(f"overlap/{corpus.name}", key))
 
     def produce(missing: list[int]) -> list[dict[str, Any]]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from quantool.config.schema import Config
 from quantool.gates import over
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding, Gates, Verdict
 from quantool.runtime.progress import Progress
+from quantool.texts import inputs
 from quantool.texts.corpus import corpora
-from quantool.validation._engines.reference import Reference, references
+from quantool.validation._engines.reference import REFERENCE, Reference, references
+from quantool.validation._engines.windows import WINDOWS
 from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Scores, summarize
 from quantool.validation._score import conversion_loss
-from quantool.validation._score.scores import ArtifactScores, compute, kept_scores, require
+from quantool.validation._score.scores import SCORES, ArtifactScores, compute, kept_scores, require
 
 NAME = "perplexity"
 BUILD = FindingBuilder(NAME)
@@ -24,6 +28,12 @@ ANOMALY_RATIO = -0.02
 """A ln(PPL ratio) below this and below zero by ``ANOMALY_NOISE`` standard errors is too good to be true."""
 
 
+def _conversion_gates(config: Config) -> Iterator[tuple[str, str]]:
+    """The limits of the base, which are those of its own level."""
+    for file_type, level in conversion_loss.UNQUANTIZED.items():
+        yield level, str(conversion_loss.conversion_limit(file_type, config.validation.gates))
+
+
 def prepare(cases: Sequence[Case], progress: Progress) -> None:
     """Score all artifacts that are not yet, those of one engine together; the reference is computed once."""
     for case in cases:
@@ -31,7 +41,14 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     compute(cases, references(cases[0], corpora(cases[0].config), progress), progress)
 
 
-@check(NAME, prepare=prepare)
+@check(
+    NAME,
+    prepare=prepare,
+    depends=WINDOWS
+    | REFERENCE
+    | SCORES
+    | Depends(fields=("validation.corpora",), inputs=(inputs.held_out, _conversion_gates), gates=True),
+)
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Perplexity, KL divergence and same-top-p beside the bf16 reference, on the reference's token ids."""
     require(case)

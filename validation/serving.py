@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from quantool.formats.safetensors import TensorHeader, check_index, some
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding, Verdict
 from quantool.runtime.progress import Progress
 from quantool.validation._engines import unpacked
@@ -56,7 +57,7 @@ class Served:
     problem: str = ""
 
 
-@check(NAME)
+@check(NAME, depends=Depends())
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Fused modules, names, scales and kernels of a quantized folder, by the rules of vLLM; no GPU is needed."""
     del progress  # headers only

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
+from quantool.texts import inputs
 from quantool.validation._chat.conversations import ENDED, end_of_turn, of_case
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.vocabulary import (
+    TOKENIZER,
     UnloadableError,
     Vocabulary,
     by_artifact,
@@ -30,7 +33,7 @@ NAME = "stop_tokens"
 BUILD = FindingBuilder(NAME)
 
 
-@check(NAME)
+@check(NAME, depends=TOKENIZER | Depends(inputs=(inputs.conversations,), engine=True))
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """EOS, every token that ends generation or a chat turn, BOS and padding, as the source has them."""
     del progress  # a second

@@ -15,11 +15,13 @@ from typing import Any
 
 from quantool.config.schema import Corpus
 from quantool.plugins.contract import Case, check
+from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
-from quantool.texts import corpus
+from quantool.texts import corpus, inputs
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.vocabulary import (
+    TOKENIZER,
     ProbeText,
     UnloadableError,
     Vocabulary,
@@ -119,7 +121,7 @@ class TokenizedText:
         return "space_prefix" if self.found == self.respaced else ""
 
 
-@check(NAME)
+@check(NAME, depends=TOKENIZER | Depends(inputs=(inputs.held_out,), engine=True))
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Token ids of probe texts, of text around special tokens and of each corpus; BOS of the plain path."""
     del progress  # a few seconds

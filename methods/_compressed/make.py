@@ -13,11 +13,10 @@ from quantool.methods._compressed.outline import (
     Recipe,
     Task,
     is_companion,
-    key_of,
     max_seq_length,
     split,
+    task_key,
     task_of,
-    versions,
     workers,
 )
 from quantool.methods._compressed.proof import verify
@@ -36,7 +35,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     """Make one level in its folder, or recall it."""
     output, workspace, config = job.output, job.workspace, job.config
     task = task_of(recipe, output.level, options, job.plan.source)
-    key = key_of(task, config, options, job.plan.source)
+    key = task_key(task, config, options, job.plan.source)
     if (kept := workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
     started = time.monotonic()
@@ -77,9 +76,9 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
         details={
             "layers": len(task.selection.layers),
             "ignored": list(task.selection.left),
-            "versions": dict(versions()),
             **result,
         },
+        versions=job.versions(),
     )
     workspace.keep(output.id, key, paths, artifact.model_dump(mode="json"))
     return artifact
@@ -91,7 +90,7 @@ def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] 
         return None
     sibling = replace(task, autoawq=False)
     plain = options.model_copy(update={"format": "compressed-tensors"})
-    kept = job.workspace.recall(sibling.id, key_of(sibling, job.config, plain, job.plan.source))
+    kept = job.workspace.recall(sibling.id, task_key(sibling, job.config, plain, job.plan.source))
     if kept is None:
         return None
     artifact = Artifact.model_validate(kept)
@@ -101,7 +100,7 @@ def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] 
         return None
     for name in own:
         shutil.copyfile(artifact.folder / name, part / name)
-    return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored", "versions"}}
+    return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored"}}
 
 
 def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tuple[Work, dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -33,20 +33,30 @@ from quantool.methods._compressed.schemes import (
 from quantool.methods._compressed.stream import SLICE
 from quantool.methods._safetensors.layout import Stored, file_size, index_bytes
 from quantool.plugins.contract import Options, Outline, Request
+from quantool.plugins.keys import Depends, key_of
 from quantool.records import (
     OutputPlan,
     PlannedFile,
     Source,
-    fingerprint,
 )
-from quantool.source.resolve import identity
 from quantool.source.tensor_headers import headers
-from quantool.texts import corpus
+from quantool.texts import corpus, inputs
 
 SHARD_BYTES = 5_000_000_000
 """Where calibrated checkpoints are cut; streamed ones keep the source's shards."""
 MAX_SEQ_LENGTH = 512
-LIBRARIES = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+STREAMED = Depends(
+    fields=("device",),
+    libraries=("llmcompressor", "compressed-tensors", "torch", "transformers"),
+    without=("workers",),
+)
+"""A level that is rounded from the files alone."""
+CALIBRATED = STREAMED | Depends(
+    fields=("sample_size", "shuffle", "dataset_seed", "calibration_config", "seed"),
+    inputs=(inputs.calibration_by_name,),
+    libraries=("datasets", "tokenizers"),
+)
+"""A level that is made on calibration text."""
 GIB = 1 << 30
 CONFIG_GROWTH = 1300
 """About what quantization_config adds to config.json, bytes."""
@@ -248,7 +258,7 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
         gates=request.gates(task.level),
-        done=request.workspace.recall(task.id, key_of(task, request.config, options, source)) is not None,
+        done=request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
     )
 
 
@@ -335,30 +345,7 @@ def max_seq_length(config: Config) -> int:
     return value if isinstance(value, int) else MAX_SEQ_LENGTH
 
 
-def key_of(task: Task, config: Config, options: Any, source: Source) -> str:
-    """Fingerprint of all that the bytes depend on."""
-    text: Any = None
-    origin = corpus.calibration_corpus(config) if task.calibrated else None
-    if origin is not None:
-        text = [
-            corpus.identity(origin),
-            origin.model_dump(mode="json", exclude={"path"}),
-            [config.sample_size, config.shuffle, config.dataset_seed, config.calibration_config],
-        ]
-    settings = options.model_dump(mode="json", exclude={"workers"})
-    return fingerprint(
-        identity(source), task.recipe.method, task.level, settings, text, config.seed, versions()
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that make the numbers."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError as error:
-            raise DependencyError(
-                f"{name} is not installed", hint="pip install 'quantool[compressed]'"
-            ) from error
-    return found
+def task_key(task: Task, config: Config, options: Any, source: Source) -> str:
+    """The key of a level."""
+    depends = CALIBRATED if task.calibrated else STREAMED
+    return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)

@@ -14,7 +14,8 @@ from quantool.errors import ConfigError, DependencyError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
 from quantool.plugins.contract import Job, Options
-from quantool.records import FileRecord, Source, fingerprint, sha256_of
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import FileRecord, Source, sha256_of
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text, written
@@ -150,12 +151,14 @@ def choose_type(source: Source, wanted: str) -> tuple[str, str]:
     return wanted, ""
 
 
+BASE = Depends(libraries=("numpy", "torch", "transformers", "tokenizers"))
+"""A converted file; converter, names and options count by what ``recipe`` says of them."""
+
+
 def base_key(source: Source, options: GgufOptions, kind: str) -> str:
-    """Fingerprint of everything that a converted file depends on."""
+    """The key of a converted file."""
     tools = toolchain.locate(options.llama_cpp_path)
-    return fingerprint(
-        {file.name: file.sha256 for file in source.files}, recipe(source, options, tools, kind)
-    )
+    return key_of(BASE, source, recipe(source, options, tools, kind))
 
 
 def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kind: str) -> list[Any]:
@@ -165,7 +168,6 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     code = [
         toolchain.fingerprint_of(tools),
         sha256_of(Path(__file__).with_name("convert.py")),
-        __version__,
     ]
     keys = sorted(origin_keys(source))
     templates = [source.facts.chat_template, source.facts.named_templates]

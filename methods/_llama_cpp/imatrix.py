@@ -11,13 +11,23 @@ from quantool.errors import ConfigError, QuantizationError
 from quantool.methods._llama_cpp import base_file, imatrix_collect
 from quantool.methods._llama_cpp.imatrix_file import read_matrix
 from quantool.plugins.contract import Job
-from quantool.records import FileRecord, Source, fingerprint, sha256_of
-from quantool.runtime import process, toolchain
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import FileRecord, Source, sha256_of
+from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, written
+from quantool.texts import inputs
 
 IMATRIX_CONTEXT = 512  # llama-imatrix's default
 IMATRIX_TOKENS = 1 << 18
+TEXT = Depends(
+    fields=("split", "sample_size", "shuffle", "dataset_seed", "calibration_config"),
+    inputs=(inputs.calibration_by_name,),
+    libraries=("datasets", "transformers", "tokenizers"),
+)
+"""The token ids of the calibration text."""
+MATRIX = Depends(fields=("device",), libraries=("llama-cpp-python", "numpy"))
+"""A computed importance matrix; its text counts by the hash of the ids, and by its name, which the file holds."""
 
 
 def label(config: Config) -> str:
@@ -53,7 +63,7 @@ def known_key(
     if isinstance(wanted, Path):
         return sha256_of(wanted)
     ids = workspace.recall("imatrix-ids", _text_key(config, source))
-    return None if ids is None else _matrix_key(config, base_key, str(ids["sha256"]))
+    return None if ids is None else _matrix_key(config, source, base_key, str(ids["sha256"]))
 
 
 def matrix(
@@ -78,20 +88,14 @@ def matrix(
 
 
 def _text_key(config: Config, source: Source) -> str:
-    """Fingerprint of the calibration ids: text, choice of documents, tokenizer."""
-    text = (
-        sha256_of(config.dataset_path) if config.dataset_path else [config.dataset_id, config.dataset_config]
-    )
-    tokenizer = {file.name: file.sha256 for file in source.files if not file.name.endswith(".safetensors")}
-    chosen = config.model_dump(
-        mode="json", include={"split", "sample_size", "shuffle", "dataset_seed", "calibration_config"}
-    )
-    return fingerprint(text, chosen, tokenizer, IMATRIX_CONTEXT)
+    """The key of the calibration ids: weights do not change them."""
+    small = tuple(file for file in source.files if not file.name.endswith(".safetensors"))
+    return key_of(TEXT, source.model_copy(update={"files": small}), IMATRIX_CONTEXT, config=config)
 
 
-def _matrix_key(config: Config, base_key: str, ids: str) -> str:
-    """Fingerprint of a computed importance matrix; ``ids`` is the hash of its token ids."""
-    return fingerprint(base_key, ids, label(config), toolchain.installed_version())
+def _matrix_key(config: Config, source: Source, base_key: str, ids: str) -> str:
+    """The key of a computed importance matrix; ``ids`` is the hash of its token ids."""
+    return key_of(MATRIX, source, base_key, ids, label(config), config=config)
 
 
 def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
@@ -124,7 +128,8 @@ def _computed(
     ids = workspace.work / "imatrix-ids.npy"
     text = _calibration_ids(job, ids, progress)
     name = label(config)
-    key = _matrix_key(config, base_file.base_key(job.plan.source, options, kind), text["sha256"])
+    source = job.plan.source
+    key = _matrix_key(config, source, base_file.base_key(source, options, kind), text["sha256"])
 
     def produce() -> tuple[list[Path], dict[str, Any]]:
         base, _ = base_file.base(job, options, kind, progress)

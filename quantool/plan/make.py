@@ -10,6 +10,7 @@ from quantool.config.schema import Config, Quantization
 from quantool.errors import ConfigError
 from quantool.plan import disk
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
+from quantool.plan.depends import depends_of
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import Plan, Source
@@ -64,7 +65,8 @@ def options_of(wanted: Quantization, method: contract.Method) -> contract.Option
 def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
     method = find.find_method(wanted.method)
     chosen = partial(gates.resolve, configured=config.validation.gates)
-    request = Request(config, source, tuple(wanted.levels()), wanted.repo_id, workspace, chosen)
+    levels, depends = tuple(wanted.levels()), depends_of(method)
+    request = Request(config, source, levels, wanted.repo_id, workspace, chosen, depends)
     return method.outline(request, options_of(wanted, method))
 
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from quantool.plugins.keys import UNDECLARED, Depends, key_of
+
 if TYPE_CHECKING:
     from quantool.config.schema import Config, Validation
-    from quantool.records import Artifact, Finding, Gates, OutputPlan, Plan, Source, StagePlan
+    from quantool.records import Artifact, FileRecord, Finding, Gates, OutputPlan, Plan, Source, StagePlan
     from quantool.runtime.progress import Progress
     from quantool.runtime.workspace import Workspace
 
@@ -37,6 +39,12 @@ class Request:
     workspace: Workspace
     gates: Callable[[str], Gates]
     """Gates of a level: the defaults under what the configuration says."""
+    depends: Depends = UNDECLARED
+    """What the method declared, or all there is."""
+
+    def key(self, level: str, options: Options, *parts: Any) -> str:
+        """The key that ``Job.key`` will give the output of a level; ``parts`` are what only the method knows."""
+        return key_of(self.depends, self.source, level, parts, config=self.config, options=options)
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,22 @@ class Job:
     plan: Plan
     output: OutputPlan
     workspace: Workspace
+    depends: Depends = UNDECLARED
+    """What the method declared, or all there is."""
 
     @property
     def folder(self) -> Path:
         """The publishable folder that the files go to."""
         return self.workspace.root / self.output.repo
+
+    def key(self, options: Options, *parts: Any) -> str:
+        """The key under which the workspace keeps the output; ``parts`` are what only the method knows."""
+        level = self.output.level
+        return key_of(self.depends, self.plan.source, level, parts, config=self.config, options=options)
+
+    def versions(self) -> dict[str, str]:
+        """The versions that take part in making the output, for its record."""
+        return self.depends.versions()
 
 
 class Quantize(Protocol):
@@ -91,6 +110,8 @@ class Method:
     """Import names this method cannot work without."""
     extra: str = ""
     """The optional dependency group that brings them."""
+    depends: Depends | None = None
+    """What the bytes of its outputs depend on; None: on everything."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +132,19 @@ class Case:
     """What the plan says about it; None for an artifact that this run did not make."""
     base: Path | None = None
     """The unquantized GGUF that it was made from (first shard), when it is there."""
+    files: tuple[FileRecord, ...] = ()
+    """Its files and those it shares, by hash; empty where nobody hashed them."""
+    neighbours: tuple[str, ...] = ()
+    """Names of all files that the plan has for its folder."""
 
     @property
     def settings(self) -> Validation:
         """The validation part of the configuration."""
         return self.config.validation
+
+    def key(self, depends: Depends, *parts: Any) -> str:
+        """The key of a result about the source (or, with the declared engine, the artifact) of this case."""
+        return key_of(depends, self.source, *parts, config=self.config, engine=self.engine)
 
 
 class Judge(Protocol):
@@ -148,6 +177,8 @@ class Check:
     judge: Judge
     prepare: Prepare | None = None
     require: Require | None = None
+    depends: Depends | None = None
+    """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
 
 
 def method(
@@ -158,18 +189,27 @@ def method(
     outline: Draft,
     needs: tuple[str, ...] = (),
     extra: str = "",
+    depends: Depends | None = None,
 ) -> Callable[[Quantize], Method]:
-    """Mark a function as the method ``name``; the module's attribute becomes the ``Method``."""
-    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra)
+    """Mark a function as the method ``name``; the module's attribute becomes the ``Method``.
+
+    ``depends`` declares what the bytes depend on beside the checkpoint; without it, on every key of the configuration.
+    """
+    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends)
 
 
 def check(
-    name: str, *, prepare: Prepare | None = None, require: Require | None = None
+    name: str,
+    *,
+    prepare: Prepare | None = None,
+    require: Require | None = None,
+    depends: Depends | None = None,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
     ``require`` is asked by the plan when the configuration has a section of the check's name below ``validation``.
+    ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
     """
     return lambda judge: Check(
-        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require
+        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require, depends
     )

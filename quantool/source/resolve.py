@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.safetensors import (
@@ -108,22 +106,6 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         tokenizer=tokenizer.folder if tokenizer is not place else None,
         notes=(*notes, *more, *remarks),
     )
-
-
-def identity(source: Source) -> dict[str, JsonValue]:
-    """What stages that depend on the checkpoint put into their fingerprints; reads no weights.
-
-    Small files count by their hash. Weights count by their size, at a Hub commit with it (which is immutable), in a
-    local folder with their modification time. Where the folder lies does not count.
-    """
-    entries: list[JsonValue] = []
-    for file in source.files:
-        entry: list[JsonValue] = [file.name, file.bytes, file.sha256]
-        if file.sha256 is None and source.commit is None:
-            entry[2] = (source.folder / file.name).stat().st_mtime_ns
-        entries.append(entry)
-    where: dict[str, JsonValue] = {"id": source.model_id, "commit": source.commit} if source.commit else {}
-    return {**where, "files": entries}
 
 
 def overlay(source: Source, folder: Path) -> Source:

@@ -18,7 +18,6 @@ from quantool.records import Source, fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
-from quantool.source.resolve import identity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,12 +74,12 @@ def scan_source(source: Source, workspace: Workspace, progress: Progress) -> Sou
         require_finite(found)
         return [], found
 
-    return _with_scan(source, workspace.stage("scan", fingerprint(identity(source)), produce))
+    return _with_scan(source, workspace.stage("scan", fingerprint(source.identity()), produce))
 
 
 def recall_scan(source: Source, workspace: Workspace) -> Source:
     """The source with what an earlier scan of the same files found, if there was one."""
-    found = workspace.recall("scan", fingerprint(identity(source))) if _is_here(source) else None
+    found = workspace.recall("scan", fingerprint(source.identity())) if _is_here(source) else None
     return source if found is None else _with_scan(source, found)
 
 

@@ -18,7 +18,7 @@ import pytest
 import tampering
 from tampering import edited, fp8_of, spoilt, tampered
 
-from quantool import pipeline
+from quantool import judging
 from quantool.config.schema import Config
 from quantool.given_artifacts import artifact_of
 from quantool.plugins.contract import Case
@@ -110,7 +110,7 @@ def judged(
         for path, (_, engine) in zip(artifacts.values(), found, strict=True)
     ]
     with workspace.lock():
-        return pipeline.judge(cases, [artifact for artifact, _ in found], making.QUIET)
+        return judging.judge(cases, [artifact for artifact, _ in found], making.QUIET)
 
 
 def failed(report: Report) -> set[tuple[str, str]]:

@@ -21,7 +21,7 @@ from quantool.formats.safetensors import check_index
 from quantool.hub.download import hub_errors
 from quantool.records import Source
 from quantool.runtime.progress import Progress
-from quantool.source.resolve import identity, resolve
+from quantool.source.resolve import resolve
 from tests.checkpoint import write_checkpoint, write_json, write_shards
 from tests.loopback_hub import Hub, Repository, serving
 
@@ -90,7 +90,7 @@ def test_a_run_fetches_the_weights_and_nothing_else(hub: Hub, tmp_path: Path) ->
     source = ask(tmp_path, weights=True)
     assert set(hub.downloads()) == {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
     assert source == planned
-    assert identity(source) == identity(planned)
+    assert source.identity() == planned.identity()
     assert check_index(source.folder)
     assert {file.name for file in source.files} == {path.name for path in source.folder.iterdir()}
     hub.asked.clear()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quantool.config.schema import Config
 from quantool.plan import make as plan
+from quantool.plan.depends import depends_of
 from quantool.plugins import contract, find
 from quantool.records import Artifact, Finding, Plan
 from quantool.runtime.progress import Progress
@@ -90,7 +91,7 @@ def made() -> Made:
         method = find.find_method(wanted.method)
         workspace = Workspace(config.output_path)
         with workspace.lock():
-            job = contract.Job(config, drawn, drawn.outputs[0], workspace)
+            job = contract.Job(config, drawn, drawn.outputs[0], workspace, depends_of(method))
             return method.quantize(job, plan.options_of(wanted, method), Progress(quiet=True))
 
     return make

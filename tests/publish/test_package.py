@@ -8,7 +8,7 @@ import pytest
 
 from quantool import pipeline
 from quantool.config.load import load
-from quantool.pipeline import Outcome
+from quantool.pipeline import RunResult
 from quantool.plugins import find
 from quantool.publish.package import pack
 from quantool.records import FileRecord
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.usefixtures("plugin")
 
 
 @pytest.fixture
-def outcome(config_file: Callable[..., Path]) -> Outcome:
+def outcome(config_file: Callable[..., Path]) -> RunResult:
     return pipeline.run(load(config_file(), ["repo_id=org/model-FAKE"], find).config, Progress(quiet=True))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, outcome: Outcome) -> Path:
+def folder(tmp_path: Path, outcome: RunResult) -> Path:
     return tmp_path / "out" / "model-FAKE"
 
 
@@ -47,7 +47,7 @@ def test_sums_hold_for_all_that_is_published(folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_record_holds_plan_and_reports(folder: Path, outcome: Outcome) -> None:
+def test_the_record_holds_plan_and_reports(folder: Path, outcome: RunResult) -> None:
     record = json.loads((folder / "quantool.json").read_text())
     assert [output["id"] for output in record["plan"]["outputs"]] == ["fake/Q8_0", "fake/Q4_K_M"]
     assert [report["verdict"] for report in record["reports"]] == ["PASS", "PASS"]
@@ -64,7 +64,7 @@ def test_no_folder_of_this_machine_is_published(tmp_path: Path, folder: Path) ->
     assert str(Path.home()) not in (folder / "quantool.json").read_text()
 
 
-def test_every_repository_gets_its_own(tmp_path: Path, outcome: Outcome) -> None:
+def test_every_repository_gets_its_own(tmp_path: Path, outcome: RunResult) -> None:
     second = outcome.plan.outputs[1].model_copy(update={"repo": "other"})
     plan = outcome.plan.model_copy(update={"outputs": (outcome.plan.outputs[0], second)})
     workspace = Workspace(tmp_path / "apart")
@@ -79,7 +79,7 @@ def test_every_repository_gets_its_own(tmp_path: Path, outcome: Outcome) -> None
         assert f"model-{level}.gguf" in (workspace.root / repo / "SHA256SUMS").read_text()
 
 
-def test_a_shared_file_stands_once(tmp_path: Path, outcome: Outcome, folder: Path) -> None:
+def test_a_shared_file_stands_once(tmp_path: Path, outcome: RunResult, folder: Path) -> None:
     matrix = FileRecord(name="model-imatrix.gguf", bytes=1, sha256="ab" * 32)
     reports = [
         report.model_copy(update={"artifact": report.artifact.model_copy(update={"shared": (matrix,)})})
@@ -90,20 +90,22 @@ def test_a_shared_file_stands_once(tmp_path: Path, outcome: Outcome, folder: Pat
     assert (folder / "README.md").read_text().count("- importance matrix: `model-imatrix.gguf`") == 1
 
 
-def test_files_that_nobody_made_are_left_alone(tmp_path: Path, outcome: Outcome, folder: Path) -> None:
+def test_files_that_nobody_made_are_left_alone(tmp_path: Path, outcome: RunResult, folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     pack(outcome.plan, outcome.reports, Workspace(tmp_path / "out"))
     assert "notes.txt" not in (folder / "SHA256SUMS").read_text()
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_packing_again_changes_nothing(tmp_path: Path, outcome: Outcome, folder: Path) -> None:
+def test_packing_again_changes_nothing(tmp_path: Path, outcome: RunResult, folder: Path) -> None:
     before = contents(folder)
     pack(outcome.plan, outcome.reports, Workspace(tmp_path / "out"))
     assert contents(folder) == before
 
 
-def test_a_level_alone_takes_the_plots_of_two_with_it(tmp_path: Path, outcome: Outcome, folder: Path) -> None:
+def test_a_level_alone_takes_the_plots_of_two_with_it(
+    tmp_path: Path, outcome: RunResult, folder: Path
+) -> None:
     assert "](plots/size-kld.png)" in (folder / "README.md").read_text()
     plan = outcome.plan.model_copy(update={"outputs": outcome.plan.outputs[:1]})
     pack(plan, outcome.reports[:1], Workspace(tmp_path / "out"))

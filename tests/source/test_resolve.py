@@ -13,7 +13,7 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.records import Source, sha256_of
 from quantool.runtime.progress import Progress
-from quantool.source.resolve import identity, overlay, resolve
+from quantool.source.resolve import overlay, resolve
 from tests.checkpoint import TEMPLATE, write_checkpoint, write_json, write_shards
 
 QUIET = Progress(quiet=True)
@@ -145,17 +145,17 @@ def test_a_snapshot_in_the_cache_knows_its_id_and_commit(tmp_path: Path) -> None
 
 def test_identity_follows_content_not_place(tmp_path: Path) -> None:
     one = write_checkpoint(tmp_path / "one")
-    first = identity(local(one))
+    first = local(one).identity()
     json.dumps(first)
     moved = one.rename(tmp_path / "two")
-    assert identity(local(moved)) == first
+    assert local(moved).identity() == first
     weights = moved / "model.safetensors"
     stamp = weights.stat().st_mtime_ns
     os.utime(weights, ns=(stamp, stamp + 1))
-    assert identity(local(moved)) != first
+    assert local(moved).identity() != first
     os.utime(weights, ns=(stamp, stamp))
     (moved / "chat_template.jinja").write_text(TEMPLATE.replace("\n", " ", 1))
-    assert identity(local(moved)) != first
+    assert local(moved).identity() != first
 
 
 def test_another_tokenizer_is_laid_over_the_model(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_another_tokenizer_is_laid_over_the_model(tmp_path: Path) -> None:
     source = local(model, tokenizer_name=str(other))
     assert source.facts.chat_template == "OTHER"
     assert source.facts.has_sentencepiece
-    assert identity(source) != identity(local(model))
+    assert source.identity() != local(model).identity()
     for _ in range(2):
         laid = overlay(source, tmp_path / "work" / "overlay")
         assert {path.name for path in laid.folder.iterdir()} == {file.name for file in source.files}
@@ -176,7 +176,7 @@ def test_another_tokenizer_is_laid_over_the_model(tmp_path: Path) -> None:
         for file in laid.files:
             origin = other if file.name.startswith(("tokenizer", "chat")) else model
             assert (laid.folder / file.name).resolve() == origin / file.name
-    assert identity(laid) == identity(source)
+    assert laid.identity() == source.identity()
     plain = local(model)
     assert overlay(plain, tmp_path / "unused") is plain
     assert not (tmp_path / "unused").exists()

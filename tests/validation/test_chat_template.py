@@ -261,13 +261,13 @@ def test_binary_is_found_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         return path
 
     chosen = case("qwen3")
-    assert llama_server.find_binary(chosen) is None
+    assert llama_server.find_binary(chosen.config) is None
     on_path = binary(tmp_path / "bin-on-path")
     monkeypatch.setenv("PATH", str(on_path.parent))
-    assert llama_server.find_binary(chosen) == on_path
+    assert llama_server.find_binary(chosen.config) == on_path
     checkout = binary(tmp_path / "checkout/build/bin")
     monkeypatch.setenv("LLAMA_CPP_PATH", str(tmp_path / "checkout"))
-    assert llama_server.find_binary(chosen) == checkout
+    assert llama_server.find_binary(chosen.config) == checkout
 
 
 @pytest.mark.e2e

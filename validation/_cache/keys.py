@@ -1,14 +1,24 @@
-"""By what kept results know an artifact and its engine again: files by name, size and time, libraries by version."""
+"""By what kept results know an artifact again: its files by their hashes, or by name, size and time where nobody hashed them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from quantool import __version__
+from quantool.plugins.contract import Case
+from quantool.plugins.keys import Depends, own_files
+
+ANSWERS = Depends(fields=("device",), engine=True)
+"""Whatever an engine computes of an artifact."""
+REFERENCE_ANSWERS = Depends(fields=("device",), libraries=("torch", "transformers", "tokenizers"))
+"""Whatever transformers computes of the source."""
 
 Stamp = list[tuple[str, int, int]]
+
+
+def artifact_key(case: Case, depends: Depends, *parts: Any) -> str:
+    """The key of a result about the case's artifact, in its engine."""
+    return case.key(depends, own_files(case.files) or stamp(case.artifact), *parts)
 
 
 def stamp(artifact: Path) -> Stamp:
@@ -25,14 +35,3 @@ def stamp(artifact: Path) -> Stamp:
         for file in files
         if file.is_file()
     )
-
-
-def versions(libraries: Iterable[str]) -> list[str]:
-    """Quantool's version and those of ``libraries``; empty for one that is missing, which opening the engine reports."""
-    found = [__version__]
-    for library in libraries:
-        try:
-            found.append(version(library))
-        except PackageNotFoundError:
-            found.append("")
-    return found

@@ -10,13 +10,11 @@ from typing import Any
 
 from quantool.errors import SourceError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Stage
-from quantool.source.resolve import identity
-from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS, artifact_key
 from quantool.validation._engines.crash import WorkerError, crash
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.interface import Engine
@@ -25,12 +23,6 @@ from quantool.validation._findings.builder import without_folders
 
 REFERENCE = "transformers"
 """The engine that speaks for the source."""
-LIBRARIES = {
-    "llama.cpp": ("llama-cpp-python", "transformers"),
-    "transformers": ("torch", "transformers"),
-    "vllm": ("vllm", "transformers"),
-}
-"""What an engine's answers depend on; transformers has the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ def ask_reference(
 
     ``anew`` ignores what is kept. Raises SourceError when the source cannot answer.
     """
-    key = questions.key and fingerprint(identity(case.source), questions.key, versions(LIBRARIES[REFERENCE]))
+    key = questions.key and case.key(REFERENCE_ANSWERS, questions.key)
 
     def produce(_: object) -> list[dict[str, Any]]:
         log = case.workspace.logs / f"reference.{questions.check}.log"
@@ -75,13 +67,7 @@ def ask_artifact(
     case: Case, questions: Questions, progress: Progress, *, anew: bool = False
 ) -> dict[str, Any]:
     """Give the artifact's answers, kept like the reference's; raises Unsound, with the reason, when it has none."""
-    key = questions.key and fingerprint(
-        identity(case.source),
-        questions.key,
-        stamp(case.artifact),
-        case.engine,
-        versions(LIBRARIES[case.engine]),
-    )
+    key = questions.key and artifact_key(case, ANSWERS, questions.key)
 
     def produce(_: object) -> list[dict[str, Any]]:
         log = case.workspace.logs / f"{case.name.replace('/', '-')}.{questions.check}.log"

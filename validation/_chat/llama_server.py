@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantool.config.schema import Config
 from quantool.errors import DependencyError, QuantizationError
 from quantool.plugins.contract import Case
 from quantool.runtime.limits import BYTES, SECONDS, limit
@@ -51,11 +52,11 @@ TOO_OLD = b"invalid argument"  # common/arg.cpp on an option that it does not kn
 BINARY = "llama-server"
 
 
-def find_binary(case: Case) -> Path | None:
+def find_binary(config: Config) -> Path | None:
     """llama-server of ``llama_cpp_path`` or LLAMA_CPP_PATH (``build/bin``, ``bin`` or the folder itself), or of PATH."""
     configured = [
-        case.config.quantization_config or {},
-        *(one.quantization_config for one in case.config.quantizations),
+        config.quantization_config or {},
+        *(one.quantization_config for one in config.quantizations),
     ]
     named = [options.get("llama_cpp_path") for options in configured] + [os.environ.get("LLAMA_CPP_PATH")]
     for root in named:
@@ -68,13 +69,20 @@ def find_binary(case: Case) -> Path | None:
     return Path(found) if found else None
 
 
+def server(config: Config) -> Iterator[tuple[str, str | None]]:
+    """The external server, when there is one, as what keeps findings knows it again: by size and time."""
+    if (binary := find_binary(config)) is not None:
+        status = binary.stat()
+        yield BINARY, f"{status.st_size} {status.st_mtime_ns}"
+
+
 def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
     """What llama.cpp's server makes of ``conversations`` with the case's GGUF; raises UnloadableError.
 
     Returns ``engine`` (which server), ``template`` and ``caps`` as it reports them, and ``answers``: for each
     conversation ``text``, ``ids`` and ``nfc_ids`` (of the text in Unicode's NFC), or ``error``.
     """
-    binary = find_binary(case)
+    binary = find_binary(case.config)
     log = case.workspace.logs / f"server-{case.name.replace('/', '-')}.log"
     request = {
         "model": str(case.artifact.resolve()),

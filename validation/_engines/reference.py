@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool import __version__
 from quantool.config.schema import Corpus
 from quantool.errors import DependencyError, SourceError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
+from quantool.plugins.keys import Depends
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Stage, written
-from quantool.source.resolve import identity
 from quantool.validation._engines import unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
 from quantool.validation._engines.windows import Windows, scored, windows
@@ -33,6 +30,8 @@ if TYPE_CHECKING:
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """How a checkpoint is run: as it is stored, anything else (FP8) in bfloat16."""
 
+REFERENCE = Depends(fields=("validation.context", "device"), libraries=("torch", "transformers"))
+"""Hidden states on windows, which count by their hash."""
 BATCH_TOKENS = 2048
 VERIFIED_POSITIONS = 32
 LOGIT_TOLERANCE = 2**-6
@@ -57,14 +56,15 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     logits cannot be recomputed; ConfigError like ``windows``.
     """
     cut = windows(case, corpora, progress)
-    source, settings = case.source, case.config.validation
-    origin = identity(source)
-    stages = []
-    for part in cut:
-        key = fingerprint(
-            origin, part.sha256, settings.context, __version__, version("torch"), version("transformers")
+    source = case.source
+    stages = [
+        Stage(
+            f"reference/{part.corpus.name}",
+            case.key(REFERENCE, part.sha256),
+            (_file(case, part.corpus),),
         )
-        stages.append(Stage(f"reference/{part.corpus.name}", key, (_file(case, part.corpus),)))
+        for part in cut
+    ]
 
     def produce(missing: list[int]) -> list[dict[str, Any]]:
         request = {

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError, SourceError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
+from quantool.plugins.keys import Depends, key_of
 from quantool.runtime.llama_cpp import LlamaLog, load
 from quantool.runtime.process import call, name_of
 from quantool.runtime.worker import Report, Work
@@ -25,6 +24,8 @@ from quantool.validation._findings.builder import without_folders
 SURROUNDINGS = 4  # tokens shown on each side of a difference
 TEMPLATE = "tokenizer.chat_template"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+TOKENIZER = Depends(libraries=("transformers", "tokenizers"))
+"""What the source's tokenizer answers."""
 
 
 class UnloadableError(Exception):
@@ -88,15 +89,13 @@ def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dic
 
     Kept in the workspace under ``name``, for the next artifact and for other checks that ask the same.
     """
+    small = tuple(file for file in case.source.files if not file.name.endswith(WEIGHTS))
+    key = key_of(TOKENIZER, case.source.model_copy(update={"files": small}), name_of(work), request)
     whole = {
         "folder": str(case.source.folder),
         "trust_remote_code": case.source.trust_remote_code,
         **request,
     }
-    files = [
-        (file.name, file.bytes, file.sha256) for file in case.source.files if not file.name.endswith(WEIGHTS)
-    ]
-    key = fingerprint(name_of(work), whole, files, version("transformers"), version("tokenizers"))
     log = case.workspace.logs / "tokenizer-reference.log"
     stage = Stage(f"reference-{name}", key)
     return case.workspace.together([stage], lambda _: [call(work, whole, log=log)])[0]

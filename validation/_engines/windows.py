@@ -11,25 +11,29 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool import __version__
 from quantool.config.schema import Corpus
 from quantool.errors import ConfigError, SourceError
 from quantool.plugins.contract import Case
-from quantool.records import Source, fingerprint
+from quantool.plugins.keys import Depends, key_of
+from quantool.records import Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Stage, written
-from quantool.source.resolve import identity
 from quantool.texts import corpus as texts
 from quantool.validation._engines.hf_tokenizer import beginning, load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+WINDOWS = Depends(
+    fields=("validation.context", "validation.max_tokens"), libraries=("transformers", "tokenizers")
+)
+"""The windows of a text."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,7 @@ def windows(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[
     stages = []
     for corpus in corpora:
         text = texts.identity(corpus)
-        key = text and fingerprint(
-            text,
-            identity(_small(source)),
-            settings.context,
-            settings.max_tokens,
-            __version__,
-            version("transformers"),
-        )
+        key = text and key_of(WINDOWS, _small(source), text, config=case.config)
         stages.append(Stage(f"windows/{corpus.name}", key, (_file(case, corpus),)))
 
     def produce(missing: list[int]) -> list[dict[str, Any]]:

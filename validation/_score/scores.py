@@ -10,11 +10,11 @@ from typing import Any
 
 from quantool.errors import ConfigError
 from quantool.plugins.contract import Case
-from quantool.records import fingerprint
+from quantool.plugins.keys import Depends
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
-from quantool.validation._cache.keys import stamp, versions
+from quantool.validation._cache.keys import artifact_key, stamp
 from quantool.validation._engines import vllm
 from quantool.validation._engines.crash import WorkerError, crash
 from quantool.validation._engines.reference import Reference
@@ -26,18 +26,19 @@ from quantool.validation._score.conversion_loss import UNQUANTIZED, BaseScores, 
 
 @dataclass(frozen=True)
 class _Engine:
-    """A worker, the libraries whose versions its scores depend on, and whether it takes several artifacts."""
+    """A worker, and whether it takes several artifacts."""
 
     work: Work
-    libraries: tuple[str, ...]
     several: bool
 
 
 ENGINES = {
-    "llama.cpp": _Engine(score_llama_cpp.score, ("llama-cpp-python", "torch"), True),
-    "transformers": _Engine(score_transformers.score, ("torch", "transformers"), True),
-    "vllm": _Engine(vllm.score, ("vllm", "torch"), False),
+    "llama.cpp": _Engine(score_llama_cpp.score, True),
+    "transformers": _Engine(score_transformers.score, True),
+    "vllm": _Engine(vllm.score, False),
 }
+SCORES = Depends(fields=("validation.context", "device"), engine=True)
+"""The scores of an artifact, or of its base, on the reference's windows; these count by the reference's key."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +254,7 @@ def _own_file(case: Case, reference: Reference) -> ScoresFile:
     corpus = reference.windows.corpus.name
     return ScoresFile(
         f"scores/{case.name}/{corpus}",
-        fingerprint(
-            reference.key, stamp(case.artifact), case.engine, versions(ENGINES[case.engine].libraries)
-        ),
+        artifact_key(case, SCORES, reference.key),
         case.workspace.work / "scores" / case.name / f"{corpus}.npz",
     )
 
@@ -264,7 +263,7 @@ def _base_file(case: Case, base: Path, reference: Reference) -> ScoresFile:
     corpus = reference.windows.corpus.name
     return ScoresFile(
         f"base-scores/{base.stem}/{corpus}",
-        fingerprint(reference.key, stamp(base), versions(ENGINES[case.engine].libraries)),
+        case.key(SCORES, reference.key, stamp(base)),
         case.workspace.work / "base-scores" / base.stem / f"{corpus}.npz",
     )
 
@@ -273,6 +272,6 @@ def _divided_file(case: Case, base: Path, reference: Reference) -> ScoresFile:
     corpus, own = reference.windows.corpus.name, _own_file(case, reference)
     return ScoresFile(
         f"divided-scores/{case.name}/{corpus}",
-        fingerprint(own.key, _base_file(case, base, reference).key),
+        case.key(SCORES, own.key, _base_file(case, base, reference).key),
         case.workspace.work / "divided-scores" / case.name / f"{corpus}.npz",
     )

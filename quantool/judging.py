@@ -1,0 +1,119 @@
+"""Judging: every check on every artifact, its findings kept under what they depend on until that changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantool.plan.depends import depends_of
+from quantool.plugins import find
+from quantool.plugins.contract import Case, Check
+from quantool.plugins.keys import PACKED, own_files
+from quantool.publish import preupload
+from quantool.records import Artifact, Finding, Report, sha256_of
+from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import Workspace, write_text
+
+
+def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progress) -> tuple[Report, ...]:
+    """Run the checks on the artifacts; findings that still hold are taken from the workspace, check by check.
+
+    What a check can do for several artifacts at once (``Check.prepare``) is done once for those that it has to judge.
+    """
+    checks = _checks(cases)
+    kept = [
+        {check.name: _kept(check, case, artifact) for check in checks}
+        for case, artifact in zip(cases, artifacts, strict=True)
+    ]
+    for check in checks:
+        waiting = [case for case, known in zip(cases, kept, strict=True) if known[check.name] is None]
+        if check.prepare is not None and waiting:
+            check.prepare(waiting, progress)
+    reports = []
+    for case, artifact, known in zip(cases, artifacts, kept, strict=True):
+        results = [known[check.name] or _judged(check, case, artifact, progress) for check in checks]
+        report = _report(case, artifact, results)
+        write_text(record_path(case.workspace, "report", case.name), report.model_dump_json(indent=1))
+        reports.append(report)
+    return tuple(reports)
+
+
+def kept_report(case: Case, artifact: Artifact) -> Report | None:
+    """The report of an earlier run, when the findings of every check still hold."""
+    results = [_kept(check, case, artifact) for check in _checks([case])]
+    found = [result for result in results if result is not None]
+    return _report(case, artifact, found) if len(found) == len(results) else None
+
+
+def record_path(workspace: Workspace, kind: str, name: str) -> Path:
+    """Where the record of an output is saved."""
+    return workspace.root / "records" / f"{name.replace('/', '-')}.{kind}.json"
+
+
+def _checks(cases: Sequence[Case]) -> list[Check]:
+    names = [name for case in cases[:1] for name in case.settings.checks or find.names("checks")]
+    return [find.find_check(name) for name in names]
+
+
+def _report(case: Case, artifact: Artifact, results: Sequence[dict[str, Any]]) -> Report:
+    findings = [Finding.model_validate(finding) for result in results for finding in result["findings"]]
+    return Report(
+        artifact=artifact,
+        reference=case.source.label(),
+        findings=tuple(findings),
+        seconds=sum(result["seconds"] for result in results),
+    )
+
+
+def _kept(check: Check, case: Case, artifact: Artifact) -> dict[str, Any] | None:
+    """The findings of an earlier run, and the seconds they took.
+
+    What depends on a text that may have changed unseen (a data set on the Hub) is measured again, unless the artifact
+    was uploaded and deleted after it was judged.
+    """
+    if not depends_of(check).known(case.config) and not preupload.missing(artifact):
+        return None
+    return case.workspace.recall(_stage(check, case), findings_key(check, case, artifact))
+
+
+def _judged(check: Check, case: Case, artifact: Artifact, progress: Progress) -> dict[str, Any]:
+    started = time.monotonic()
+    if (
+        getattr(case.settings, check.name, True) is not None
+    ):  # one with an own section does nothing without it
+        progress.say(f"{case.name}: {check.name}")
+    findings = [finding.model_dump(mode="json") for finding in check.judge(case, progress)]
+    result = {"findings": findings, "seconds": time.monotonic() - started}
+    files = [artifact.folder / file.name for file in artifact.files]
+    case.workspace.keep(_stage(check, case), findings_key(check, case, artifact), files, result)
+    return result
+
+
+def _stage(check: Check, case: Case) -> str:
+    return f"findings/{case.name}/{check.name}"
+
+
+def findings_key(check: Check, case: Case, artifact: Artifact) -> str:
+    """The key of a check's findings: what it declared, and what every one depends on, the artifact and its plan."""
+    depends = depends_of(check)
+    promised = case.output and [case.output.files, case.output.bits_per_weight, case.output.needs]
+    return case.key(
+        depends,
+        own_files([*artifact.files, *artifact.shared]),
+        [case.engine, promised],
+        case.base is not None or artifact.made_from is not None,  # a base that was lost since changes nothing
+        case.gates if depends.gates else None,
+        _folder(case) if depends.folder else None,
+    )
+
+
+def _folder(case: Case) -> list[Any]:
+    """What else the artifact's folder holds: by the plan, or as it lies there."""
+    if case.output is not None:
+        return [*case.neighbours]
+    folder = case.artifact if case.artifact.is_dir() else case.artifact.parent
+    packed = [folder / name for name in sorted(PACKED)]
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [names, [sha256_of(path) for path in packed if path.is_file()]]
