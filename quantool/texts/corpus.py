@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from quantool.config.schema import Config, Corpus
 from quantool.errors import ConfigError, SourceError
-from quantool.records import fingerprint, sha256_of
 from quantool.formats.json_file import JsonError, brief, parse_json
+from quantool.records import fingerprint, sha256_of
 from quantool.texts.readers import (
     BUILT_IN,
     MAX_EMPTY,
