@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantool.errors import ConfigError
+from quantool.errors import ConfigError, SourceError
+from quantool.formats.json_file import brief, read_json
 from quantool.records import Artifact, FileRecord, sha256_of
 from quantool.runtime.toolchain import prefer_own_gguf
 
@@ -78,11 +78,11 @@ def _recorded(folder: Path, names: list[str]) -> str | None:
     if not record.is_file():
         return None
     try:
-        made = [report["artifact"] for report in json.loads(record.read_bytes())["reports"]]
+        made = [report["artifact"] for report in read_json(record)["reports"]]
         levels = [str(one["level"]) for one in made if {*names} <= {file["name"] for file in one["files"]}]
-    except (ValueError, KeyError, TypeError) as error:
+    except (SourceError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{record} is damaged ({type(error).__name__}: {error})",
+            f"{record} is damaged ({type(error).__name__}: {brief(str(error), 200)})",
             hint="download it again, or remove it: levels are then read from names",
         ) from error
     return levels[0] if levels else None

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from quantool.config.sampling import disagreements, listed, of_generation, recommended, stated
 from quantool.errors import QuantizationError, SourceError
+from quantool.formats.json_file import read_optional
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.process import call
 from quantool.runtime.progress import Progress
-from quantool.source.model_facts import read_optional
 from quantool.validation._files import gguf_file
 from quantool.validation._findings.builder import FindingBuilder
 

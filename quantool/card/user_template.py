@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from quantool.config.yaml_file import parse
 from quantool.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -111,15 +112,13 @@ def _failed_line(trace: TracebackType | None, path: Path) -> int:
 
 
 def _require_front_matter(path: Path, card: str) -> None:
-    import yaml
-
     front, end, _ = card[4:].partition("\n---\n")
     try:
-        found = yaml.safe_load(front) if end and card.startswith("---\n") else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 2} of the card" if mark else ""
-        raise ConfigError(f"{KEY}: {path}: the front matter is not YAML{place}") from error
+        found = parse(front, "").data if end and card.startswith("---\n") else None
+    except ConfigError as error:
+        line, _, problem = error.message.removeprefix(":").partition(": not YAML: ")
+        place = f"line {int(line.partition(':')[0]) + 1} of the card"
+        raise ConfigError(f"{KEY}: {path}: the front matter is not YAML, {place}: {problem}") from error
     if not isinstance(found, dict):
         raise ConfigError(
             f"{KEY}: {path}: the card does not begin with the metadata that the Hub reads",

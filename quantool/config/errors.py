@@ -59,8 +59,15 @@ class Mistake:
 
 
 def dotted(path: KeyPath) -> str:
-    """``("quantizations", 0, "method")`` as ``quantizations.0.method``."""
-    return ".".join(str(key) for key in path)
+    """``("quantizations", 0, "method")`` as ``quantizations.0.method``, on one line and not endless."""
+    keys = (key if key.isprintable() else json.dumps(key) for key in map(str, path))
+    return ".".join(key if len(key) <= 60 else f"{key[:59]}…" for key in keys)
+
+
+def line_of(text: str, position: int) -> tuple[int, int]:
+    """Line and column, from 1, of a character."""
+    before = text[:position]
+    return before.count("\n") + 1, position - before.rfind("\n")
 
 
 def show(value: Any) -> str:
@@ -193,6 +200,8 @@ def _text(item: Any, path: KeyPath, model: type[BaseModel], homes: Mapping[str, 
             near = get_close_matches(key, known, n=1, cutoff=0.6)
             return f"unknown key here; did you mean {' or '.join([*near, *homes[key]])}?"
         return f"unknown key{suggest(key, known)}"
+    if kind == "string_type" and (example := _example(model, path)):
+        return f'must be text such as "{example}"'
     if kind in _WORDS:
         return _WORDS[kind]
     if kind in _BOUNDS:
@@ -205,6 +214,12 @@ def _text(item: Any, path: KeyPath, model: type[BaseModel], homes: Mapping[str, 
         return text
     message = str(item["msg"])
     return f"must {message.removeprefix('Input should ')}" if message.startswith("Input should ") else message
+
+
+def _example(model: type[BaseModel], path: KeyPath) -> str | None:
+    """The default of the field at ``path`` when it is a text, which shows what is meant."""
+    fields = [owner.model_fields.get(str(path[-1])) for owner in models_at(model, path[:-1])] if path else []
+    return next((field.default for field in fields if field and isinstance(field.default, str)), None)
 
 
 def _joined(texts: list[str], value: tuple[Any, bool]) -> str:
@@ -220,10 +235,8 @@ def _joined(texts: list[str], value: tuple[Any, bool]) -> str:
     )
     if value[1]:
         together += f" {show(value[0])}"
-        if any(head in ("must be text", "must be a path") for head in heads) and _is_plain(value[0]):
+        wanted_text = any(head.startswith(("must be text", "must be a path")) for head in heads)
+        has_example = any("such as" in head for head in heads)
+        if wanted_text and isinstance(value[0], bool if has_example else (bool, int, float)):
             tails.append("put it in quotes if it is a word")
     return "; ".join([together, *tails])
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))

@@ -11,7 +11,7 @@ from quantool.config import rules
 from quantool.config.errors import explain
 from quantool.config.rules import Catalogue
 from quantool.config.schema import NO_EFFECT, Calibration, Config, Validation
-from quantool.config.yaml_file import Document, read
+from quantool.config.yaml_file import YamlDocument, read
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _homes() -> dict[str, list[str]]:
     return homes
 
 
-def _warnings(document: Document) -> tuple[str, ...]:
+def _warnings(document: YamlDocument) -> tuple[str, ...]:
     """Name the keys that do nothing any more in one sentence, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for key, reason in NO_EFFECT.items():

@@ -281,17 +281,17 @@ class Config(Section):
         default=None, description="Where torch computes; default auto."
     )
 
-    load_in_pipeline: Any = _retired("load_in_pipeline")
-    preprocess_fn: Any = _retired("preprocess_fn")
-    enable_evaluation: Any = _retired("enable_evaluation")
-    metrics: Any = _retired("metrics")
-    report_to: Any = _retired("report_to")
-    experiment_name: Any = _retired("experiment_name")
-    save_logs: Any = _retired("save_logs")
-    log_dir: Any = _retired("log_dir")
-    log_level: Any = _retired("log_level")
-    verbose: Any = _retired("verbose")
-    use_auth_token: Any = _retired("use_auth_token")
+    load_in_pipeline: bool | None = _retired("load_in_pipeline")
+    preprocess_fn: str | None = _retired("preprocess_fn")
+    enable_evaluation: bool | None = _retired("enable_evaluation")
+    metrics: str | tuple[str, ...] | None = _retired("metrics")
+    report_to: str | tuple[str, ...] | None = _retired("report_to")
+    experiment_name: str | None = _retired("experiment_name")
+    save_logs: bool | None = _retired("save_logs")
+    log_dir: str | None = _retired("log_dir")
+    log_level: str | None = _retired("log_level")
+    verbose: bool | None = _retired("verbose")
+    use_auth_token: bool | str | None = _retired("use_auth_token")
 
     def requested(self) -> tuple[Quantization, ...]:
         """List the quantizations of the run: those of the list, or the one that the flat keys describe."""

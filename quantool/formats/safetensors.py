@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.formats.json_file import TENSORS, JsonError, brief, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MAX_HEADER = 100_000_000
-"""Longest header, bytes, that the safetensors library accepts."""
+MAX_RANK, MAX_SIZE = 64, 1 << 63
+"""Dimensions that a tensor has at most, and elements of one."""
 REMOTE_REQUESTS = 8
 
 BITS = {
@@ -78,7 +79,7 @@ def read_header(file: Path) -> list[TensorHeader]:
                     f"{file} is a Git LFS pointer, not the weights",
                     hint="fetch the file itself: git lfs pull",
                 )
-            if size < 8 or not 2 <= length <= MAX_HEADER:
+            if size < 8 or not 2 <= length <= TENSORS.bytes:
                 raise SourceError(f"{file}: not a safetensors file (it says its header has {length} bytes)")
             text = stream.read(length)
     except OSError as error:
@@ -106,8 +107,8 @@ def _truncated(file: Path, expected: int, size: int, at_least: str = "") -> Sour
 
 def _parse_header(text: bytes, file: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text, TENSORS)
+    except JsonError as error:
         raise SourceError(f"{file}: the header is not sound JSON: {error}") from error
     if not isinstance(entries, dict):
         raise SourceError(f"{file}: the header is not a JSON object")
@@ -115,29 +116,23 @@ def _parse_header(text: bytes, file: Path) -> dict[str, Any]:
     return entries
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError when a key occurs twice (json keeps the last one without a word)."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return found
-
-
 def _tensor(name: str, entry: Any, file: Path, data: int) -> TensorHeader:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if all(
-            isinstance(size, int) and size >= 0 for size in shape
-        ):
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if len(
+            shape
+        ) <= MAX_RANK and all(type(size) is int and 0 <= size <= MAX_SIZE for size in (*shape, start, end)):
             tensor = TensorHeader(name, dtype, tuple(shape), file.name, data + start, data + end)
         case _:
-            raise SourceError(f"{file}: the header's entry for {name!r} is not dtype, shape and data_offsets")
+            raise SourceError(
+                f"{file}: the header's entry for {brief(name)} is not dtype, shape and data_offsets"
+            )
     if dtype not in BITS:
-        raise SourceError(f"{file}: tensor {name!r} has the unknown dtype {dtype!r}")
-    expected = tensor.elements * BITS[dtype] / 8
-    if tensor.bytes != expected:
+        raise SourceError(f"{file}: tensor {brief(name)} has the unknown dtype {brief(dtype)}")
+    bits = tensor.elements * BITS[dtype]
+    if tensor.bytes * 8 != bits:
         raise SourceError(
-            f"{file}: tensor {name!r} of {dtype} {list(shape)} needs {expected:.0f} bytes, its offsets give {tensor.bytes}"
+            f"{file}: tensor {brief(name)} of {dtype} {brief(shape)} needs {brief(bits / 8 if bits % 8 else bits // 8)} bytes, "
+            f"its offsets give {tensor.bytes}"
         )
     return tensor
 
@@ -147,7 +142,7 @@ def _check_contiguous(tensors: Iterable[TensorHeader], start: int, file: Path) -
         if tensor.start != start:
             what = "overlaps the one before" if tensor.start < start else "leaves a hole before it"
             raise SourceError(
-                f"{file}: tensor {tensor.name!r} {what} (starts at {tensor.start}, expected {start})"
+                f"{file}: tensor {brief(tensor.name)} {what} (starts at {tensor.start}, expected {start})"
             )
         start = tensor.end
 
@@ -157,25 +152,19 @@ def _join(tensors: Iterable[TensorHeader]) -> dict[str, TensorHeader]:
     for tensor in tensors:
         other = joined.setdefault(tensor.name, tensor)
         if other is not tensor:
-            raise SourceError(f"tensor {tensor.name!r} is in {other.file} and again in {tensor.file}")
+            raise SourceError(f"tensor {brief(tensor.name)} is in {other.file} and again in {tensor.file}")
     return joined
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name to shard name, of a ``model.safetensors.index.json``."""
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not sound JSON: {error}") from error
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(path, TENSORS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path}: no weight_map in it")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or "/" in shard or not shard.endswith(".safetensors"):
             raise SourceError(
-                f"{path}: {tensor!r} is said to be in {shard!r}, which is no safetensors file beside it"
+                f"{path}: {brief(tensor)} is said to be in {brief(shard)}, which is no safetensors file beside it"
             )
     return weight_map
 
@@ -244,6 +233,12 @@ def check_index(folder: Path) -> dict[str, TensorHeader]:
     headers = read_headers([folder / name for name in names])
     if index is not None:
         compare(index, headers, str(folder))
+    return _some_tensors(headers, str(folder))
+
+
+def _some_tensors(headers: dict[str, TensorHeader], place: str) -> dict[str, TensorHeader]:
+    if not any(tensor.bytes for tensor in headers.values()):
+        raise SourceError(f"{place}: the weight files hold no weights")
     return headers
 
 
@@ -253,10 +248,12 @@ def compare(index: Mapping[str, str], headers: Mapping[str, TensorHeader], place
         tensor = headers.get(name)
         if tensor is None or tensor.file != shard:
             found = f"it is in {tensor.file}" if tensor else "no shard has it"
-            raise SourceError(f"{place}: {INDEX} puts tensor {name!r} in {shard}, but {found}")
+            raise SourceError(f"{place}: {INDEX} puts tensor {brief(name)} in {shard}, but {found}")
     for name, tensor in headers.items():
         if name not in index:
-            raise SourceError(f"{place}: {tensor.file} holds tensor {name!r}, which {INDEX} does not name")
+            raise SourceError(
+                f"{place}: {tensor.file} holds tensor {brief(name)}, which {INDEX} does not name"
+            )
 
 
 def remote_headers(
@@ -274,23 +271,26 @@ def remote_headers(
     def ask(name: str) -> list[TensorHeader]:
         file = Path(f"{repo}@{revision}") / name
         try:
-            found = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+            found = api.parse_safetensors_file_metadata(repo, name, revision=revision).tensors
+            entries = {
+                key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+                for key, info in found.items()
+            }
+            data = files[name] - max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         except SafetensorsParsingError as error:
             raise SourceError(f"{file}: not a safetensors file: {error}") from error
-        data = files[name] - max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise SourceError(f"{file}: the header is not sound ({type(error).__name__})") from error
         if data < 10:
             raise _truncated(file, files[name] - data, files[name], "more than ")
-        entries = {
-            key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
-            for key, info in found.tensors.items()
-        }
         tensors = [_tensor(key, entry, file, data) for key, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
         _check_contiguous(tensors, data, file)
         return tensors
 
     with ThreadPoolExecutor(REMOTE_REQUESTS) as pool:
-        return _join(tensor for tensors in pool.map(ask, sorted(files)) for tensor in tensors)
+        joined = _join(tensor for tensors in pool.map(ask, sorted(files)) for tensor in tensors)
+    return _some_tensors(joined, f"{repo}@{revision}")
 
 
 def write_skeleton(headers: Mapping[str, TensorHeader], folder: Path) -> None:

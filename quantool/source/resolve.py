@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
+from quantool.formats.json_file import JsonLimits, read_json, read_optional, require_bounded
 from quantool.formats.safetensors import (
     INDEX,
     PICKLES,
@@ -28,7 +29,8 @@ from quantool.formats.safetensors import (
 from quantool.hub.download import Listing, fetch, hub_errors, list_repository
 from quantool.records import Source, SourceFile, sha256_of
 from quantool.runtime.progress import Progress
-from quantool.source.model_facts import model_card, model_facts, read_configuration, read_optional
+from quantool.source.model_card import model_card
+from quantool.source.model_facts import model_facts, read_configuration
 
 MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
 TOKENIZER_FILES = (
@@ -83,7 +85,8 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     configuration, notes = read_configuration(place.folder, trust_remote_code=config.trust_remote_code)
     names, headers = _headers(place, config, weights=weights, progress=progress)
     tokenizer = _tokenizer(place, config)
-    generation = read_optional(place.folder / "generation_config.json")
+    generation = read_optional(place.folder / "generation_config.json", JsonLimits(finite=True))
+    _bound(tokenizer)
     facts, more = model_facts(configuration, generation, tokenizer.folder, headers)
     card, remarks = model_card(place.folder)
     ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
@@ -106,6 +109,18 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         tokenizer=tokenizer.folder if tokenizer is not place else None,
         notes=(*notes, *more, *remarks),
     )
+
+
+def _bound(tokenizer: _Place) -> None:
+    """SourceError for a JSON file of the tokenizer that would do harm to the libraries that read it."""
+    for name in _chosen(tokenizer.sizes, TOKENIZER_FILES):
+        if name in (
+            "tokenizer.json",
+            "vocab.json",
+        ):  # tens of megabytes: their library says whether they are sound
+            require_bounded(tokenizer.folder / name)
+        elif name.endswith(".json") and name != INDEX:
+            read_json(tokenizer.folder / name)
 
 
 def overlay(source: Source, folder: Path) -> Source:

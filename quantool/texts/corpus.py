@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,19 @@ from typing import Any, Protocol
 
 from quantool.config.schema import Config, Corpus
 from quantool.errors import ConfigError, SourceError
+from quantool.formats.json_file import JsonError, brief, parse_json
 from quantool.records import fingerprint, sha256_of
-from quantool.texts.readers import BUILT_IN, SUFFIXES, Table, documentation_stamp, existing, label, opened
+from quantool.texts.readers import (
+    BUILT_IN,
+    MAX_EMPTY,
+    ROW,
+    SUFFIXES,
+    Table,
+    documentation_stamp,
+    label,
+    open_table,
+    require_file,
+)
 
 COLUMNS = ("text", "messages")  # where the text is looked for when the configuration does not say
 CHARACTERS_PER_TOKEN = 16  # more than any real text has, so a text cut there is long enough
@@ -33,6 +45,10 @@ class Document:
     def size(self) -> int:
         """Characters, of a conversation those of its messages as JSON."""
         return len(json.dumps(self.messages, ensure_ascii=False)) if self.messages else len(self.text)
+
+    def is_blank(self) -> bool:
+        """Whether there is nothing to read: no message, and no character but white space and NUL."""
+        return not self.messages and not self.text.replace("\0", "").strip()
 
 
 class Tokenizer(Protocol):
@@ -79,13 +95,13 @@ def read(
     """
     found: list[Document] = []
     left = characters
-    for document in _documents(opened(corpus, cache_dir), characters):
+    for document in _documents(open_table(corpus, cache_dir), characters):
         found.append(document)
         if left is not None:
             left -= document.size()
             if left <= 0:
                 break
-    if not any(document.size() for document in found):
+    if all(document.is_blank() for document in found):
         raise ConfigError(f"corpus {corpus.name!r} is empty ({label(corpus)})")
     return tuple(found)
 
@@ -128,14 +144,14 @@ def calibration(config: Config) -> tuple[Document, ...]:
             "calibration text is needed, but neither dataset_path nor dataset_id is given",
             hint=f"dataset_path takes a {', '.join(SUFFIXES)} file; dataset_id: {BUILT_IN} needs no download",
         )
-    table = opened(origin, config.dataset_cache_dir)
-    order = list(range(table.count()))
+    table = open_table(origin, config.dataset_cache_dir)
+    order = array("q", range(table.count()))
     if config.shuffle:
         random.Random(config.dataset_seed).shuffle(order)  # noqa: S311
     chosen = order[: config.sample_size]
     by_row = {row: _document(table, row, value) for row, value in table.rows(set(chosen))}
     found = tuple(by_row[row] for row in chosen if by_row[row].size())
-    if not found:
+    if all(document.is_blank() for document in found):
         raise ConfigError(f"the calibration text is empty ({label(origin)})")
     return found
 
@@ -164,17 +180,29 @@ def require_texts(config: Config) -> None:
     Held-out text is read as far as it will be, conversations wholly; of calibration text, which may be long, only that
     it is there. Data sets are left alone: that needs the network.
     """
-    origin = calibration_corpus(config)
+    origin, settings = calibration_corpus(config), config.validation
     if origin is not None and origin.path is not None:
-        opened(origin)
-    settings = config.validation
-    for entry in corpora(config):
+        require_file(origin.path, "dataset_path")
+        open_table(origin)
+    for index, entry in enumerate(corpora(config)):
         if entry.path is not None:
+            require_file(
+                entry.path, f"validation.corpora.{index}.path" if settings.corpora else "eval_dataset"
+            )
             read(entry, characters=settings.max_tokens * CHARACTERS_PER_TOKEN)
-    if settings.conversations is not None:
-        read(Corpus(name="conversations", path=settings.conversations))
-    if settings.behaviour.prompts is not None:
-        read(Corpus(name="prompts", path=settings.behaviour.prompts))
+    needle = settings.needle
+    for name, path in (
+        ("conversations", settings.conversations),
+        ("behaviour.prompts", settings.behaviour.prompts),
+        ("needle.haystack", None if needle is None else needle.haystack),
+    ):
+        if path is not None:
+            whole = not name.startswith("needle")
+            require_file(path, f"validation.{name}")
+            read(
+                Corpus(name=name, path=path),
+                characters=None if whole else max(needle.lengths) * CHARACTERS_PER_TOKEN,
+            )
 
 
 def identity(corpus: Corpus) -> str | None:
@@ -183,12 +211,16 @@ def identity(corpus: Corpus) -> str | None:
         return fingerprint(documentation_stamp())
     if corpus.path is None:
         return None
-    return fingerprint(sha256_of(existing(corpus.path)), corpus.path.suffix, corpus.field)
+    return fingerprint(sha256_of(require_file(corpus.path)), corpus.path.suffix, corpus.field)
 
 
 def _documents(table: Table, characters: int | None) -> Iterator[Document]:
+    empty = 0
     for row, value in table.rows():
         document = _document(table, row, value)
+        empty += document.is_blank()
+        if empty > MAX_EMPTY:
+            raise ConfigError(f"{table.place(row)} is empty like {MAX_EMPTY:,} others")
         if characters is not None and len(document.text) > characters:
             document = Document(text=document.text[:characters])
         if document.size():
@@ -205,25 +237,44 @@ def _document(table: Table, row: int, value: Any) -> Document:
     if column is None or column not in value:
         wanted = repr(table.field) if table.field else " or ".join(map(repr, COLUMNS))
         raise ConfigError(
-            f"{table.place(row)} has no column {wanted}; it has {', '.join(map(repr, value)) or 'none'}",
+            f"{table.place(row)} has no column {wanted}; it has {', '.join(map(brief, [*value][:20])) or 'none'}",
             hint="name the column with the text in field (calibration_config.text_field for calibration)",
         )
     content = value[column]
     if isinstance(content, str):
         return Document(text=content)
-    messages = _objects(content, f"{table.place(row)}: {column}")
-    if any("role" not in message for message in messages):
-        raise ConfigError(f"{table.place(row)}: a message in {column!r} has no role")
+    place = f"{table.place(row)}: {column}"
+    messages = _objects(content, place)
+    for message in messages:
+        _require_message(message, place)
     return Document(messages=messages, tools=_objects(value.get("tools") or (), f"{table.place(row)}: tools"))
+
+
+def _require_message(message: dict[str, Any], place: str) -> None:
+    """ConfigError unless there is a role and something said: a text, parts, or a call of tools."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role.strip():
+        problem = "has no role" if role is None else f"has the role {brief(role)}, not a text"
+        raise ConfigError(f"{place}: a message {problem}")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return
+    if (
+        not isinstance(content, list)
+        or not content
+        or not all(isinstance(part, (dict, str)) for part in content)
+    ):
+        raise ConfigError(
+            f"{place}: a message of the role {brief(role)} has the content {brief(content)}, not a text"
+        )
 
 
 def _objects(value: object, place: str) -> tuple[dict[str, Any], ...]:
     """A list of objects, or the JSON text of one."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{place} is not JSON: {error.msg}") from error
+            value = parse_json(value.encode(), ROW)
+        except JsonError as error:
+            raise ConfigError(f"{place} is not JSON: {str(error).removeprefix('not JSON: ')}") from error
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
         raise ConfigError(f"{place} is {_kind(value)}, not a text or a list of objects")
     return tuple(value)

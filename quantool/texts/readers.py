@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
-import json
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +13,18 @@ from typing import Any, Protocol
 
 from quantool.config.schema import Corpus
 from quantool.errors import ConfigError, DependencyError
+from quantool.formats.json_file import JsonError, JsonLimits, parse_json, read_bounded
 
 BUILT_IN = "python-docs"
 """The data set that needs no file: docstrings of the standard library of the Python that runs."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+MAX_TEXT = 1 << 30
+"""Bytes of a .txt file, which is one document."""
+ROW = JsonLimits(bytes=1 << 26)
+MAX_EMPTY = 1_000_000
+"""Rows without text that are passed over in a table."""
 
 _NOT_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _SHORTEST_DOCSTRING = 40  # characters
@@ -40,7 +46,7 @@ class Table(Protocol):
         """Say where a row stands, for messages."""
 
 
-def opened(corpus: Corpus, cache_dir: Path | None = None) -> Table:
+def open_table(corpus: Corpus, cache_dir: Path | None = None) -> Table:
     """The rows of ``corpus``; ``cache_dir`` is where ``datasets`` keeps downloads.
 
     Raises ConfigError for a missing file, a file of another kind or an unknown data set; DependencyError when the data
@@ -52,7 +58,7 @@ def opened(corpus: Corpus, cache_dir: Path | None = None) -> Table:
         return _Dataset(corpus, cache_dir)
     if corpus.path is None:  # ruled out by Corpus
         raise AssertionError
-    path = existing(corpus.path)
+    path = require_file(corpus.path)
     match path.suffix:
         case ".txt":
             return _Text(path, corpus.field)
@@ -91,7 +97,11 @@ class _Text:
         return 1
 
     def rows(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
-        return _picked([_decoded(self.path.read_bytes(), str(self.path))], wanted)
+        content = read_bounded(self.path, MAX_TEXT, ConfigError)
+        try:
+            return _picked([content.decode("utf-8-sig")], wanted)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
     def place(self, row: int) -> str:  # noqa: ARG002
         return str(self.path)
@@ -103,21 +113,33 @@ class _Lines:
         self.field = field
 
     def count(self) -> int:
-        with self.path.open("rb") as file:
-            return sum(1 for _ in file)
+        return sum(1 for _ in self._lines())
 
     def rows(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
+        for number, line in _picked(self._lines(), wanted):
+            try:
+                yield number, parse_json(line, ROW) if line.strip() else ""
+            except JsonError as error:
+                column = f" at column {error.column}" if error.column else ""
+                joint = " is" if str(error).startswith("not ") else ":"
+                raise ConfigError(f"{self.place(number)}{joint} {error}{column}") from error
+
+    def _lines(self) -> Iterator[bytes]:
+        empty = 0
         with self.path.open("rb") as file:
-            for number, line in _picked(file, wanted):
-                if not line.strip():
-                    yield number, ""
-                    continue
-                try:
-                    yield number, json.loads(_decoded(line, self.place(number)))
-                except json.JSONDecodeError as error:
-                    raise ConfigError(
-                        f"{self.place(number)} is not JSON: {error.msg} at column {error.colno}"
-                    ) from error
+            for number in itertools.count():
+                line = file.readline(ROW.bytes + 1)
+                if not line:
+                    return
+                empty += line.isspace()
+                if len(line) > ROW.bytes or empty > MAX_EMPTY:
+                    what = (
+                        f"is longer than {ROW.bytes:,} bytes"
+                        if empty <= MAX_EMPTY
+                        else f"is empty like {MAX_EMPTY:,} others"
+                    )
+                    raise ConfigError(f"{self.place(number)} {what}", hint="is this a .jsonl file?")
+                yield line
 
     def place(self, row: int) -> str:
         return f"{self.path}, line {row + 1}"
@@ -132,16 +154,21 @@ class _Parquet:
         self.field = field
         try:
             self.file = parquet.ParquetFile(path)
-        except pa.ArrowInvalid as error:
-            raise ConfigError(f"{path} is not a parquet file: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(f"{path} is not a parquet file: {_first_line(error)}") from error
 
     def count(self) -> int:
         return int(self.file.metadata.num_rows)
 
     def rows(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
+        import pyarrow as pa
+
         def every() -> Iterator[Any]:
-            for batch in self.file.iter_batches(batch_size=256):
-                yield from map(_without_nulls, batch.to_pylist())
+            try:
+                for batch in self.file.iter_batches(batch_size=256):
+                    yield from map(_without_nulls, batch.to_pylist())
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{self.path} is damaged: {_first_line(error)}") from error
 
         return _picked(every(), wanted)
 
@@ -234,17 +261,17 @@ def _picked(rows: Iterable[Any], wanted: set[int] | None) -> Iterator[tuple[int,
     return (pair for pair in numbered if wanted is None or pair[0] in wanted)
 
 
-def _decoded(content: bytes, place: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{place} is not UTF-8: {error.reason} at byte {error.start}") from error
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
 
 
-def existing(path: Path) -> Path:
-    """``path`` if it is a file; else ConfigError."""
+def require_file(path: Path, key: str = "text") -> Path:
+    """``path`` if it is a file; else ConfigError, which names the configuration's ``key``."""
     if not path.is_file():
-        raise ConfigError(f"text file not found: {path}")
+        raise ConfigError(
+            f"{key}: {path} is a folder" if path.is_dir() else f"{key}: there is no file {path}",
+            hint="a relative path starts in the current folder" if not path.is_absolute() else "",
+        )
     return path
 
 

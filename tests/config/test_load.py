@@ -25,6 +25,7 @@ class GgufOptions(Options):
     base_type: Literal["auto", "f16"] = Field(default="auto", description="Type of the base.")
     tensor_types: dict[str, str] = Field(default={}, description="Regex to type.")
     threads: int = Field(default=0, ge=0, description="Threads.")
+    shard: str = Field(default="45G", description="Size of a file.")
 
 
 class LinearOptions(Options):
@@ -189,7 +190,8 @@ def test_files_of_0_2_0(fakes: None, method: str) -> None:
 
 
 def test_keys_without_effect_are_told_once_with_their_reasons(loads: Load) -> None:
-    text = START + "".join(f"{key}: [x]\n" for key in NO_EFFECT)
+    flags = ("load_in_pipeline", "enable_evaluation", "save_logs", "verbose", "use_auth_token")
+    text = START + "".join(f"{key}: {'true' if key in flags else 'x'}\n" for key in NO_EFFECT)
     (warning,) = loads(text).warnings
     for key, reason in NO_EFFECT.items():
         assert key in warning
@@ -352,6 +354,27 @@ push_to_hub: true
         ("quantizations: [3]\nmethod: null\nquant_level: null", "2:17", "quantizations.0: must be a mapping"),
         ("quantizations: x\nmethod: null\nquant_level: null", "2:1", "quantizations: must be a list"),
         ("seed: 1\nseed: 2", "3:1", "seed: duplicate key"),
+        ("seed: 1:30", "2:1", 'seed: must be a whole number (value "1:30")'),
+        ("seed: 010", "2:1", 'seed: must be a whole number (value "010")'),
+        ("seed: 0x" + "f" * 6000, "2:1", "seed: a whole number has at most 18 digits (value 0xfff"),
+        (
+            "quantization_config: {base_type: 1}",
+            "2:23",
+            "quantization_config.base_type: must be 'auto' or 'f16' (value 1)",
+        ),
+        (
+            "quantization_config: {shard: 1}",
+            "2:23",
+            'quantization_config.shard: must be text such as "45G" (value 1)',
+        ),
+        (
+            "split: on",
+            "2:1",
+            'split: must be text such as "train" (value true); put it in quotes if it is a word',
+        ),
+        *((f"{key}: {{a: 1}}", "2:1", f"{key}: must be ") for key in (*NO_EFFECT,)),
+        ("verbose: 1", "2:1", "verbose: must be true or false (value 1)"),
+        ("metrics: [1]", "2:11", "metrics.0: must be text (value 1)"),
     ],
 )
 def test_each_mistake_alone(mistakes: Mistakes, text: str, place: str, what: str) -> None:

@@ -1,9 +1,13 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantool.config.errors import Mistake
-from quantool.config.yaml_file import Document, read
+from quantool.config.yaml_file import YamlDocument, _override, parse, read
 from quantool.errors import ConfigError
 
 
@@ -14,7 +18,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Write":
 
 
 class Write:
-    def __call__(self, text: str | bytes, *overrides: str) -> Document:
+    def __call__(self, text: str | bytes, *overrides: str) -> YamlDocument:
         raw = text if isinstance(text, bytes) else text.encode()
         Path("c.yaml").write_bytes(raw)
         return read(Path("c.yaml"), overrides)
@@ -26,7 +30,11 @@ def fails(write: Write, text: str | bytes) -> str:
     return caught.value.message
 
 
-def told(document: Document) -> list[str]:
+def one_line(error: ConfigError) -> None:
+    assert "\n" not in error.message
+
+
+def told(document: YamlDocument) -> list[str]:
     return document.error(document.mistakes).message.splitlines()
 
 
@@ -114,6 +122,10 @@ def test_numbers_that_are_not_finite(write: Write, number: str) -> None:
         ("a: !!bool x\n", "1:4", "does not fit"),
         ("a: &a [*a]\n", "1:4", "aliases without end"),
         ("a: &a {<<: *a}\n", "1:4", "aliases without end"),
+        ("a: !!int 1:30\n", "1:4", "does not fit '1:30'"),
+        ("a: !!null x\n", "1:4", "does not fit 'x'"),
+        ("a: !!int ''\n", "1:4", "does not fit"),
+        ('a: "\\U00110000"\n', "1:7", "no character or number: chr() arg"),
     ],
 )
 def test_not_yaml(write: Write, text: str, place: str, word: str) -> None:
@@ -131,11 +143,101 @@ def test_tabs_get_advice(write: Write) -> None:
 def test_aliases_that_multiply(write: Write) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    assert "aliases without end" in fails(write, "\n".join(lines))
+    assert "more than 100000 values (aliases without end?)" in fails(write, "\n".join(lines))
 
 
-def test_nested_too_deeply(write: Write) -> None:
-    assert fails(write, "a: " + "[" * 2000 + "]" * 2000) == "c.yaml: nested too deeply"
+@pytest.mark.parametrize("closed", [True, False])
+def test_nested_too_deeply(write: Write, closed: bool) -> None:
+    text = "a: " + "[" * 20_000 + "]" * 20_000 * closed
+    assert fails(write, text) == "c.yaml:1:67: not YAML: nested more than 64 deep"
+
+
+def test_aliases_that_nest(write: Write) -> None:
+    lines = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 200))]
+    assert "without end" in fails(write, "\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "text", ["1:30", "-1:30", "1:30.5", "010", "0o17", "190:20:30", "2024-13-45", "1_0:00"]
+)
+def test_what_yaml_1_1_takes_for_another_number_is_text(write: Write, text: str) -> None:
+    assert write(f"a: {text}").data == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0), ("-12", -12), ("+7", 7), ("1_000", 1000), ("0x1F", 31), ("0b11", 3), ("2.5", 2.5), ("-.5", -0.5), ("1.", 1.0),
+        ("1e3", 1000.0), ("1.5e-2", 0.015), ("1_0.5", 10.5), ("e3", "e3"), ("1e", "1e"), ("1.2.3", "1.2.3"),
+    ],
+)  # fmt: skip
+def test_numbers(write: Write, text: str, value: object) -> None:
+    found = write(f"a: {text}").data["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" * 6000, "-" + "9" * 30, "!!int " + "1" * 5000])
+def test_numbers_without_end(write: Write, number: str) -> None:
+    (line,) = told(write(f"seed: {number}"))
+    assert line.startswith("c.yaml:1:")
+    assert "at most 18 digits" in line
+    assert len(line) < 130
+
+
+@pytest.mark.parametrize(
+    ("text", "character"),
+    [(r'a: "x\0y"', "0x0000"), (r'a: "\ud800"', "0xd800"), (r'a: ["\uDFFF"]', "0xdfff")],
+)
+def test_characters_that_no_file_name_can_have(write: Write, text: str, character: str) -> None:
+    (line,) = told(write(text))
+    assert f"the character {character} cannot stand in text" in line
+    assert told(write(r'"a\0": 1'))[0].startswith("c.yaml:1:1: the key a")
+
+
+def test_a_file_that_is_no_configuration_is_refused_at_once(write: Write) -> None:
+    assert fails(write, "a: 1\n" * 10_000_000) == "c.yaml: is longer than 1,048,576 bytes"
+
+
+def test_messages_stay_one_line(write: Write) -> None:
+    long = write('"a\\nb": 1\n"a\\nb": 2\n' + "k" * 900 + ": .nan\n")
+    lines = told(long)
+    assert len(lines) == 2
+    assert lines[0].startswith(r'c.yaml:2:1: "a\nb": duplicate key')
+    assert len(lines[1]) < 150
+    assert len(fails(write, "a: *" + "x" * 5000)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("a: 1\n---\nb: 1\n", "a file is one document"), ("a: b: c", "put quotes around")]
+)
+def test_hints(text: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "x")
+    assert caught.value.hint.startswith(hint)
+
+
+WORDS = st.sampled_from([*"[]{}:,-?&*!|>'\"%@`#\n\t 01.e", "a", "a: ", "- ", "<<", "&x ", "*x ", "!!int ", "!!float ", "\\0", "\ud800",
+    "1:30", "0x", "---", "...", "~", "\\U00110000", "%YAML 1.1", "=", "\u0085", "\x07"])  # fmt: skip
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.lists(WORDS, max_size=25).map("".join))
+def test_any_text_is_data_or_a_config_error(text: str) -> None:
+    try:
+        document = parse(text, "x")
+    except ConfigError as error:
+        one_line(error)
+        return
+    assert document.mistakes or document.data == json.loads(json.dumps(document.data))
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.lists(WORDS, max_size=12).map("".join))
+def test_any_override_fits_or_is_a_mistake(text: str) -> None:
+    data: dict[str, Any] = {"a": [1, {"b": 2}], "c": "x"}
+    for override in (text, f"a={text}", f"a.1.b={text}", f"{text}=1"):
+        for mistake in _override(override, data, {}):
+            assert "\n" not in mistake.text
 
 
 @pytest.mark.parametrize(
@@ -213,6 +315,12 @@ def test_an_override_hides_the_places_of_what_it_replaces(write: Write) -> None:
         ("a..b=1", '--set a..b: must be KEY=VALUE or KEY.SUB=VALUE (value "a..b=1")'),
         ("a.b=1", "--set a.b: a is not a mapping (value 1)"),
         ("list.x=1", "--set list.x: list is a list of 1: say 0 to 1, the last appends"),
+        (
+            "list." + "9" * 5000 + "=1",
+            "--set list." + "9" * 54 + "…: list is a list of 1: say 0 to 1, the last appends",
+        ),
+        ("list.²=1", "--set list.²: list is a list of 1: say 0 to 1, the last appends"),
+        ("b=1\n---\n2", "--set b: the value is not YAML: but found another document"),
         ("list.2=1", "--set list.2: list is a list of 1: say 0 to 1, the last appends"),
         ("b={1: 2}", "--set b: the key 1 is not text; put it in quotes"),
         ("b=.nan", "--set b: must be a finite number (value .nan)"),
@@ -220,6 +328,12 @@ def test_an_override_hides_the_places_of_what_it_replaces(write: Write) -> None:
 )
 def test_overrides_that_fit_nowhere(write: Write, override: str, line: str) -> None:
     assert told(write("a: 1\nlist: [x]\n", override)) == [line]
+
+
+def test_an_override_of_three_thousand_parts(write: Write) -> None:
+    (line,) = told(write("a: 1\n", ".".join("k" * 3000) + "=1"))
+    assert "must be KEY=VALUE or KEY.SUB=VALUE" in line
+    assert len(line) < 220
 
 
 def test_an_override_that_is_not_yaml(write: Write) -> None:

@@ -69,7 +69,14 @@ def test_a_truncated_file_names_expected_and_actual_bytes(tmp_path: Path) -> Non
         (b"\xff\xfe{}", b"", "not sound JSON"),
         (b"[" * 100_000, b"", "not sound JSON"),
         (b'{"a": {}, "a": {}}', b"", "'a' occurs twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", "a number of more than 40 digits"),
+        (b'{"\\ud800": {}}', b"", "half of a character"),
         ({"a": {"dtype": "F16"}}, b"", "entry for 'a'"),
+        ({"a": entry(0, 2, 10**30, 10**30)}, b"12", "entry for 'a'"),
+        ({"a": entry(0, 2, *[1] * 100)}, b"12", "entry for 'a'"),
+        ({"a": entry(0, 2, 2**62, 2**62)}, b"12", "its offsets give 2"),
+        ({"a": {"dtype": "F16", "shape": [True], "data_offsets": [0, 2]}}, b"12", "entry for 'a'"),
+        ({"a": entry(0, 1, 3, dtype="F4")}, b"1", "needs 1.5 bytes"),
         ({"a": entry(0, 2, -1)}, b"12", "entry for 'a'"),
         ({"a": entry(0, 2, 1, dtype="Q9")}, b"12", "unknown dtype 'Q9'"),
         ({"a": entry(0, 4, 1)}, b"1234", "needs 2 bytes, its offsets give 4"),
@@ -83,6 +90,13 @@ def test_a_header_that_is_not_sane_is_refused(tmp_path: Path, header: Any, data:
     with pytest.raises(SourceError, match=said) as caught:
         read_headers([file])
     assert str(file) in caught.value.message
+
+
+@pytest.mark.parametrize("header", [{}, {"__metadata__": {"format": "pt"}}, {"a": entry(0, 0, 0, 4)}])
+def test_files_without_weights_are_refused(tmp_path: Path, header: Any) -> None:
+    raw(tmp_path / "model.safetensors", header)
+    with pytest.raises(SourceError, match="the weight files hold no weights"):
+        check_index(tmp_path)
 
 
 def test_a_git_lfs_pointer_is_recognized(tmp_path: Path) -> None:
@@ -183,7 +197,7 @@ def index_text(text: str) -> Callable[[Path], None]:
         (adapter, "is an adapter"),
         (misnamed, "consolidated.safetensors found"),
         (gguf, "holds GGUF"),
-        (index_text("{"), "index.json: not sound JSON"),
+        (index_text("{"), "index.json:1:2: not JSON"),
         (index_text('{"weight_map": {}}'), "no weight_map"),
     ],
 )

@@ -7,15 +7,9 @@ import pytest
 
 from quantool.errors import SourceError
 from quantool.formats.safetensors import check_index
-from quantool.records import ModelCard, ModelFacts
-from quantool.source.model_facts import (
-    class_defaults,
-    model_card,
-    model_facts,
-    read_configuration,
-    read_json,
-    special_tokens,
-)
+from quantool.records import ModelFacts
+from quantool.source.class_defaults import class_defaults
+from quantool.source.model_facts import model_facts, read_configuration, special_tokens
 from tests.checkpoint import CONFIG, TOKENIZER, write_checkpoint, write_json
 
 
@@ -155,6 +149,30 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
         ({"architectures": None}, "names no architecture", ""),
         ({"vocab_size": "many"}, "vocab_size is 'many'", ""),
         ({"num_attention_heads": 0}, "num_attention_heads is 0", ""),
+        ({"num_attention_heads": True}, "num_attention_heads is True", ""),
+        ({"vocab_size": 10**30}, f"vocab_size is {10**30}, expected", ""),
+        ({"num_key_value_heads": "abc"}, "num_key_value_heads is 'abc', expected a positive integer", ""),
+        ({"head_dim": [1]}, r"head_dim is \[1\], expected", ""),
+        ({"sliding_window": "abc"}, "sliding_window is 'abc', expected", ""),
+        ({"sliding_window": 16, "layer_types": 0}, "layer_types is 0, expected a list", ""),
+        (
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": "a"},
+            "max_window_layers is 'a'",
+            "",
+        ),
+        (
+            {"eos_token_id": 32},
+            "eos_token_id is 32, but the vocabulary has the ids 0 to 31",
+            "vocab_size in ",
+        ),
+        ({"eos_token_id": [2, -1]}, "eos_token_id is -1, but the vocabulary", "vocab_size in "),
+        ({"eos_token_id": "2"}, "eos_token_id is '2', expected a token id or a list", ""),
+        ({"eos_token_id": [[2]]}, r"eos_token_id is \[2\], expected a token id", ""),
+        ({"eos_token_id": True}, "eos_token_id is True, expected", ""),
+        ({"bos_token_id": {}}, "bos_token_id is {}, expected", ""),
+        ({"model_type": "x" * 10**6}, "unknown model type 'xxx", ""),
+        ({"architectures": ["a\nb"]}, "names no architecture", ""),
+        ({"quantization_config": "x" * 10**6}, "already quantized", "bf16"),
     ],
 )
 def test_a_configuration_that_cannot_be_used(
@@ -166,68 +184,41 @@ def test_a_configuration_that_cannot_be_used(
     assert hint in caught.value.hint
 
 
+def test_an_end_of_sequence_outside_the_vocabulary_is_found_in_either_file(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"generation_config\.json: eos_token_id is 99, but the vocabulary"):
+        facts(tmp_path, {"eos_token_id": [2, 99]})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "said"),
+    [
+        (b'{"added_tokens": [1]}', {}, r"tokenizer\.json: added_tokens: 1 is no token"),
+        (b'{"added_tokens": [[[[]]]]}', {}, r"tokenizer\.json: added_tokens: \[\[\[\]\]\] is no token"),
+        (b'{"added_tokens": [{"id": "a", "content": "b"}]}', {}, "is no token"),
+        (b'{"added_tokens": [{"id": 1, "content": [1]}]}', {}, "is no token"),
+        (b'{"added_tokens": [', {}, "added_tokens is not a list"),
+        (b'{"added_tokens": "\xff"}', {}, r"tokenizer\.json: not UTF-8"),
+        (b'{"added_tokens": ' + b"[" * 5000, {}, r"tokenizer\.json: nested more than 64 deep"),
+        (
+            None,
+            {"added_tokens_decoder": [1]},
+            r"tokenizer_config\.json: added_tokens_decoder is \[1\], expected an object",
+        ),
+        (None, {"added_tokens_decoder": {"x": {"content": "a"}}}, "is no token"),
+        (None, {"added_tokens_decoder": {"1": "a"}}, "'a' is no token"),
+    ],
+)
+def test_added_tokens_of_the_wrong_shape(
+    tmp_path: Path, tokenizer: bytes | None, config: dict[str, Any], said: str
+) -> None:
+    if tokenizer is not None:
+        (tmp_path / "tokenizer.json").write_bytes(tokenizer)
+    with pytest.raises(SourceError, match=said):
+        special_tokens(tmp_path, config)
+
+
 def test_code_of_the_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, auto_map={"AutoConfig": "x.X"})
     assert "not used" in read_configuration(tmp_path, trust_remote_code=False)[1][0]
     write_checkpoint(tmp_path, model_type="own", auto_map={"AutoConfig": "x.X"})
     assert read_configuration(tmp_path, trust_remote_code=True)[1] == []
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{\n "a": 1,,\n}', r"config.json:2:9: not JSON"),
-        (b"\xff", "not UTF-8"),
-        (b"[]", ":1:1: not a JSON object"),
-    ],
-)
-def test_malformed_json_names_the_place(tmp_path: Path, content: bytes, said: str) -> None:
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(SourceError, match=said):
-        read_json(path)
-
-
-def test_a_missing_file_and_a_byte_order_mark(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="is missing"):
-        read_json(tmp_path / "config.json")
-    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
-    assert read_json(tmp_path / "config.json") == {"a": 1}
-
-
-def test_the_card(tmp_path: Path) -> None:
-    front = "license: other\nlicense_name: x-1.0\nlicense_link: LICENSE\nlanguage: [no, ca]\nbase_model: a/b\ntags:\n- t"
-    (tmp_path / "README.md").write_text(f"---\n{front}\npipeline_tag: text-generation\n---\n# Title\n---\n")
-    card, notes = model_card(tmp_path)
-    assert card == ModelCard(
-        license="other",
-        license_name="x-1.0",
-        license_link="LICENSE",
-        languages=("no", "ca"),
-        pipeline_tag="text-generation",
-        tags=("t",),
-        base_models=("a/b",),
-    )
-    assert notes == []
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("---\na: [1\nb: 2\n---\n", "README.md:3: the front matter is not YAML"),
-        ("---\n- a\n---\n", "not a mapping"),
-        ("---\na: 1\n", "has no end"),
-    ],
-)
-def test_a_malformed_card_is_a_note(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "README.md").write_text(text)
-    card, notes = model_card(tmp_path)
-    assert card == ModelCard()
-    assert said in notes[0]
-
-
-@pytest.mark.parametrize("text", [None, "# no front matter", "---\n---\n"])
-def test_a_card_that_says_nothing(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "README.md").write_text(text)
-    assert model_card(tmp_path) == (ModelCard(), [])

@@ -1,13 +1,18 @@
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantool.config.schema import Config, Corpus, Validation
 from quantool.errors import ConfigError, SourceError
+from quantool.formats.json_file import JsonLimits
 from quantool.texts import corpus as texts
+from quantool.texts import readers
 from quantool.texts.corpus import Document
 from quantool.texts.readers import BUILT_IN, docstrings
 
@@ -31,6 +36,10 @@ def lines(path: Path, *rows: Any) -> Path:
 
 def read(path: Path, **fields: Any) -> tuple[Document, ...]:
     return texts.read(Corpus(name="c", path=path, **fields))
+
+
+def one_line(error: ConfigError) -> None:
+    assert "\n" not in error.message
 
 
 def config(**fields: Any) -> Config:
@@ -95,10 +104,31 @@ def test_a_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ('{"text": "a"}\n{"body": "b"}\n', r"line 2 has no column 'text' or 'messages'; it has 'body'"),
         ('{"text": "a"}\n[1]\n', "line 2 is a list"),
         ('{"text": null}\n', "text is null"),
-        ('{"messages": [{"content": "x"}]}\n', "line 1: a message in 'messages' has no role"),
+        ('{"messages": [{"content": "x"}]}\n', "line 1: messages: a message has no role"),
         ('{"messages": [{"role": "user", "content": "x"}], "tools": "[}"}\n', "line 1: tools is not JSON"),
         ('\n{"text": ""}\n', "is empty"),
         ("", "is empty"),
+        ("\n" * 1000, "is empty"),
+        ('{"text": " \\u0000 \\n"}\n', "is empty"),
+        ('{"text": ' + "[" * 5000, "line 1: nested more than 64 deep"),
+        ('{"text": ' + "9" * 5000 + "}", "line 1: a number of more than 40 digits"),
+        ('{"text": "a"}\n{"text": "\\ud800"}\n', r"line 2: \\ud800 is half of a character"),
+        (
+            '{"messages": [{"role": 1, "content": "x"}]}',
+            "line 1: messages: a message has the role 1, not a text",
+        ),
+        ('{"messages": [{"role": " ", "content": "x"}]}', "has the role ' ', not a text"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            "of the role 'user' has the content None, not a text",
+        ),
+        ('{"messages": [{"role": "user", "content": 3}]}', "has the content 3, not a text"),
+        ('{"messages": [{"role": "user", "content": [3]}]}', r"has the content \[3\], not a text"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "tools": "' + "[" * 5000 + '"}',
+            "tools is not JSON: nested more than 64 deep",
+        ),
+        ('{"' + "k" * 5000 + '": 1}', "has no column 'text' or 'messages'; it has 'kkk[k]{50,60}…$"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -119,12 +149,120 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r"a\.csv is not a text"):
         read(tmp_path / "a.csv")
-    with pytest.raises(ConfigError, match=r"not found: .*absent\.txt"):
+    with pytest.raises(ConfigError, match=r"there is no file .*absent\.txt"):
         read(tmp_path / "absent.txt")
     with pytest.raises(ConfigError, match="no column 'body'; it has 'text'"):
         read(tmp_path / "a.jsonl", field="body")
     with pytest.raises(ConfigError, match="plain text and has no column"):
         read(tmp_path / "a.txt", field="body")
+
+
+@pytest.mark.parametrize("content", [" \n\t\n" * 50, "\0" * 50, "\n", "\0 \n"])
+def test_a_text_without_a_character_to_read_is_empty(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(ConfigError, match="is empty"):
+        read(tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="is empty"):
+        texts.calibration(config(dataset_path=tmp_path / "a.txt"))
+
+
+def test_a_file_of_newlines_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_EMPTY", 1000)
+    (tmp_path / "a.jsonl").write_text("\n" * 1500)
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 1001 is empty like 1,000 others"):
+        read(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="line 1001 is empty"):
+        texts.calibration(config(dataset_path=tmp_path / "a.jsonl"))
+    monkeypatch.setattr(texts, "MAX_EMPTY", 1000)
+    lines(tmp_path / "a.jsonl", *({"text": " "} for _ in range(1500)))
+    with pytest.raises(ConfigError, match="line 1001 is empty"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_texts_have_a_longest_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "ROW", JsonLimits(bytes=100))
+    monkeypatch.setattr(readers, "MAX_TEXT", 100)
+    path = lines(tmp_path / "a.jsonl", {"text": "x"}, {"text": "x" * 100})
+    with pytest.raises(ConfigError, match="line 2 is longer than 100 bytes"):
+        read(path)
+    (tmp_path / "a.txt").write_text("x" * 101)
+    with pytest.raises(ConfigError, match="has 101 bytes, at most 100 are read"):
+        read(tmp_path / "a.txt")
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.binary(max_size=20)
+        | st.text('[]{}",:\\u0d8019', max_size=20).map(str.encode)
+        | st.dictionaries(
+            st.sampled_from(["text", "messages", "tools", "body"]),
+            st.recursive(
+                st.none() | st.integers() | st.text(max_size=5),
+                lambda inner: (
+                    st.lists(inner, max_size=2)
+                    | st.dictionaries(st.sampled_from(["role", "content", "tool_calls"]), inner, max_size=3)
+                ),
+                max_leaves=5,
+            ),
+        ).map(lambda row: json.dumps(row).encode()),
+        max_size=3,
+    )
+)
+def test_any_lines_are_documents_or_a_config_error(rows: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_bytes(b"\n".join(rows))
+        try:
+            documents = read(path)
+        except ConfigError as error:
+            one_line(error)
+            return
+    assert all(isinstance(document.text, str) for document in documents)
+    json.dumps([document.messages for document in documents], ensure_ascii=False).encode()
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=6), st.booleans())
+def test_a_damaged_parquet_file_is_a_config_error(place: int, patch: bytes, cut: bool) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": ["uno", "dos"] * 50}), sink)
+    content = bytearray(sink.getvalue().to_pybytes())
+    place %= len(content)
+    content[place : place + len(patch)] = b"" if cut else patch
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.parquet"
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ConfigError as error:
+            one_line(error)
+
+
+def test_a_missing_text_names_its_key(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("x")
+    gone = Path("gone.txt")
+    for key, fields in (
+        ("dataset_path", {"dataset_path": gone}),
+        ("eval_dataset", {"eval_dataset": str(gone)}),
+        (
+            "validation.corpora.1.path",
+            {"validation": {"corpora": [{"name": "a", "path": text}, {"name": "b", "path": gone}]}},
+        ),
+        ("validation.conversations", {"validation": {"conversations": gone}}),
+        ("validation.behaviour.prompts", {"validation": {"behaviour": {"prompts": gone}}}),
+        ("validation.needle.haystack", {"validation": {"needle": {"haystack": gone}}}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            texts.require_texts(Config.model_validate({"model_id": "m", **fields}))
+        assert caught.value.message == f"{key}: there is no file gone.txt"
+        assert caught.value.hint == "a relative path starts in the current folder"
+    with pytest.raises(ConfigError, match=f"dataset_path: {tmp_path} is a folder"):
+        texts.require_texts(config(dataset_path=tmp_path))
 
 
 class Tokenizer:
