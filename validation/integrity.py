@@ -22,9 +22,10 @@ from quantool.plugins.keys import Depends
 from quantool.records import Finding, Plan, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source.tensor_headers import headers as source_headers
+from quantool.validation._engines.unpacked import quantization
 from quantool.validation._engines.vocabulary import UnloadableError, of_gguf
 from quantool.validation._files import gguf_file
-from quantool.validation._files.companions import judge_companions, quantization
+from quantool.validation._files.companions import judge_companions
 from quantool.validation._files.companions import judge_plan as judge_folder_plan
 from quantool.validation._files.folder import Folder, judge_ignore, judge_layers
 from quantool.validation._files.folder import judge_level as judge_folder_level
@@ -34,7 +35,8 @@ from quantool.validation._files.gguf_origin import judge_matrix, judge_source
 from quantool.validation._files.hub_names import LABELS, judge_names, tag_of
 from quantool.validation._files.modules import promise
 from quantool.validation._files.scales import judge_cache, judge_scales
-from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._findings.builder import FindingBuilder, without_folders
+from quantool.validation._findings.rules import COMPRESSED_TENSORS, LLAMA_CPP
 
 NAME = "integrity"
 BUILD = FindingBuilder(NAME)
@@ -46,6 +48,7 @@ ELEMENTS = 0.05  # share of weight elements that a conversion may drop (padding 
     NAME,
     depends=Depends(
         fields=("quantization_config", "quantizations", "dataset_path", "dataset_id"),
+        libraries=("compressed-tensors", "llama-cpp-python"),
         engine=True,
         folder=True,
     ),
@@ -74,14 +77,14 @@ def _judge_gguf(case: Case) -> list[Finding]:
         *findings,
         _judge_tensors(case, header, len(shards)),
         _judge_elements(case, header),
-        *judge_level(case, header, BUILD),
+        *map(LLAMA_CPP.judged, judge_level(case, header, BUILD)),
         _judge_blocks(header),
         *judge_plan(case, header, shards, BUILD),
         *judge_matrix(case, header, BUILD),
         judge_source(case, header.keys, BUILD),
         _judge_metadata(case, header.keys),
         _judge_name(header.keys),
-        *judge_names(case, _asked(case, header.levels), planned, BUILD),
+        *map(LLAMA_CPP.judged, judge_names(case, _level(case, header.levels), planned, BUILD)),
     ]
 
 
@@ -93,9 +96,9 @@ def _judge_folder(case: Case) -> list[Finding]:
         found = quantization(case.artifact)
         promised = promise(found) if found else None
     except SourceError as error:
-        return [*findings, BUILD.fact("headers", None, error.message)]
+        return [*findings, BUILD.fail("headers", without_folders(error.message, case.artifact))]
     except ValueError as error:
-        return [*findings, BUILD.fact("headers", None, f"quantization_config of config.json: {error}")]
+        return [*findings, BUILD.fail("headers", f"quantization_config of config.json: {error}")]
     findings += [
         *judge_scales(case.artifact, stored, BUILD),
         *judge_folder_plan(case, stored, BUILD),
@@ -109,14 +112,14 @@ def _judge_folder(case: Case) -> list[Finding]:
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
         sizes[tensor.dtype] += tensor.bytes
-    cache = promised.cache if promised else None
-    return [
-        *findings,
+    cache, version = (promised.cache, promised.version) if promised else (None, None)
+    by_rules = [
         judge_folder_level(case, promised, sizes.most_common(1)[0][0], BUILD),
         *judge_layers(case, folder, BUILD),
         *judge_ignore(folder, BUILD),
         *judge_cache(stored, cache, options_of(case).get("kv_cache"), BUILD),
     ]
+    return [*findings, *(COMPRESSED_TENSORS.judged(finding, version) for finding in by_rules)]
 
 
 def _planned_names(case: Case) -> list[str]:
@@ -128,7 +131,7 @@ def _planned_names(case: Case) -> list[str]:
     return [file.name for output in plan.outputs if output.repo == case.output.repo for file in output.files]
 
 
-def _asked(case: Case, known: Sequence[str]) -> str | None:
+def _level(case: Case, known: Sequence[str]) -> str | None:
     """The level that users put behind the repository's name."""
     if case.output is not None:
         return case.output.level

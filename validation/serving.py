@@ -2,14 +2,14 @@
 
 vLLM joins modules (q, k and v; gate and up; all experts of a layer) and gives each joined one a single scheme. What a
 checkpoint quantizes in parts only, names otherwise, or leaves without scales is refused there, or read as noise. Rules
-of vLLM 0.24, below ``vllm/model_executor/layers/quantization``: ``compressed_tensors/utils.py``
+of vLLM 0.24 (``_findings.rules``), below ``vllm/model_executor/layers/quantization``: ``compressed_tensors/utils.py``
 (``should_ignore_layer``, ``find_matched_target``), ``compressed_tensors/compressed_tensors.py`` (the attention cache),
-``utils/quant_utils.py`` (``is_layer_skipped``, for AutoAWQ); see ``_kernels`` for what multiplies.
+``utils/quant_utils.py`` (``is_layer_skipped``, for AutoAWQ); see ``vllm_kernels`` for what multiplies.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,18 +20,22 @@ from quantool.records import Finding, Verdict
 from quantool.runtime.progress import Progress
 from quantool.validation._engines import unpacked
 from quantool.validation._files.modules import (
+    FLOATS,
     HEAD,
     ROUTER,
     Group,
     LayerScheme,
     Module,
     Promise,
+    expected_parts,
     groups,
+    matches,
     modules,
     promise,
 )
 from quantool.validation._files.vllm_kernels import Heads, kernel, unsplittable
 from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._findings.rules import COMPRESSED_TENSORS, VLLM
 
 NAME = "serving"
 BUILD = FindingBuilder(NAME)
@@ -45,7 +49,8 @@ CLASSES = (
 )
 """vLLM's linear layers, which a target such as ``Linear`` is looked for in."""
 EXPERTS = "RoutedExperts"
-FLOATS = ("BF16", "F16", "F32")
+UNREAD = "weight_shape"
+"""A part that may come along."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Served:
     problem: str = ""
 
 
-@check(NAME, depends=Depends())
+@check(NAME, depends=Depends(libraries=("vllm", "compressed-tensors")))
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Fused modules, names, scales and kernels of a quantized folder, by the rules of vLLM; no GPU is needed."""
     del progress  # headers only
@@ -88,7 +93,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     if not any(finding.verdict is Verdict.REGRESSION for finding in findings):
         facts = case.source.facts
         findings.append(_judge_splits(served, Heads(facts.heads, facts.kv_heads)))
-    return findings
+    return [COMPRESSED_TENSORS.judged(VLLM.judged(finding), promised.version) for finding in findings]
 
 
 def _finding(metric: str, measured: str | None, problems: Sequence[str], note: str = "") -> Finding:
@@ -108,7 +113,7 @@ def serve(promised: Promise, group: Group, layers: Sequence[Module]) -> Served:
     names = [module.name for module in group.modules]
     if group.name in promised.ignore:
         return Served(group, None)
-    ignored = [any(_matches(name, pattern) for pattern in promised.ignore) for name in names]
+    ignored = [any(matches(name, pattern) for pattern in promised.ignore) for name in names]
     if any(ignored):
         return Served(group, None, "" if all(ignored) else _partly("ignored", names, ignored))
     whole = _target(promised, group)
@@ -138,19 +143,13 @@ def _target(promised: Promise, group: Group) -> LayerScheme | None:
 
 def _named(promised: Promise, name: str) -> LayerScheme | None:
     for scheme in promised.schemes:
-        if any(_matches(name, target) for target in scheme.targets):
+        if any(matches(name, target) for target in scheme.targets):
             return scheme
     return None
 
 
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
-
-
 def _of_class(name: str, target: str) -> bool:
-    return _matches(name, target) if target.startswith("re:") else target.lower() in name.lower()
+    return matches(name, target) if target.startswith("re:") else target.lower() in name.lower()
 
 
 def _partly(how: str, names: Sequence[str], hit: Sequence[bool]) -> str:
@@ -216,7 +215,7 @@ def _judge_names(promised: Promise, served: Sequence[Served], layers: Sequence[M
 
 def _known(target: str, names: Sequence[str]) -> bool:
     classes = (*CLASSES, EXPERTS, "ParallelLMHead", "VocabParallelEmbedding")
-    return any(_matches(name, target) for name in names) or any(_of_class(name, target) for name in classes)
+    return any(matches(name, target) for name in names) or any(_of_class(name, target) for name in classes)
 
 
 def _judge_parts(served: Sequence[Served]) -> Finding:
@@ -234,15 +233,15 @@ def _judge_parts(served: Sequence[Served]) -> Finding:
 
 
 def _odd_parts(scheme: LayerScheme, module: Module) -> Iterator[str]:
-    wanted = _parts(scheme)
-    absent = [part for part in wanted if part not in module.parts]
-    extra = [part for part in module.parts if part not in wanted and part != "weight_shape"]
+    outputs, inputs = module.shape(scheme.weights.bits)
+    expected = {part: size for part, _, size in expected_parts(scheme, outputs, inputs)}
+    absent = [part for part in expected if part not in (*module.parts, UNREAD)]
+    extra = [part for part in module.parts if part not in (*expected, UNREAD)]
     if absent or extra:
         yield f"{module.name} lacks {' and '.join(absent) or 'nothing'}" + (
             f" and has {' and '.join(extra)}, which vLLM has no place for" if extra else ""
         )
         return
-    outputs, inputs = module.shape(scheme.weights.bits)
     size = scheme.weights.group
     if size is not None and inputs % size:
         yield f"{module.name}: groups of {size} do not divide its {inputs} inputs"
@@ -251,34 +250,10 @@ def _odd_parts(scheme: LayerScheme, module: Module) -> Iterator[str]:
         tensor = module.parts.get(part)
         if tensor is not None and tensor.dtype not in FLOATS:
             yield f"{module.name}.{part} is {tensor.dtype}, not one of {', '.join(FLOATS)}"
-    tensor = module.parts["scales" if scheme.form == "awq" else "weight_scale"]
-    shape = _scale_shape(scheme, outputs, inputs)
-    if tensor.elements != shape[0] * shape[1]:
+    scale = "scales" if scheme.form == "awq" else "weight_scale"
+    tensor, shape = module.parts[scale], expected[scale]
+    if tensor.elements != math.prod(shape):
         yield f"{tensor.name} has {list(tensor.shape)}, but {scheme.weights.strategy} means {list(shape)}"
-
-
-def _parts(scheme: LayerScheme) -> tuple[str, ...]:
-    """What a module of ``scheme`` is made of; weight_shape, which vLLM does not need, may come along."""
-    if scheme.form == "awq":
-        return ("qweight", "qzeros", "scales")
-    names = ["weight_packed" if scheme.form == "pack-quantized" else "weight", "weight_scale"]
-    if not scheme.weights.symmetric:
-        names.append("weight_zero_point")
-    if scheme.weights.actorder in ("group", "dynamic"):
-        names.append("weight_g_idx")
-    if scheme.inputs is not None and not scheme.inputs.dynamic:
-        names += ["input_scale"] if scheme.inputs.symmetric else ["input_scale", "input_zero_point"]
-    return tuple(names)
-
-
-def _scale_shape(scheme: LayerScheme, outputs: int, inputs: int) -> tuple[int, int]:
-    weights = scheme.weights
-    if weights.strategy == "tensor":
-        return 1, 1
-    if weights.strategy == "block" and len(weights.block) == 2:
-        return -(-outputs // weights.block[0]), -(-inputs // weights.block[1])
-    columns = inputs // weights.group if weights.group else 1
-    return (columns, outputs) if scheme.form == "awq" else (outputs, columns)
 
 
 def _judge_kernels(served: Sequence[Served]) -> Finding:

@@ -236,8 +236,8 @@ def check_index(folder: Path) -> dict[str, TensorHeader]:
 
 
 def _some_tensors(headers: dict[str, TensorHeader], place: str) -> dict[str, TensorHeader]:
-    if not headers:
-        raise SourceError(f"{place}: the weight files hold no tensor")
+    if not any(tensor.bytes for tensor in headers.values()):
+        raise SourceError(f"{place}: the weight files hold no weights")
     return headers
 
 

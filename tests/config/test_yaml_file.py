@@ -30,6 +30,10 @@ def fails(write: Write, text: str | bytes) -> str:
     return caught.value.message
 
 
+def one_line(error: ConfigError) -> None:
+    assert "\n" not in error.message
+
+
 def told(document: YamlDocument) -> list[str]:
     return document.error(document.mistakes).message.splitlines()
 
@@ -175,9 +179,7 @@ def test_numbers(write: Write, text: str, value: object) -> None:
 @pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" * 6000, "-" + "9" * 30, "!!int " + "1" * 5000])
 def test_numbers_without_end(write: Write, number: str) -> None:
     (line,) = told(write(f"seed: {number}"))
-    assert line.startswith("c.yaml:1:") or line.startswith(
-        "c.yaml:1:1: seed: a whole number has at most 18 digits (value "
-    )
+    assert line.startswith("c.yaml:1:")
     assert "at most 18 digits" in line
     assert len(line) < 130
 
@@ -224,7 +226,7 @@ def test_any_text_is_data_or_a_config_error(text: str) -> None:
     try:
         document = parse(text, "x")
     except ConfigError as error:
-        assert "\n" not in error.message
+        one_line(error)
         return
     assert document.mistakes or document.data == json.loads(json.dumps(document.data))
 

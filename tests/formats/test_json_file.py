@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -25,9 +26,10 @@ from quantool.formats.json_file import (
     require_bounded,
 )
 
+TEXT = st.text(st.characters(codec="utf-8"))
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**39), 10**39) | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    st.none() | st.booleans() | st.integers(-(10**39), 10**39) | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=12,
 )
 
@@ -35,23 +37,14 @@ VALUES = st.recursive(
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(VALUES, st.sampled_from([None, 1]), st.booleans())
 def test_what_python_writes_is_read(value: Any, indent: int | None, escaped: bool) -> None:
-    try:
-        content = json.dumps(value, indent=indent, ensure_ascii=escaped).encode()
-    except UnicodeEncodeError:  # half of a character
-        return
-    try:
-        assert parse_json(content) == value
-    except JsonError as error:
-        assert "half of a character" in str(error)
+    assert parse_json(json.dumps(value, indent=indent, ensure_ascii=escaped).encode()) == value
 
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(st.binary(max_size=60) | st.text('[]{}",:\\u0d8019.eE+-tfn', max_size=60).map(str.encode))
 def test_any_bytes_are_a_value_or_a_json_error(content: bytes) -> None:
-    try:
+    with contextlib.suppress(JsonError):
         json.dumps(parse_json(content, JsonLimits(unique=True, finite=True)), ensure_ascii=False).encode()
-    except JsonError as error:
-        assert "\n" not in str(error)
 
 
 def nested(depth: int) -> bytes:
@@ -101,10 +94,8 @@ def test_what_is_inside_strings_does_not_count() -> None:
 def test_the_bounds_of_hostile_text_are_found_in_linear_time() -> None:
     started = time.process_time()
     for content in (b'"\\"' * 500_000, b'"' + b'\\"' * 700_000, b"[]" * 700_000, nested(60) * 10_000):
-        try:
+        with contextlib.suppress(JsonError):
             check_bounds(content, JsonLimits(bytes=1 << 26, values=20_000_000))
-        except JsonError:
-            pass
     assert time.process_time() - started < 10
 
 

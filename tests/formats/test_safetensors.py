@@ -93,10 +93,10 @@ def test_a_header_that_is_not_sane_is_refused(tmp_path: Path, header: Any, data:
     assert str(file) in caught.value.message
 
 
-@pytest.mark.parametrize("header", [{}, {"__metadata__": {"format": "pt"}}])
-def test_weights_without_a_tensor_are_refused(tmp_path: Path, header: Any) -> None:
+@pytest.mark.parametrize("header", [{}, {"__metadata__": {"format": "pt"}}, {"a": entry(0, 0, 0, 4)}])
+def test_files_without_weights_are_refused(tmp_path: Path, header: Any) -> None:
     raw(tmp_path / "model.safetensors", header)
-    with pytest.raises(SourceError, match="the weight files hold no tensor"):
+    with pytest.raises(SourceError, match="the weight files hold no weights"):
         check_index(tmp_path)
 
 

@@ -24,7 +24,8 @@ def compiled(folder: Path, config: dict[str, Any]) -> None:
     end_of_turn(read_templates(folder, config), SPECIAL, {})
 
 
-def end(template: str, **tokens: str) -> str | None:
+def end(template: str) -> str | None:
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     return end_of_turn(ChatTemplates(template, {}, {"": "t.jinja"}), SPECIAL, tokens)
 
 
@@ -90,7 +91,7 @@ def test_the_environment_has_what_templates_use() -> None:
     ],
 )
 def test_the_token_that_ends_an_answer(template: str, expected: str | None) -> None:
-    assert end(template, bos_token="<s>", eos_token="</s>") == expected
+    assert end(template) == expected
 
 
 def test_templates_with_a_name_are_those_of_transformers(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ def read(path: Path, **fields: Any) -> tuple[Document, ...]:
     return texts.read(Corpus(name="c", path=path, **fields))
 
 
+def one_line(error: ConfigError) -> None:
+    assert "\n" not in error.message
+
+
 def config(**fields: Any) -> Config:
     return Config(model_id="m", **fields)
 
@@ -212,7 +216,7 @@ def test_any_lines_are_documents_or_a_config_error(rows: list[bytes]) -> None:
         try:
             documents = read(path)
         except ConfigError as error:
-            assert "\n" not in error.message
+            one_line(error)
             return
     assert all(isinstance(document.text, str) for document in documents)
     json.dumps([document.messages for document in documents], ensure_ascii=False).encode()
@@ -235,7 +239,7 @@ def test_a_damaged_parquet_file_is_a_config_error(place: int, patch: bytes, cut:
         try:
             read(path)
         except ConfigError as error:
-            assert "\n" not in error.message
+            one_line(error)
 
 
 def test_a_missing_text_names_its_key(tmp_path: Path) -> None:

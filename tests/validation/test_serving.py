@@ -27,6 +27,7 @@ from quantool.methods._compressed.schemes import (
 from quantool.plugins.contract import Case
 from quantool.records import Finding, Verdict
 from quantool.runtime.progress import Progress
+from quantool.validation._findings import rules
 from quantool.validation.serving import judge
 
 LEVELS = {**FP8, "W4A16": W4A16, "W4A16_ASYM": W4A16_ASYM, "W8A16": W8A16, "W8A8": W8A8}
@@ -321,8 +322,29 @@ def test_another_quantization_is_skipped(tmp_path: Path) -> None:
     assert "bitsandbytes" in found.detail
 
 
-def test_nothing_is_said_of_files_that_are_not_quantized_or_are_gguf(tmp_path: Path) -> None:
+def test_files_that_are_not_quantized_or_are_gguf_are_skipped_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.gguf").touch()
-    assert not findings(tmp_path)
-    assert not findings(tmp_path / "model.gguf")
+    for artifact, reason in (
+        (tmp_path, "a folder without quantization_config"),
+        (tmp_path / "model.gguf", "a GGUF"),
+    ):
+        (found,) = findings(artifact).values()
+        assert found.verdict is Verdict.SKIPPED
+        assert reason in found.detail
+
+
+def test_with_a_newer_vllm_a_broken_rule_is_no_regression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def partly(found: dict[str, Any], named: dict[str, Stored]) -> None:
+        del found
+        plain(named, "model.layers.0.self_attn.k_proj")
+
+    folder = write(tmp_path, FP8["FP8_DYNAMIC"], partly)
+    assert "fused_modules" in refused(folder)
+    monkeypatch.setattr(rules, "version", lambda name: {"vllm": "99.1"}.get(name, "0.0"))
+    assert refused(folder) == {}
+    skipped = findings(folder)["fused_modules"]
+    assert skipped.verdict is Verdict.SKIPPED
+    assert "rules of vLLM 0.24, and 99.1 may have others" in skipped.detail

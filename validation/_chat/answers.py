@@ -167,18 +167,12 @@ def _last_question(one: Conversation) -> str:
 
 def questions_of(case: Case, prompts: Prompts) -> Questions:
     """What reference and artifact are asked."""
-    ids, budget, ends = (
-        [prompt.ids for prompt in prompts.prompts],
-        case.settings.behaviour.max_new_tokens,
-        sorted(prompts.all_ends()),
-    )
-    return Questions(
-        "behaviour",
-        answer,
-        {"prompts": ids, "budget": budget, "ends": ends},
-        fingerprint(ids, budget, ends),
-        "tok",
-    )
+    request = {
+        "prompts": [prompt.ids for prompt in prompts.prompts],
+        "budget": case.settings.behaviour.max_new_tokens,
+        "ends": sorted(prompts.all_ends()),
+    }
+    return Questions("behaviour", answer, request, fingerprint(request), "tok")
 
 
 def read_answers(found: Mapping[str, Any]) -> tuple[ChatAnswer, ...]:

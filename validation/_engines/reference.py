@@ -58,7 +58,11 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     cut = windows(case, corpora, progress)
     source = case.source
     stages = [
-        Stage(f"reference/{part.corpus.name}", case.key(REFERENCE, part.sha256), (_file(case, part.corpus),))
+        Stage(
+            f"reference/{part.corpus.name}",
+            case.key(REFERENCE, part.sha256),
+            (_file(case, part.corpus),),
+        )
         for part in cut
     ]
 

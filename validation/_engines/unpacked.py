@@ -8,12 +8,12 @@ transformers makes of the same numbers where it can (``quantool.formats.int4_lay
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import SourceError
 from quantool.formats.int4_layouts import BITS, COMPRESSED_PARTS, PARTS, dequantize, dequantize_compressed
+from quantool.formats.json_file import read_optional
 from quantool.formats.safetensors import TensorHeader, check_index
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ OPTIONAL = "weight_zero_point"
 
 
 def quantization(folder: Path) -> dict[str, Any]:
-    """``quantization_config`` of config.json in ``folder``; empty when there is none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8")).get(QUANTIZATION)
+    """``quantization_config`` of config.json in ``folder``; empty when there is none. SourceError for no JSON."""
+    found = read_optional(folder / "config.json").get(QUANTIZATION)
     return found if isinstance(found, dict) else {}
 
 

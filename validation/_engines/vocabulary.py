@@ -91,10 +91,14 @@ def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dic
     """
     small = tuple(file for file in case.source.files if not file.name.endswith(WEIGHTS))
     key = key_of(TOKENIZER, case.source.model_copy(update={"files": small}), name_of(work), request)
-    where = {"folder": str(case.source.folder), "trust_remote_code": case.source.trust_remote_code}
+    whole = {
+        "folder": str(case.source.folder),
+        "trust_remote_code": case.source.trust_remote_code,
+        **request,
+    }
     log = case.workspace.logs / "tokenizer-reference.log"
     stage = Stage(f"reference-{name}", key)
-    return case.workspace.together([stage], lambda _: [call(work, {**where, **request}, log=log)])[0]
+    return case.workspace.together([stage], lambda _: [call(work, whole, log=log)])[0]
 
 
 def by_artifact(case: Case, work: Work, request: dict[str, Any]) -> dict[str, Any]:

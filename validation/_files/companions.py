@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from quantool.errors import SourceError
 from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
@@ -41,8 +40,10 @@ def judge_companions(case: Case, build: FindingBuilder) -> Finding:
     problems = [f"missing: {some(lost)}"] * bool(lost)
     if case.output is not None and other:
         problems.append(f"not the source's: {some(other)}")
-    told = f", {len(other)} not the source's ({some(other)})" if other else ""
-    return build.fact("companions", f"{len(names) - len(missing)} of {len(names)}{told}", "; ".join(problems))
+    changed = f", {len(other)} not the source's ({some(other)})" if other else ""
+    return build.fact(
+        "companions", f"{len(names) - len(missing)} of {len(names)}{changed}", "; ".join(problems)
+    )
 
 
 def _needed(name: str, folder: Path) -> bool:
@@ -94,14 +95,3 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
             float(sum(planned.values())),
         )
     ]
-
-
-def quantization(folder: Path) -> dict[str, object]:
-    """``quantization_config`` of config.json, empty where there is none; SourceError for a file that is no JSON."""
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read: {error}") from error
-    found = content.get("quantization_config") if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}

@@ -1,8 +1,7 @@
 """A folder of safetensors by its headers: what config.json promises of each layer against what is stored.
 
-Layouts: compressed-tensors 0.19 (``compressors/``) and AutoAWQ 0.2.9. A pattern of ``targets`` and ``ignore`` is a name, a
-class (``Linear``) or, behind ``re:``, a regular expression from the start of the name (``utils/match.py``); AutoAWQ leaves
-alone what has an entry of ``modules_to_not_convert`` in its name.
+By the rules of compressed-tensors 0.19 and AutoAWQ 0.2.9 (``modules``). A pattern of ``targets`` and ``ignore`` may also be
+a class (``Linear``); AutoAWQ leaves alone what has an entry of ``modules_to_not_convert`` in its name.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.safetensors import TensorHeader
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.validation._files.gguf_levels import options_of
 from quantool.validation._files.modules import (
     EMBEDDING,
+    FLOATS,
     HEAD,
     QUANTIZED,
     ROUTER,
     LayerScheme,
     Module,
-    Numbers,
     Promise,
+    expected_parts,
+    matches,
     modules,
 )
 from quantool.validation._findings.builder import SHOWN, FindingBuilder, some
 
-FLOATS = ("BF16", "F16", "F32")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 LINEAR = "Linear"
 EVERY_CLASS = frozenset({LINEAR, "Embedding"})
@@ -80,13 +79,6 @@ class Folder:
         return None
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a layer is meant by a pattern of compressed-tensors."""
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
-
-
 def ignores(promise: Promise, name: str, entry: str) -> bool:
     """Whether an entry of ``ignore`` leaves the layer ``name`` alone."""
     if promise.method == "awq":
@@ -112,14 +104,14 @@ def judge_layers(case: Case, folder: Folder, build: FindingBuilder) -> list[Find
         else:
             counts["quantized"] += 1
             counts["experts"] += bool(EXPERT.search(name))
-            problems += _layer(module, shape or _shape(module, scheme), scheme)
+            problems += _layer(module, shape or module.shape(scheme.weights.bits), scheme)
     if folder.promise is not None and not counts["quantized"]:
         problems.append("config.json has a quantization_config, and no layer is quantized")
     shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return [
         build.fact("layers", shown, _joined(problems)),
         build.fact("kept_layers", *_kept(case, linear)),
-        build.fact("other_tensors", *_others(case, folder, linear)),
+        build.fact("other_tensors", *_others(folder, linear)),
     ]
 
 
@@ -127,10 +119,6 @@ def _joined(problems: list[str]) -> str:
     """The first few problems, and how many more there are."""
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return "; ".join(problems[:SHOWN]) + more
-
-
-def _shape(module: Module, scheme: LayerScheme) -> tuple[int, int]:
-    return module.shape(scheme.weights.bits)
 
 
 def _untouched(module: Module, shape: tuple[int, int] | None) -> Iterator[str]:
@@ -146,8 +134,7 @@ def _layer(module: Module, shape: tuple[int, int], scheme: LayerScheme) -> Itera
     if not module.quantized:
         yield f"{module.name} is not quantized: its weight is {module.parts['weight'].dtype}"
         return
-    expected = dict(_expected(scheme, shape))
-    for part, (dtypes, size) in expected.items():
+    for part, dtypes, size in expected_parts(scheme, *shape):
         tensor = module.parts.get(part)
         if tensor is None:
             yield f"{module.name} has no {part}"
@@ -163,43 +150,6 @@ def _scalar(size: tuple[int, ...]) -> tuple[int, ...]:
     return () if size == (1,) else size
 
 
-def _expected(
-    scheme: LayerScheme, shape: tuple[int, int]
-) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
-    """Part to the dtypes that it may have and its shape."""
-    weights = scheme.weights
-    rows, columns = shape
-    if scheme.form == "awq":
-        size = weights.group or columns
-        yield "qweight", (("I32",), (columns, rows // PER_WORD))
-        yield "qzeros", (("I32",), (columns // size, rows // PER_WORD))
-        yield "scales", (("F16", "BF16"), (columns // size, rows))
-        return
-    scale = _scale_shape(weights, shape)
-    if scheme.form == "pack-quantized":
-        yield "weight_packed", (("I32",), (rows, -(-columns * weights.bits // 32)))
-        yield "weight_shape", (("I64", "I32"), (2,))
-        if not weights.symmetric:
-            yield "weight_zero_point", (("I32",), (-(-rows * weights.bits // 32), scale[-1]))
-    else:
-        yield "weight", (("F8_E4M3",) if weights.kind == "float" else ("I8",), shape)
-    yield "weight_scale", (FLOATS, scale)
-    if scheme.inputs is not None and not scheme.inputs.dynamic:
-        yield "input_scale", (FLOATS, (1,))
-
-
-def _scale_shape(weights: Numbers, shape: tuple[int, int]) -> tuple[int, ...]:
-    rows, columns = shape
-    if weights.strategy == "channel":
-        return (rows, 1)
-    if weights.strategy == "group":
-        return (rows, columns // (weights.group or columns))
-    if weights.strategy == "block":
-        height, width = weights.block or (128, 128)
-        return (-(-rows // height), -(-columns // width))
-    return (1,)
-
-
 def _kept(case: Case, linear: Mapping[str, Module]) -> tuple[str, str]:
     """Routers, and the output head unless the plan asked for it: how many, and which of them are quantized."""
     options = options_of(case)
@@ -210,7 +160,7 @@ def _kept(case: Case, linear: Mapping[str, Module]) -> tuple[str, str]:
     return shown, f"quantized, and engines expect floats: {some(wrong)}" if wrong else ""
 
 
-def _others(case: Case, folder: Folder, linear: Mapping[str, Module]) -> tuple[str, str]:
+def _others(folder: Folder, linear: Mapping[str, Module]) -> tuple[str, str]:
     """Embeddings, norms, biases: every one of the source is there, as a float of the same shape."""
     mine = {f"{name}.weight" for name in (*linear, *folder.wanted())}
     others = {name: tensor for name, tensor in folder.source.items() if name not in mine}
@@ -223,7 +173,6 @@ def _others(case: Case, folder: Folder, linear: Mapping[str, Module]) -> tuple[s
         if name in folder.stored
         and (folder.stored[name].shape != tensor.shape or folder.stored[name].dtype in QUANTIZED)
     ]
-    del case
     problems = [f"missing: {some(missing)}"] * bool(missing) + [f"changed: {some(changed)}"] * bool(changed)
     return f"{len(others) - len(missing) - len(changed)} of {len(others)}", "; ".join(problems)
 
@@ -260,14 +209,16 @@ def judge_level(case: Case, promise: Promise | None, dtype: str, build: FindingB
     if level is None:
         return build.skip("level", f"the name {case.artifact.name} holds no level")
     if level in FLOATS:
-        problem = "" if promise is None and dtype == level else f"the weights are {_said(promise, dtype)}"
-        return build.fact("level", _said(promise, dtype), problem, level)
+        problem = (
+            "" if promise is None and dtype == level else f"the weights are {_described(promise, dtype)}"
+        )
+        return build.fact("level", _described(promise, dtype), problem, level)
     found = {_key(scheme, promise) for scheme in promise.schemes} if promise is not None else set()
     wanted = LEVELS[level]
     if promise is not None and promise.method == "awq":
         wanted = (*wanted[:3], False)  # the layout always holds zero points
-    problem = "" if found == {wanted} else f"config.json says {_said(promise, dtype)}, not {level}"
-    return build.fact("level", _said(promise, dtype), problem, level)
+    problem = "" if found == {wanted} else f"config.json says {_described(promise, dtype)}, not {level}"
+    return build.fact("level", _described(promise, dtype), problem, level)
 
 
 def _named(name: str) -> str | None:
@@ -282,7 +233,7 @@ def _key(scheme: LayerScheme, promise: Promise | None) -> tuple[Any, ...]:
     return (weights.kind, weights.bits, weights.strategy, symmetric)
 
 
-def _said(promise: Promise | None, dtype: str) -> str:
+def _described(promise: Promise | None, dtype: str) -> str:
     if promise is None:
         return f"{dtype}, not quantized"
     parts = []

@@ -119,9 +119,8 @@ def judge_source(case: Case, keys: Mapping[str, Any], build: FindingBuilder) -> 
         recorded, where = _recorded(folder / RECORD), RECORD
     commit, weights = case.source.commit, weights_sha256(case.source)
     if case.output is not None and case.engine != "llama.cpp":
-        return build.fact(
-            "source_commit", case.source.label(), ""
-        )  # the plan that made the folder holds the source
+        # The plan that made the folder holds the source; where a local one lies is nobody's business.
+        return build.fact("source_commit", case.source.label() if commit else case.source.name)
     if not recorded:
         return build.skip("source_commit", f"{where} does not say which checkpoint it was made from")
     problems = []

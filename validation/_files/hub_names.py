@@ -1,7 +1,8 @@
 """What a name in a Hub repository leads to: llama.cpp's ``-hf repo:tag``, and the label that the Hub shows.
 
-Both rules are read from their sources: ``find_best_model`` in ``common/download.cpp`` of llama.cpp, and
-``parseGGUFQuantLabel`` in ``packages/tasks/src/gguf.ts`` of huggingface.js.
+Both rules are read from their sources: ``find_best_model`` in ``common/download.cpp`` of the llama.cpp in llama-cpp-python
+0.3.36, and ``parseGGUFQuantLabel`` in ``packages/tasks/src/gguf.ts`` of huggingface.js at commit 3a463ba4. The Hub says
+nothing of its version: a level that is not listed here it may know by now.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LABELS = (
     "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M",
     "Q6_K", "IQ2_XXS", "IQ2_XS", "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S",
     "IQ3_M", "IQ2_S", "IQ2_M", "IQ4_XS", "IQ1_M", "BF16", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8",
-    "TQ1_0", "TQ2_0", "MXFP4_MOE", "Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL",
+    "TQ1_0", "TQ2_0", "MXFP4_MOE", "NVFP4", "Q1_0", "Q2_0", "Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL",
 )  # fmt: skip
 LABEL = re.compile(rf"(?:UD-)?(?:{'|'.join(LABELS)})(?:_[A-Z]+)?")
 

@@ -1,13 +1,14 @@
 """What a quantized folder says of itself: its modules by safetensors headers, and the scheme that config.json promises.
 
-Names and meanings follow compressed-tensors 0.19 (``quantization/quant_config.py``) and AutoAWQ. No weights are read.
+Names and meanings follow compressed-tensors 0.19 (``quantization/quant_config.py``; layouts: ``compressors/``; patterns:
+``utils/match.py``) and AutoAWQ 0.2.9. No weights are read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantool.formats.fused_layers import EXPERT, fused
@@ -24,6 +25,7 @@ QUANTIZED = frozenset({"F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F4"})
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*embeddings?)$")
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 HEAD = "lm_head"
+PACKED = "pack-quantized"
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,59 @@ class LayerScheme:
         return inputs is None or weights.bits == 8
 
 
+FLOATS = ("BF16", "F16", "F32")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer is meant by a pattern of ``targets`` or ``ignore``: a name, or behind ``re:`` an expression."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+def expected_parts(
+    scheme: LayerScheme, outputs: int, inputs: int
+) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """What a module of ``scheme`` is stored as: part, dtypes that it may have, shape."""
+    weights = scheme.weights
+    if scheme.form == "awq":
+        groups_of_inputs = inputs // (weights.group or inputs)
+        yield "qweight", ("I32",), (inputs, outputs // PER_WORD)
+        yield "qzeros", ("I32",), (groups_of_inputs, outputs // PER_WORD)
+        yield "scales", ("F16", "BF16"), (groups_of_inputs, outputs)
+        return
+    scale = _scale_shape(weights, outputs, inputs)
+    if scheme.form == PACKED:
+        yield "weight_packed", ("I32",), (outputs, -(-inputs * weights.bits // 32))
+        yield "weight_shape", ("I64", "I32"), (2,)
+    else:
+        yield "weight", ("F8_E4M3",) if weights.kind == "float" else ("I8",), (outputs, inputs)
+    yield "weight_scale", FLOATS, scale
+    if not weights.symmetric:
+        packed = (-(-outputs * weights.bits // 32), *scale[1:])
+        yield (
+            "weight_zero_point",
+            *((("I32",), packed) if scheme.form == PACKED else (tuple(QUANTIZED), scale)),
+        )
+    if weights.actorder in ("group", "dynamic"):
+        yield "weight_g_idx", ("I32", "I64"), (inputs,)
+    if scheme.inputs is not None and not scheme.inputs.dynamic:
+        yield "input_scale", FLOATS, (1,)
+        if not scheme.inputs.symmetric:
+            yield "input_zero_point", (*FLOATS, *QUANTIZED), (1,)
+
+
+def _scale_shape(weights: Numbers, outputs: int, inputs: int) -> tuple[int, ...]:
+    if weights.strategy == "channel":
+        return (outputs, 1)
+    if weights.strategy == "group":
+        return (outputs, inputs // (weights.group or inputs))
+    if weights.strategy == "block":
+        height, width = weights.block or (128, 128)
+        return (-(-outputs // height), -(-inputs // width))
+    return (1,)
+
+
 @dataclass(frozen=True)
 class Promise:
     """``quantization_config``: schemes, what is left alone, and the attention cache."""
@@ -160,8 +215,10 @@ class Promise:
     cache: Numbers | None = None
     head: bool = False
     """AutoAWQ only: whether the output head is said to be quantized."""
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
     """What is wrong with it as a whole."""
+    version: object = None
+    """Of the compressed-tensors that wrote it."""
 
 
 def promise(found: Mapping[str, Any]) -> Promise | None:
@@ -192,6 +249,7 @@ def promise(found: Mapping[str, Any]) -> Promise | None:
         tuple(found.get("ignore") or ()),
         cache,
         problems=tuple(problems),
+        version=found.get("version"),
     )
 
 

@@ -1,6 +1,6 @@
 """Which of vLLM's kernels would multiply a layer, on which GPUs, and split over how many.
 
-Read from vLLM 0.24, below ``vllm/model_executor``: the choice of a scheme in
+Read from vLLM 0.24 (``_findings.rules``), below ``vllm/model_executor``: the choice of a scheme in
 ``layers/quantization/compressed_tensors/compressed_tensors.py`` (``_get_scheme_from_parts``) and, for experts, in
 ``compressed_tensors_moe/compressed_tensors_moe.py``; AutoAWQ in ``layers/quantization/auto_awq.py``; shapes in
 ``kernels/linear/mixed_precision/{machete,marlin}.py``, ``layers/quantization/utils/marlin_utils.py`` and
@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quantool.validation._files.modules import Group, LayerScheme, Module
+from quantool.validation._files.modules import PACKED, Group, LayerScheme, Module
 
-PACKED = "pack-quantized"
 ACTIVATIONS = ("float-quantized", "int-quantized", "naive-quantized")
 """Formats whose activations are quantized too (``is_activation_quantization_format``)."""
 MARLIN_GROUPS = (32, 64, 128)

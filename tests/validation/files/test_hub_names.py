@@ -53,7 +53,8 @@ def test_llama_server(names: list[str], tag: str, found: str | None) -> None:
         ("toy-iq4_xs.gguf", "IQ4_XS"),
         ("toy-UD-Q2_K_XL-00001-of-00002.gguf", "UD-Q2_K_XL"),
         ("toy.gguf", None),
-        ("toy-Q1_0.gguf", None),
+        ("toy-Q1_0.gguf", "Q1_0"),
+        ("toy-NVFP4.gguf", "NVFP4"),
     ],
 )
 def test_hub(name: str, label: str | None) -> None:

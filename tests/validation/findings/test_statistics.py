@@ -138,7 +138,7 @@ def gated(ratio: Estimate, gates: Gates) -> Finding:
     ("value", "error", "verdict", "words"),
     [
         (0.009, 0.001, Verdict.PASS, "upper limit 0.01"),
-        (0.0115, 0.001, Verdict.PASS, "within two standard errors"),
+        (0.0115, 0.001, Verdict.PASS, "within noise of the upper limit 0.01"),
         (0.0125, 0.001, Verdict.REGRESSION, "beyond the upper limit 0.01"),
         (-0.021, 0.001, Verdict.ANOMALOUS, "better than the reference"),
         (-0.021, 0.008, Verdict.PASS, "upper limit"),
