@@ -29,7 +29,7 @@ from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text
 
-MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
+MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
 
 

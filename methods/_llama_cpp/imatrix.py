@@ -16,7 +16,7 @@ from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, written
 
-IMATRIX_CONTEXT = 512  # llama-imatrix's default
+IMATRIX_CONTEXT = 512  # llama-imatrix's default (0c1e570, tools/imatrix/imatrix.cpp)
 IMATRIX_TOKENS = 1 << 18
 
 
