@@ -35,7 +35,7 @@ GGUF = Depends(
     without=("threads", "base_type", "imatrix", "llama_cpp_path", "max_shard_size"),
 )
 """A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
-MAX_BUFFER = 8 << 30  # src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
+MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
 
 

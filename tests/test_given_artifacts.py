@@ -84,7 +84,7 @@ def test_the_shards_of_a_gguf_belong_together(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"number 3 of 3 by its name, but its split\.no is 0"):
         artifact_of(paths[0])
     paths[2].unlink()
-    with pytest.raises(SourceError, match=f"lacks {paths[2].name}$"):
+    with pytest.raises(SourceError, match=f"there is no {paths[2].name}$"):
         artifact_of(paths[0])
 
 
@@ -172,7 +172,7 @@ def test_one_level_cannot_be_said_of_several(repository: Path) -> None:
 
 def test_a_shard_that_a_folder_lacks(repository: Path) -> None:
     (repository / "tiny-Q8_0-00002-of-00002.gguf").unlink()
-    with pytest.raises(SourceError, match=r"lacks tiny-Q8_0-00002-of-00002\.gguf"):
+    with pytest.raises(SourceError, match=r"there is no tiny-Q8_0-00002-of-00002\.gguf"):
         artifacts_of(repository)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def checkpoint_folder(job: Job) -> Iterator[Path]:
         for path in old:
             path.unlink(missing_ok=True)
         for name in names:
-            place(part / name, job.folder / name)
+            move(part / name, job.folder / name)
         _refuse_strays(job.folder)
     except OSError as error:
         raise DependencyError(f"cannot write {job.folder}: {error.strerror or error}") from error
@@ -85,6 +86,17 @@ def copy_companions(source: Source, folder: Path) -> None:
 def relative_files(folder: Path) -> list[str]:
     """Names of all files below ``folder``, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file, whole and synced; a copy where the folder to publish lies on another disk."""
+    with written(target) as part:
+        try:
+            source.replace(part)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.copyfile(source, part)
 
 
 def place(source: Path, target: Path) -> None:

@@ -32,7 +32,7 @@ ROUTERS = (
 """Routers of a mixture of experts: small, decisive, and held in full precision by every engine."""
 
 GROUPS = (32, 64, 128)
-"""Group sizes that vLLM's Marlin multiplies (``marlin_utils.py``, MARLIN_SUPPORTED_GROUP_SIZES); Machete takes the last two."""
+"""Group sizes that Marlin of vLLM 0.24 multiplies (``marlin_utils.py``, MARLIN_SUPPORTED_GROUP_SIZES); Machete takes the last two."""
 
 EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|\w*embeddings?)$")
 SUFFIX = ".weight"
@@ -207,7 +207,7 @@ def select(
     if any(t.name.removesuffix(SUFFIX) == HEAD for t in layers) and not any(
         matches(HEAD, t) for t in targets
     ):
-        targets = (*targets, HEAD)  # vLLM's output head is of no class that Linear means
+        targets = (*targets, HEAD)  # the output head of vLLM 0.24 is of no class that Linear means
     warnings = (
         (f"routers of the experts stay in full precision ({', '.join(added)})",)
         if added and ignore is not None
@@ -242,7 +242,7 @@ def check_shapes(selection: Selection, scheme: WeightScheme) -> None:
 
 
 def check_fusion(selection: Selection, scheme: WeightScheme) -> None:
-    """ConfigError where vLLM, which runs some layers as one, would refuse what is selected."""
+    """ConfigError where vLLM, which runs some layers as one (``formats.fused_layers``), would refuse what is selected."""
     chosen = [layer.name.removesuffix(SUFFIX) for layer in selection.layers]
     rows = {layer.name.removesuffix(SUFFIX): layer.shape[0] for layer in selection.layers}
     for parts in fused([*chosen, *selection.left]).values():

@@ -60,7 +60,7 @@ class GgufOptions(Options):
 
 
 def model_name(source: Source, options: GgufOptions) -> str:
-    """``general.name``; refused where llama.cpp would change its behaviour by it (src/llama-vocab.cpp: phi-3)."""
+    """``general.name``; refused where llama.cpp would change its behaviour by it (0c1e570, src/llama-vocab.cpp: phi-3)."""
     name = options.model_name or source.name
     if any(mark in name.lower() for mark in ("phi-3", "phi3")) and not source.facts.model_type.startswith(
         "phi3"
@@ -87,7 +87,7 @@ def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
 
 
 def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
-    """Authorship keys that override what the converter would guess (gguf-py/gguf/metadata.py)."""
+    """Authorship keys that override what the converter would guess (0c1e570, gguf-py/gguf/metadata.py)."""
     found: dict[str, Any] = {
         "general.name": model_name(source, options),
         "general.quantized_by": f"quantool {__version__}",

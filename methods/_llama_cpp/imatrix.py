@@ -18,7 +18,7 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, written
 from quantool.texts import inputs
 
-IMATRIX_CONTEXT = 512  # llama-imatrix's default
+IMATRIX_CONTEXT = 512  # llama-imatrix's default (0c1e570, tools/imatrix/imatrix.cpp)
 IMATRIX_TOKENS = 1 << 18
 TEXT = Depends(
     fields=("split", "sample_size", "shuffle", "dataset_seed", "calibration_config"),

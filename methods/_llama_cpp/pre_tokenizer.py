@@ -1,6 +1,6 @@
 """Which of llama.cpp's pre-tokenizers a tokenizer.json is like.
 
-llama.cpp cuts text by a regular expression that it knows by name (src/llama-vocab.cpp), and its converter finds the name
+llama.cpp cuts text by a regular expression that it knows by name (0c1e570, src/llama-vocab.cpp), and its converter finds the name
 by a hash over the ids of one text: over the vocabulary, so it knows no tokenizer that was trained since. The steps in
 tokenizer.json show the expression itself. What is found here is a suggestion: the ids decide (check ``tokenizer``).
 """

@@ -1,4 +1,4 @@
-"""GGUF files over the shard limit, split into parts as llama-gguf-split does (tools/gguf-split/gguf-split.cpp).
+"""GGUF files over the shard limit, split into parts as llama-gguf-split does (0c1e570, tools/gguf-split/gguf-split.cpp).
 
 The first part has all metadata, every part its tensors and the three ``split.`` keys. The limit counts tensor data only, as
 upstream; a tensor that is larger gets a part of its own. What is written is byte for byte what upstream writes, without

@@ -176,17 +176,17 @@ def read_header(path: Path, size: int | None = None) -> GgufHeader:
             size = os.fstat(file.fileno()).st_size if size is None else size
             return _read(_Cursor(file, path, size), size)
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}") from error
+        raise SourceError(f"cannot read {path.name}: {error.strerror}") from error
 
 
 def _read(cursor: _Cursor, size: int) -> GgufHeader:
     path = cursor.path
     if size < FIRST or cursor.raw[cursor.skip(4) : 4] != b"GGUF":
-        raise SourceError(f"{path} is not a GGUF file")
+        raise SourceError(f"{path.name} is not a GGUF file")
     version, tensors, keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
     if version not in (2, 3):
         what = "is for big-endian machines" if not version & 0xFFFF else f"is of GGUF version {version}"
-        raise SourceError(f"{path} {what}; versions 2 and 3 are read")
+        raise SourceError(f"{path.name} {what}; versions 2 and 3 are read")
     if max(tensors, keys) > MOST_ENTRIES:
         raise _damaged(
             path, f"{tensors} tensors and {keys} keys are said to be there; at most {MOST_ENTRIES} are read"
@@ -304,7 +304,7 @@ def _utf8(raw: bytes, path: Path, what: str) -> str:
 
 
 def _damaged(path: Path, reason: str) -> SourceError:
-    return SourceError(f"{path} is damaged or cut off: {reason}", hint="fetch or make the file again")
+    return SourceError(f"{path.name} is damaged or cut off: {reason}", hint="fetch or make the file again")
 
 
 def padded(size: int, alignment: int = ALIGNMENT) -> int:
@@ -347,7 +347,7 @@ def _shard_files(first: Path) -> list[str]:
     names = [f"{stem}-{number:05d}-of-{total:05d}.gguf" for number in range(1, total + 1)]
     if missing := [name for name in names if not first.with_name(name).is_file()]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise SourceError(f"{first.parent} lacks {', '.join(missing[:3])}{more}")
+        raise SourceError(f"beside {first.name} there is no {', '.join(missing[:3])}{more}")
     return names
 
 

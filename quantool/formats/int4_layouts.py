@@ -4,7 +4,7 @@ AutoAWQ, as ``awq/modules/linear/gemm.py`` of AutoAWQ 0.2.9 reads it: weights an
 weight is transposed to [in, out], and eight neighbours along ``out`` share an int32, the one at position ``ORDER[k]``
 in bits ``4 k``. ``qweight`` [in, out / 8], ``qzeros`` [in / group, out / 8], ``scales`` [in / group, out] in float16.
 
-compressed-tensors (``compressors/pack_quantized``): ``weight_packed`` [out, words], ``weight_scale`` [out, groups],
+compressed-tensors 0.19 (``compressors/pack_quantized``): ``weight_packed`` [out, words], ``weight_scale`` [out, groups],
 ``weight_zero_point`` [words, groups] where there are any, and ``weight_shape``; its own function unpacks them.
 """
 

@@ -35,9 +35,10 @@ def refused(path: Path, content: bytes, reason: str) -> None:
     assert time.process_time() - begun < 1
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
-    assert str(path) in caught.value.message
+    assert path.name in caught.value.message
+    assert str(path.parent) not in caught.value.message  # findings are published
     assert "\n" not in caught.value.message
-    assert len(caught.value.message) < 300 + len(str(path))
+    assert len(caught.value.message) < 300
 
 
 def test_what_a_writer_of_the_field_wrote_is_read_back(path: Path) -> None:
@@ -183,7 +184,7 @@ def test_shards_that_belong_together(tmp_path: Path) -> None:
         read_shards(second)
     assert caught.value.hint == f"give {first.name}"
     second.unlink()
-    with pytest.raises(SourceError, match=f"lacks {second.name}"):
+    with pytest.raises(SourceError, match=f"there is no {second.name}"):
         read_shards(first)
 
 
@@ -213,4 +214,4 @@ def test_a_model_of_99999_shards_is_not_listed_whole(tmp_path: Path) -> None:
     (tmp_path / "m-00001-of-99999.gguf").write_bytes(gguf())
     with pytest.raises(SourceError, match="and 99995 more") as caught:
         read_shards(tmp_path / "m-00001-of-99999.gguf")
-    assert len(caught.value.message) < 300 + len(str(tmp_path))
+    assert len(caught.value.message) < 300

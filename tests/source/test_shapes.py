@@ -12,6 +12,7 @@ import structures
 
 from quantool.config.schema import Config
 from quantool.errors import SourceError
+from quantool.formats.safetensors import TensorHeader
 from quantool.records import Source
 from quantool.runtime.progress import Progress
 from quantool.source import shapes
@@ -92,3 +93,29 @@ def test_sound_checkpoints_pass(tmp_path: Path, name: str) -> None:
 def test_tiny_chat_passes() -> None:
     found = source(TINY)
     check_config_shapes(found, headers(found))
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_builds_these_types_as_it_is_said_here(tmp_path: Path) -> None:
+    """Every type of the list, without weights: the tensors that exist have the shapes that config.json promises."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = source(TINY)
+    for model_type in sorted(CONFORMING):
+        config = AutoConfig.for_model(
+            model_type, vocab_size=500, hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, head_dim=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        found = {
+            name: TensorHeader(name, "BF16", tuple(value.shape), "model.safetensors", 0, 0)
+            for name, value in model.state_dict().items()
+        }
+        assert shapes.EMBEDDING in found, model_type
+        numbers = {"vocabulary": 500, "hidden": 128, "heads": 4, "kv_heads": 2, "head_size": 40, "layers": 2}
+        facts = plain.facts.model_copy(update={"model_type": model_type, **numbers})
+        (tmp_path / "config.json").write_text('{"intermediate_size": 160}')
+        check_config_shapes(plain.model_copy(update={"facts": facts, "folder": tmp_path}), found)

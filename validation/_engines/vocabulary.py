@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError, SourceError
+from quantool.formats.gguf_header import read_header
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends, key_of
 from quantool.runtime.llama_cpp import LlamaLog, load
@@ -193,10 +194,7 @@ def _keys(library: Any, model: Any) -> dict[str, str]:
 
 def _template_names(model: str) -> list[str]:
     """The list ``tokenizer.chat_templates``, which llama.cpp's own interface does not give."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(model).get_field(f"{TEMPLATE}s")
-    return list(field.contents()) if field is not None else []
+    return list(read_header(Path(model)).value(f"{TEMPLATE}s", []))
 
 
 def _describe(library: Any, model: Any, vocabulary: Any, path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
-from quantool.validation._files.gguf_file import SHARD, InspectedTensor, Header
+from quantool.validation._files.gguf_file import SHARD, Header, InspectedTensor
 from quantool.validation._findings.builder import FindingBuilder, some
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
@@ -167,7 +167,11 @@ def _bits(tensors: Sequence[InspectedTensor]) -> str:
 
 
 def _problems(
-    kind: str, tensors: Sequence[InspectedTensor], level: str | None, options: Mapping[str, Any], header: Header
+    kind: str,
+    tensors: Sequence[InspectedTensor],
+    level: str | None,
+    options: Mapping[str, Any],
+    header: Header,
 ) -> list[str]:
     if kind in (ROUTER, NORM):
         quantized = [f"{one.name} ({one.type})" for one in tensors if one.type not in FLOATS]

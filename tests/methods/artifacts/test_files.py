@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,14 +110,14 @@ def test_a_run_killed_between_two_files_is_made_good(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its files are known to be ours although the artifact was never finished."""
-    place = files.place
+    move = files.move
 
     def die(source: Path, target: Path) -> None:
         if target.name == SHARDS[1]:
             raise KeyboardInterrupt
-        place(source, target)
+        move(source, target)
 
-    monkeypatch.setattr(files, "place", die)
+    monkeypatch.setattr(files, "move", die)
     with pytest.raises(KeyboardInterrupt):
         make(job(workspace), SHARDS)
     assert SHARDS[0] in relative_files(workspace.root / "repo")
@@ -144,4 +145,18 @@ def test_a_full_disk_is_no_bug(workspace: Workspace) -> None:
 
     with pytest.raises(DependencyError, match="No space left"):
         fill()
+    assert not list(workspace.work.iterdir())
+
+
+def test_a_folder_on_another_disk_is_copied_to(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def across(path: Path, target: Path) -> Path:
+        if path.parent != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", across)
+    make(job(workspace), SHARDS)
+    assert relative_files(workspace.root / "repo") == sorted(["config.json", INDEX, *SHARDS])
     assert not list(workspace.work.iterdir())

@@ -15,7 +15,7 @@ from tampering import case
 from quantool.records import Finding, Gates, OutputPlan, PlannedFile, Verdict
 from quantool.runtime import process
 from quantool.validation._files import gguf_file, gguf_levels
-from quantool.validation._files.gguf_file import InspectedTensor, Header
+from quantool.validation._files.gguf_file import Header, InspectedTensor
 from quantool.validation._findings.builder import FindingBuilder
 
 BUILD = FindingBuilder("integrity")

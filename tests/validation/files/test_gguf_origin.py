@@ -15,7 +15,7 @@ from quantool.formats.gguf_keys import COMMIT, UNREAD, WEIGHTS, origin_keys, wei
 from quantool.plugins.contract import Case
 from quantool.records import Finding, Gates, OutputPlan, Source, SourceFile, Verdict
 from quantool.validation._files import gguf_origin
-from quantool.validation._files.gguf_file import InspectedTensor, Header
+from quantool.validation._files.gguf_file import Header, InspectedTensor
 from quantool.validation._findings.builder import FindingBuilder
 
 BUILD = FindingBuilder("integrity")
