@@ -88,7 +88,7 @@ MODES: dict[str, dict[str, Any]] = {
     "flip": {"kind": "flip"},
     "garble": {"kind": "garble"},
 }  # fmt: skip
-MOMENTS: dict[str, dict[str, int]] = {"first": {}, "second": {"skip": 1}, "always": {"times": ALWAYS}}
+MOMENTS: dict[str, dict[str, Any]] = {"first": {}, "second": {"skip": 1}, "always": {"times": ALWAYS}}
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,16 @@ def test_a_wait_of_an_hour_is_not_sat_out(hub: WritableHub, there: Repository, n
 def test_sessions_have_time_limits_from_the_first_download_on(hub: WritableHub) -> None:
     from huggingface_hub import close_session, get_session
 
+    def patience() -> Any:
+        session: Any = get_session()
+        return session.patience
+
     with publishing(3, 4):
-        assert get_session().patience == Patience(3, 4, publishing=True)
+        assert patience() == Patience(3, 4, publishing=True)
         close_session()  # as the client does when a connection cannot be made
-        assert get_session().patience == Patience(3, 4, publishing=True)
+        assert patience() == Patience(3, 4, publishing=True)
     limit_waiting()
-    assert get_session().patience == Patience()
+    assert patience() == Patience()
     given = Patience(10, 60).extended({"connect": None, "read": 5.0})
     assert given == {"connect": 10, "read": 5.0, "write": 60, "pool": 10}
 
@@ -248,11 +252,11 @@ def test_a_small_file_that_is_edited_while_uploading(
     publish: Run, folder: Path, hub: WritableHub, there: Repository, name: str
 ) -> None:
     judged = content(folder)
-    hub.faults = [
-        Fault(
-            "PUT /objects/", "none", before=lambda: (folder / name).write_bytes(b"edited meanwhile") and None
-        )
-    ]
+
+    def change() -> None:
+        (folder / name).write_bytes(b"edited meanwhile")
+
+    hub.faults = [Fault("PUT /objects/", "none", before=change)]
     assert publish().code == 0
     assert there.files.items() >= judged.items()
     sums = {line[66:]: line[:64] for line in there.files["SHA256SUMS"].decode().splitlines()}
