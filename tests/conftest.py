@@ -35,7 +35,11 @@ wrong = quantool_fake:levels
 @pytest.fixture(scope="session")
 def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for sys.path with the fake plug-in as an installed distribution."""
-    site = tmp_path_factory.mktemp("plugin")
+    return write_plugin(tmp_path_factory.mktemp("plugin"))
+
+
+def write_plugin(site: Path) -> Path:
+    """Make ``site`` such a folder."""
     shutil.copyfile(Path(__file__).with_name("plugin.py"), site / "quantool_fake.py")
     metadata = site / "quantool_fake-1.0.dist-info"
     metadata.mkdir()

@@ -8,7 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +34,11 @@ ALWAYS = 99
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory, plugin_folder: Path) -> Path:
     """The output folder of a run of the fake method."""
-    root = tmp_path_factory.mktemp("packed")
+    return pack_fake(tmp_path_factory.mktemp("packed"), plugin_folder)
+
+
+def pack_fake(root: Path, plugin_folder: Path) -> Path:
+    """Run the fake method below ``root``; the output folder."""
     own = {"only": "Q8_0", "divergence": 0.00005}  # else both files are the same
     job = write_job(root, {"repo_id": REPO, "quantization_config": own})
     environment = {**os.environ, "PYTHONPATH": str(plugin_folder)}
@@ -66,14 +72,25 @@ def folder(packed: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
     """An empty Hub; huggingface_hub asks it, by classic LFS, and does not wait between tries."""
+    with hub_on_loopback(monkeypatch) as hub:
+        yield hub
+
+
+@contextmanager
+def hub_on_loopback(
+    monkeypatch: pytest.MonkeyPatch, sleep: Callable[[float], None] = lambda _: None
+) -> Iterator[WritableHub]:
+    """The Hub of the fixture; ``sleep`` stands for all waiting between tries."""
     with serving(WritableHub()) as hub:
         assert isinstance(hub, WritableHub)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda _: None))
-        monkeypatch.setattr(quantool.publish.verify, "PAUSES", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=sleep))
+        monkeypatch.setattr(
+            quantool.publish.verify, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+        )
         monkeypatch.setenv("HF_TOKEN", hub.token)
         monkeypatch.setattr(socket, "getaddrinfo", _loopback_only)
         yield hub

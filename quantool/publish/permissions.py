@@ -10,7 +10,7 @@ from quantool import __version__
 from quantool.config.schema import Publish
 from quantool.errors import PublicationError
 from quantool.hub.client import LOG_IN, publishing
-from quantool.hub.errors import hub_call
+from quantool.hub.errors import hub_call, unreadable
 from quantool.publish.refs import ASK_WHO, check_collection, check_names, check_refs, find
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def _ask(wanted: Mapping[str, bool | None], settings: Publish) -> None:
             )
         with hub_call(ASK_WHO):
             who = api.whoami()
+        if not isinstance(who, dict):
+            raise unreadable(ASK_WHO)
     for repo_id, private in wanted.items():
         found = find(api, repo_id)
         if who is not None:
