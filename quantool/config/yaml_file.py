@@ -70,13 +70,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlDocument:
     """
     document = parse(_text(path), str(path))
     if not isinstance(document.data, dict):
-        line, column = document.places.get((), (1, 1))
-        what = (
-            "the file is empty"
-            if document.data is None
-            else f"a configuration is a mapping of keys {show(document.data)}"
-        )
-        raise ConfigError(f"{path}:{line}:{column}: {what}", hint="start with model_id: and method:")
+        what = f"a configuration is a mapping of keys {show(document.data)}"
+        mistake = Mistake((), "the file is empty" if document.data is None else what)
+        raise document.error([mistake], hint="start with model_id: and method:")
     places = dict(document.places)
     wrong = [mistake for override in overrides for mistake in _override(override, document.data, places)]
     return YamlDocument(document.name, document.data, places, (*document.mistakes, *wrong))
@@ -147,7 +143,7 @@ class _Loader(yaml.SafeLoader):
         """As PyYAML, counting how deep it is."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -271,8 +271,8 @@ def remote_headers(
         file = Path(f"{repo}@{revision}") / name
         try:
             found = api.parse_safetensors_file_metadata(repo, name, revision=revision).tensors
-            entries = {
-                key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            entries: dict[str, dict[str, Any]] = {
+                key: {"dtype": info.dtype, "shape": [*info.shape], "data_offsets": [*info.data_offsets]}
                 for key, info in found.items()
             }
             data = files[name] - max((info.data_offsets[1] for info in found.values()), default=0)

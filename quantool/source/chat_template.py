@@ -48,27 +48,20 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> ChatTem
     listed = _listed(tokenizer_config.get("chat_template"), config)
     inline = listed.pop("default", None)
     file, files = folder / FILE, sorted((folder / FOLDER).glob("*.jinja"))
-    if not file.is_file():
-        if inline is not None and (folder / FOLDER).is_dir():
-            inline, notes = (
-                None,
-                (
-                    f"{FOLDER}/ without {FILE}: transformers then ignores the template in tokenizer_config.json",
-                ),
-            )
-        else:
-            notes = ()
-        default, place = inline, config
-    else:
-        default, place, notes = _text_of(file), file, ()
+    default, place, notes = inline, config, []
+    if file.is_file():
+        default, place = _text_of(file), file
         if inline not in (None, default):
             what = f"{FILE} and tokenizer_config.json hold different chat templates"
-            notes = (f"{what}; {FILE} is used, as transformers does",)
+            notes.append(f"{what}; {FILE} is used, as transformers does")
+    elif inline is not None and (folder / FOLDER).is_dir():
+        what = "transformers then ignores the template in tokenizer_config.json"
+        default, notes = None, [f"{FOLDER}/ without {FILE}: {what}"]
     places = {"": str(place), **dict.fromkeys(listed, str(config))}
     if files or file.is_file():
         listed = {path.stem: _text_of(path) for path in files}
         places |= {path.stem: str(path) for path in files}
-    return ChatTemplates(default, listed, places, notes)
+    return ChatTemplates(default, listed, places, tuple(notes))
 
 
 def _text_of(file: Path) -> str:

@@ -114,13 +114,12 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
 def _bound(tokenizer: _Place) -> None:
     """SourceError for a JSON file of the tokenizer that would do harm to the libraries that read it."""
     for name in _chosen(tokenizer.sizes, TOKENIZER_FILES):
-        if name in (
-            "tokenizer.json",
-            "vocab.json",
-        ):  # tens of megabytes: their library says whether they are sound
-            require_bounded(tokenizer.folder / name)
-        elif name.endswith(".json") and name != INDEX:
+        if name in ("special_tokens_map.json", "added_tokens.json"):
             read_json(tokenizer.folder / name)
+        elif name.endswith(
+            ".json"
+        ):  # can be tens of megabytes: the tokenizers library says whether it is sound
+            require_bounded(tokenizer.folder / name)
 
 
 def overlay(source: Source, folder: Path) -> Source:

@@ -190,19 +190,13 @@ def require_texts(config: Config) -> None:
                 entry.path, f"validation.corpora.{index}.path" if settings.corpora else "eval_dataset"
             )
             read(entry, characters=settings.max_tokens * CHARACTERS_PER_TOKEN)
-    needle = settings.needle
-    for name, path in (
-        ("conversations", settings.conversations),
-        ("behaviour.prompts", settings.behaviour.prompts),
-        ("needle.haystack", None if needle is None else needle.haystack),
-    ):
+    whole = (("conversations", settings.conversations), ("behaviour.prompts", settings.behaviour.prompts))
+    for name, path in whole:
         if path is not None:
-            whole = not name.startswith("needle")
-            require_file(path, f"validation.{name}")
-            read(
-                Corpus(name=name, path=path),
-                characters=None if whole else max(needle.lengths) * CHARACTERS_PER_TOKEN,
-            )
+            read(Corpus(name=name, path=require_file(path, f"validation.{name}")))
+    if settings.needle is not None and (path := settings.needle.haystack) is not None:
+        haystack = Corpus(name="haystack", path=require_file(path, "validation.needle.haystack"))
+        read(haystack, characters=max(settings.needle.lengths) * CHARACTERS_PER_TOKEN)
 
 
 def identity(corpus: Corpus) -> str | None:

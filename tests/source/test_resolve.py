@@ -13,6 +13,7 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.records import Source, sha256_of
 from quantool.runtime.progress import Progress
+from quantool.source import chat_template
 from quantool.source.resolve import overlay, resolve
 from tests.checkpoint import TEMPLATE, write_checkpoint, write_json, write_shards
 
@@ -196,3 +197,47 @@ def test_resolving_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "added_tokens.json",
+        "generation_config.json",
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a":' * 5000, "nested more than 64 deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number of more than 40 digits"),
+        (b'{"\xff": 1}', "not UTF-8"),
+    ],
+)
+def test_a_json_file_that_would_harm_whoever_reads_it(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (write_checkpoint(tmp_path) / name).write_bytes(content)
+    with pytest.raises(SourceError, match=rf"{name}: {said}"):
+        local(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_sampling_that_is_no_number(tmp_path: Path, number: str) -> None:
+    (write_checkpoint(tmp_path) / "generation_config.json").write_text(f'{{"temperature": {number}}}')
+    with pytest.raises(SourceError, match=rf"generation_config\.json: .*{number}"):
+        local(tmp_path)
+
+
+def test_a_template_that_does_not_end_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (write_checkpoint(tmp_path) / "chat_template.jinja").write_text(loops)
+    with pytest.raises(
+        SourceError, match=r"chat_template\.jinja: the chat template does not end within 1 s of processor"
+    ):
+        local(tmp_path)
