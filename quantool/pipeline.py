@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from quantool import judging
 from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
@@ -29,13 +31,14 @@ from quantool.records import (
     Report,
     Source,
     Verdict,
+    sha256_of,
 )
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, write_text
 from quantool.source.resolve import overlay, resolve
-from quantool.source.scan import recall_scan, scan_source
+from quantool.source.scan import forget_scan, recall_scan, scan_source
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,26 @@ def plan(config: Config, progress: Progress) -> Plan:
     return _checked_plan(config, source, workspace, downloads=sum(missing))
 
 
-def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> RunResult:
+def run(
+    config: Config, progress: Progress, *, allow_regression: bool = False, rehash: bool = False
+) -> RunResult:
     """Do everything that ``config`` asks for; a rerun redoes only what changed.
 
     With ``push_to_hub`` each folder whose artifacts all passed is published, whatever became of the others; with
     ``allow_regression`` those with artifacts that did not pass as well. With ``disk_bounded`` a level is made, judged,
-    uploaded and deleted before the next one, and the commit names them all.
+    uploaded and deleted before the next one, and the commit names them all. With ``rehash`` the checkpoint and every
+    finished file are read again: one whose size and time are as they were, but not its bytes, is made again.
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     if config.push_to_hub:
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
+        if rehash:
+            forget_scan(workspace)
         plan = _planned(config, workspace, progress)
+        if rehash:
+            for output in plan.outputs:
+                _drop_damaged(workspace, output, progress)
         if config.disk_bounded:
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
@@ -182,6 +193,23 @@ def _make(
     artifact = artifact.model_copy(update={"folder": job.folder})  # a recalled one says where it was
     write_text(judging.record_path(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
+
+
+def _drop_damaged(workspace: Workspace, output: OutputPlan, progress: Progress) -> None:
+    """Delete the files of an earlier run whose bytes are not those that its record has, so that they are made again."""
+    record = judging.record_path(workspace, "artifact", output.id)
+    if not record.is_file():
+        return
+    try:
+        artifact = Artifact.model_validate_json(record.read_bytes())
+    except ValidationError:  # damaged: nothing to compare with, so nothing is taken for finished
+        workspace.forget(output.id)
+        return
+    for file in (*artifact.files, *artifact.shared):
+        path = workspace.root / output.repo / file.name
+        if path.is_file() and sha256_of(path) != file.sha256:
+            progress.warn(f"{path} is not what was made: its bytes changed; made again")
+            path.unlink()
 
 
 def _case(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, workspace: Workspace) -> Case:

@@ -24,6 +24,7 @@ from quantool.report.plots import CAPTIONS
 from quantool.runtime.progress import Bar, Progress
 
 AGAIN = "run `quantool run` again: it packages the folder anew and redoes only what changed"
+REHASH = "run `quantool run CONFIG --rehash`: it reads every finished file again and remakes those whose bytes changed"
 HIJACKING = frozenset({"preset.ini", "template", "system", "params", ".gitignore", ".gitattributes"})
 """Names at the root that change how the Hub, llama-server or Ollama treat a repository."""
 
@@ -139,7 +140,7 @@ def hash_files(parcel: Parcel, progress: Progress) -> tuple[FileRecord, ...]:
     if changed:
         raise PublicationError(
             f"{folder}: not what was judged, the content differs from {SUMS}: {', '.join(changed)}",
-            hint=AGAIN,
+            hint=REHASH,
         )
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if others := sorted(found - set(names)):
