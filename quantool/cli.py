@@ -220,10 +220,14 @@ def plan(
     from quantool.report.table import planned
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    made = pipeline.plan(loaded, progress)
+    made, machine = pipeline.plan_here(loaded, progress)
     for note in made.warnings:
         progress.warn(note)
-    typer.echo(made.model_dump_json(indent=1) if as_json else planned(made))
+    if as_json:
+        record = made.model_dump(mode="json") | {"machine": machine.model_dump(mode="json")}
+        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        typer.echo(planned(made, machine))
 
 
 @app.command()

@@ -13,9 +13,9 @@ from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
+from quantool.plan import make as planning
 from quantool.plan.depends import depends_of
 from quantool.plan.disk import check_disk
-from quantool.plan.make import make_plan
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Job
 from quantool.publish import preupload
@@ -25,6 +25,7 @@ from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import (
     Artifact,
     Gates,
+    MachineState,
     OutputPlan,
     Plan,
     Publication,
@@ -58,7 +59,15 @@ class RunResult:
 
 
 def plan(config: Config, progress: Progress) -> Plan:
-    """What ``run`` would do. Weights are neither read nor downloaded, the output folder stays as it is."""
+    """What ``run`` would do; see ``plan_here``."""
+    return plan_here(config, progress)[0]
+
+
+def plan_here(config: Config, progress: Progress) -> tuple[Plan, MachineState]:
+    """What ``run`` would do, and what of it is done here.
+
+    Weights are neither read nor downloaded, the output folder stays as it is.
+    """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     source = resolve(config, weights=False, progress=progress)
     missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
@@ -151,20 +160,23 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     """The plan, with the source fetched and looked at."""
     source = resolve(config, weights=True, progress=progress)
     source = overlay(source, workspace.work / "source")
-    check_disk(_checked_plan(config, recall_scan(source, workspace), workspace), workspace.root)
+    _, machine = _checked_plan(config, recall_scan(source, workspace), workspace)
+    check_disk(machine, workspace.root)
     source = scan_source(source, workspace, progress)
-    plan = _checked_plan(config, source, workspace)
+    plan, _ = _checked_plan(config, source, workspace)
     for note in plan.warnings:
         progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
     return plan
 
 
-def _checked_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
+def _checked_plan(
+    config: Config, source: Source, workspace: Workspace, *, downloads: int = 0
+) -> tuple[Plan, MachineState]:
     """The plan of a configuration whose card template is one; ConfigError with file and line when it is none."""
     if config.card.template is not None:
         read_card_template(config.card.template)
-    return make_plan(config, source, workspace, downloads=downloads)
+    return planning.plan_here(config, source, workspace, downloads=downloads)
 
 
 def _drop_sums(artifacts: Sequence[Artifact]) -> None:

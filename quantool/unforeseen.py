@@ -51,9 +51,9 @@ def _save(error: Exception) -> Path:
             return (logs / LOG).absolute()
     with tempfile.NamedTemporaryFile(
         "w", prefix="quantool-traceback-", suffix=".log", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    return Path(file.name)
+    ) as left:
+        left.write(text)
+    return Path(left.name)
 
 
 def _frames(error: Exception) -> Iterator[FrameType]:

@@ -22,9 +22,10 @@ from quantool.methods._llama_cpp import dry_run
 from quantool.plan.depends import depends_of
 from quantool.plan.make import options_of
 from quantool.plugins import find
-from quantool.plugins.contract import Case, Request
+from quantool.plugins.contract import Case, Check, Request
 from quantool.records import Artifact, FileRecord, OutputPlan, Source
 from quantool.runtime.progress import Progress
+from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
 
@@ -283,8 +284,13 @@ def judged(config: Config, source: Source, output: OutputPlan, workspace: Worksp
     case = Case(
         workspace.root / "model", output.engine, output.id, source, config, output.gates, workspace, output
     )
-    names = config.validation.checks or find.names("checks")
-    return {f"{name} of {output.id}": findings_key(find.find_check(name), case, artifact) for name in names}
+    names = config.validation.checks or checks()
+    return {f"{name} of {output.id}": findings_key(checks()[name], case, artifact) for name in names}
+
+
+@cache
+def checks() -> dict[str, Check]:
+    return {name: find.find_check(name) for name in find.names("checks")}
 
 
 @cache
@@ -384,8 +390,6 @@ def test_a_gate_of_another_level_changes_nothing(here: Path) -> None:
 def test_a_new_version_of_what_computes_is_seen(
     library: str, engine: str, expected: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from quantool.plugins import keys as building
-
     def found() -> dict[str, str]:
         source = source_of(str(CHAT), None, trusted=False)
         config = Config.model_validate(BASELINE)
@@ -394,10 +398,12 @@ def test_a_new_version_of_what_computes_is_seen(
         artifact = Artifact(
             output="a/b", method="a", level="b", folder=tmp_path, files=(), bits_per_weight=4, seconds=0
         )
-        return {name: findings_key(find.find_check(name), case, artifact) for name in find.names("checks")}
+        return {name: findings_key(check, case, artifact) for name, check in checks().items()}
 
-    before, real = found(), building.version_of
-    monkeypatch.setattr(building, "version_of", lambda name: "9.9" if name == library else real(name))
+    before = found()
+    monkeypatch.setattr(
+        "quantool.plugins.keys.version_of", lambda name: "9.9" if name == library else version_of(name)
+    )
     changed = moved(before, found())
     assert expected <= changed
     assert library == "quantool" or "serving" not in changed
