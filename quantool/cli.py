@@ -47,6 +47,13 @@ AllowRegression = Annotated[
         help="Publish artifacts that did not pass as well; the card says so, and the exit code stays 5.",
     ),
 ]
+Rehash = Annotated[
+    bool,
+    typer.Option(
+        "--rehash",
+        help="Read the checkpoint and every finished file again and compare their hashes, not only size and time.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress, only warnings, errors and the result.")
@@ -96,6 +103,14 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             place = f": {error.filename}" if error.filename else ""
             _complain(f"error: {error.strerror or error}{place}")
             raise typer.Exit(DependencyError.exit_code) from None
+        except typer.Exit:
+            raise
+        except Exception as error:  # noqa: BLE001 - a bug: the user gets one line, who mends it the traceback
+            from quantool.unforeseen import written_down
+
+            told = written_down(error)
+            _tell(told)
+            raise typer.Exit(told.exit_code) from None
 
     return wrapped
 
@@ -127,6 +142,7 @@ def run(
     config: ConfigFile,
     overrides: Overrides = None,
     allow_regression: AllowRegression = False,
+    rehash: Rehash = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -134,7 +150,7 @@ def run(
     from quantool import pipeline
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    result = pipeline.run(loaded, progress, allow_regression=allow_regression)
+    result = pipeline.run(loaded, progress, allow_regression=allow_regression, rehash=rehash)
     _show(result, progress, as_json=as_json)
     errors: list[QuantoolError] = list(result.refused)
     if result.failed:
@@ -204,10 +220,14 @@ def plan(
     from quantool.report.table import planned
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    made = pipeline.plan(loaded, progress)
+    made, machine = pipeline.plan_here(loaded, progress)
     for note in made.warnings:
         progress.warn(note)
-    typer.echo(made.model_dump_json(indent=1) if as_json else planned(made))
+    if as_json:
+        record = made.model_dump(mode="json") | {"machine": machine.model_dump(mode="json")}
+        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        typer.echo(planned(made, machine))
 
 
 @app.command()

@@ -10,7 +10,7 @@
     ├── GateError           5   an artifact did not pass its gates (the report is written)
     └── PublicationError    6   the Hub refused, or what it stored differs
 
-130 stands for an interruption. Anything else that is raised is a bug and shows its traceback.
+130 stands for an interruption, 1 for anything else that is raised: a bug, whose traceback is written to a file.
 """
 
 INTERRUPTED = 130

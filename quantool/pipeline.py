@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from quantool import judging
 from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
+from quantool.plan import make as planning
 from quantool.plan.depends import depends_of
 from quantool.plan.disk import check_disk
-from quantool.plan.make import make_plan
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Job
 from quantool.publish import preupload
@@ -24,19 +26,21 @@ from quantool.publish.publish import Order, private_of, publish_run
 from quantool.records import (
     Artifact,
     Gates,
+    MachineState,
     OutputPlan,
     Plan,
     Publication,
     Report,
     Source,
     Verdict,
+    sha256_of,
 )
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, write_text
 from quantool.source.resolve import overlay, resolve
-from quantool.source.scan import recall_scan, scan_source
+from quantool.source.scan import forget_scan, recall_scan, scan_source
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,15 @@ class RunResult:
 
 
 def plan(config: Config, progress: Progress) -> Plan:
-    """What ``run`` would do. Weights are neither read nor downloaded, the output folder stays as it is."""
+    """What ``run`` would do; see ``plan_here``."""
+    return plan_here(config, progress)[0]
+
+
+def plan_here(config: Config, progress: Progress) -> tuple[Plan, MachineState]:
+    """What ``run`` would do, and what of it is done here.
+
+    Weights are neither read nor downloaded, the output folder stays as it is.
+    """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     source = resolve(config, weights=False, progress=progress)
     missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
@@ -64,18 +76,26 @@ def plan(config: Config, progress: Progress) -> Plan:
     return _checked_plan(config, source, workspace, downloads=sum(missing))
 
 
-def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> RunResult:
+def run(
+    config: Config, progress: Progress, *, allow_regression: bool = False, rehash: bool = False
+) -> RunResult:
     """Do everything that ``config`` asks for; a rerun redoes only what changed.
 
     With ``push_to_hub`` each folder whose artifacts all passed is published, whatever became of the others; with
     ``allow_regression`` those with artifacts that did not pass as well. With ``disk_bounded`` a level is made, judged,
-    uploaded and deleted before the next one, and the commit names them all.
+    uploaded and deleted before the next one, and the commit names them all. With ``rehash`` the checkpoint and every
+    finished file are read again: one whose size and time are as they were, but not its bytes, is made again.
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     if config.push_to_hub:
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
+        if rehash:
+            forget_scan(workspace)
         plan = _planned(config, workspace, progress)
+        if rehash:
+            for output in plan.outputs:
+                _drop_damaged(workspace, output, progress)
         if config.disk_bounded:
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
@@ -142,20 +162,23 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     """The plan, with the source fetched and looked at."""
     source = resolve(config, weights=True, progress=progress)
     source = overlay(source, workspace.work / "source")
-    check_disk(_checked_plan(config, recall_scan(source, workspace), workspace), workspace.root)
+    _, machine = _checked_plan(config, recall_scan(source, workspace), workspace)
+    check_disk(machine, workspace.root)
     source = scan_source(source, workspace, progress)
-    plan = _checked_plan(config, source, workspace)
+    plan, _ = _checked_plan(config, source, workspace)
     for note in plan.warnings:
         progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
     return plan
 
 
-def _checked_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
+def _checked_plan(
+    config: Config, source: Source, workspace: Workspace, *, downloads: int = 0
+) -> tuple[Plan, MachineState]:
     """The plan of a configuration whose card template is one; ConfigError with file and line when it is none."""
     if config.card.template is not None:
         read_card_template(config.card.template)
-    return make_plan(config, source, workspace, downloads=downloads)
+    return planning.plan_here(config, source, workspace, downloads=downloads)
 
 
 def _drop_sums(artifacts: Sequence[Artifact]) -> None:
@@ -184,6 +207,23 @@ def _make(
     artifact = artifact.model_copy(update={"folder": job.folder})  # a recalled one says where it was
     write_text(judging.record_path(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
+
+
+def _drop_damaged(workspace: Workspace, output: OutputPlan, progress: Progress) -> None:
+    """Delete the files of an earlier run whose bytes are not those that its record has, so that they are made again."""
+    record = judging.record_path(workspace, "artifact", output.id)
+    if not record.is_file():
+        return
+    try:
+        artifact = Artifact.model_validate_json(record.read_bytes())
+    except ValidationError:  # damaged: nothing to compare with, so nothing is taken for finished
+        workspace.forget(output.id)
+        return
+    for file in (*artifact.files, *artifact.shared):
+        path = workspace.root / output.repo / file.name
+        if path.is_file() and sha256_of(path) != file.sha256:
+            progress.warn(f"{path} is not what was made: its bytes changed; made again")
+            path.unlink()
 
 
 def _case(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, workspace: Workspace) -> Case:

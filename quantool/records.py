@@ -176,30 +176,40 @@ class OutputPlan(Record):
     bits_per_weight: float | None
     peak_ram: int
     gates: Gates
-    done: bool = False
-    """Whether an earlier run left it finished."""
+    done: bool = Field(default=False, exclude=True)
+    """Whether an earlier run left it finished, said by an outline; a ``MachineState`` says it beside a plan."""
     needs: tuple[str, ...] = ()
     """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
 
 
 class StagePlan(Record):
-    """One step of the run: bytes it leaves on disk, peak RAM, and whether it is already done."""
+    """One step of the run: bytes it leaves on disk, and peak RAM."""
 
     name: str
     writes: int
     peak_ram: int
-    done: bool
+    done: bool = Field(default=False, exclude=True)
+    """As in ``OutputPlan``."""
+
+
+class MachineState(Record):
+    """What this machine has, and what an earlier run left on it: lies beside a plan, leaves the machine with nothing."""
+
+    free_disk: int
+    """Bytes free where the output goes."""
+    peak_disk: int
+    """Bytes that the steps still to do write."""
+    done: tuple[str, ...] = ()
+    """Names of the steps that are finished, outputs among them."""
 
 
 class Plan(Record):
-    """What a run will do."""
+    """What a run will do: decisions alone, the same on every machine."""
 
     config: dict[str, JsonValue]
     source: Source
     outputs: tuple[OutputPlan, ...]
     stages: tuple[StagePlan, ...]
-    peak_disk: int
-    free_disk: int
     seed: int
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()

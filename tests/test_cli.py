@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import quantool as package
-from quantool.records import Plan, Report
+from quantool.records import MachineState, Plan, Report
 from tests.conftest import Ended, dies, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -73,8 +73,14 @@ def test_quiet_leaves_warnings_and_the_result(quantool: Command, config_file: Wr
 
 def test_a_plan(quantool: Command, config_file: Write, tmp_path: Path) -> None:
     ended = quantool("plan", config_file(bytes=123456), "--json")
-    made = Plan.model_validate_json(ended.out)
-    assert (ended.code, made.peak_disk) == (0, 2 * 123456)
+    record = json.loads(ended.out)
+    machine = MachineState.model_validate(record.pop("machine"))
+    assert (ended.code, machine.peak_disk, machine.done) == (0, 2 * 123456, ("download",))
+    made = Plan.model_validate(record)
+    assert not {"free_disk", "done"} & (
+        record.keys() | record["outputs"][0].keys() | record["stages"][0].keys()
+    )
+    assert made.outputs[0].files[0].bytes == 123456
     text = quantool("plan", config_file(bytes=123456)).out
     assert "model-FAKE/model-Q8_0.gguf" in text
     assert "123,456" in text

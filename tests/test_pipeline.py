@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,19 @@ from safetensors.numpy import save_file
 from quantool import gates, judging, pipeline
 from quantool.config.load import load
 from quantool.config.schema import Config
-from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
+from quantool.errors import (
+    ConfigError,
+    DependencyError,
+    PublicationError,
+    QuantizationError,
+    SourceError,
+)
 from quantool.pipeline import RunResult
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check
 from quantool.plugins.find import find_check
 from quantool.plugins.keys import Depends
+from quantool.publish.parcel import hash_files, read_parcel
 from quantool.records import Artifact, FileRecord, Finding, Plan, Report, Verdict, sha256_of
 from quantool.runtime.progress import Progress
 from tests.checkpoint import tensors
@@ -84,12 +92,10 @@ def test_a_second_run_does_nothing_again(tmp_path: Path, config_file: Write) -> 
     assert done(tmp_path) == []
     assert second.reports == first.reports
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    assert {stage.name: stage.done for stage in second.plan.stages} == {
-        "download": True, "scan": True, "fake/Q8_0": True, "fake/Q4_K_M": True, "judge": False,
-    }  # fmt: skip
-    assert second.plan.peak_disk == 0
-    planned = pipeline.plan(load(path, (), find).config, Progress(quiet=True))
-    assert all(output.done for output in planned.outputs)
+    planned, machine = pipeline.plan_here(load(path, (), find).config, Progress(quiet=True))
+    assert machine.done == ("download", "scan", "fake/Q8_0", "fake/Q4_K_M")
+    assert machine.peak_disk == 0
+    assert planned == second.plan == first.plan
 
 
 @pytest.mark.parametrize(
@@ -235,6 +241,55 @@ def test_a_file_that_somebody_touched_is_made_again(tmp_path: Path, config_file:
     (tmp_path / "out" / "model-FAKE" / "model-Q8_0.gguf").write_text("0.00012\n")
     run(path)
     assert done(tmp_path) == ["made Q8_0", "judged fake/Q8_0"]
+
+
+def same_time(path: Path, content: bytes) -> None:
+    """Change bytes so that size and modification time tell nothing."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def publishable(folder: Path) -> None:
+    parcel = read_parcel(folder, repo_id="me/model", allow_regression=False)
+    hash_files(parcel, Progress(quiet=True))
+
+
+def test_a_byte_that_flipped_unseen_is_found_by_rehashing(tmp_path: Path, config_file: Write) -> None:
+    """T10: publish refuses such a file and says what to do; that must help."""
+    path = config_file()
+    config = load(path, (), find).config
+    first = run(path)
+    done(tmp_path)
+    file = tmp_path / "out" / "model-FAKE" / "model-Q8_0.gguf"
+    same_time(file, b"0.0002\n")
+    run(path)
+    assert done(tmp_path) == []
+    with pytest.raises(PublicationError, match=r"model-Q8_0\.gguf") as refused:
+        publishable(file.parent)
+    assert "--rehash" in refused.value.hint
+    result = pipeline.run(config, Progress(quiet=True), rehash=True)
+    assert done(tmp_path) == ["made Q8_0", "judged fake/Q8_0"]
+    assert [report.artifact.files for report in result.reports] == [
+        report.artifact.files for report in first.reports
+    ]
+    publishable(file.parent)
+
+
+def test_a_byte_of_the_checkpoint_that_flipped_unseen_is_found_by_rehashing(
+    tmp_path: Path, config_file: Write
+) -> None:
+    path = config_file()
+    config = load(path, (), find).config
+    before = run(path).plan.source
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    same_time(weights, bytes(content))
+    assert run(path).plan.source == before
+    after = pipeline.run(config, Progress(quiet=True), rehash=True).plan.source
+    assert [file.sha256 for file in after.files if file.name == weights.name] == [sha256_of(weights)]
 
 
 def test_another_checkpoint_is_another_run(tmp_path: Path, config_file: Write) -> None:

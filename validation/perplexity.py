@@ -8,12 +8,12 @@ from quantool.config.schema import Config
 from quantool.gates import over
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
-from quantool.records import Finding, Gates, Verdict
+from quantool.records import Finding, Gates, Source, Verdict
 from quantool.runtime.progress import Progress
 from quantool.texts import inputs
 from quantool.texts.corpus import corpora
 from quantool.validation._engines.reference import REFERENCE, Reference, references
-from quantool.validation._engines.windows import WINDOWS
+from quantool.validation._engines.windows import WINDOWS, scored
 from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Scores, summarize
@@ -34,6 +34,14 @@ def _conversion_gates(config: Config) -> Iterator[tuple[str, str]]:
         yield level, str(conversion_loss.conversion_limit(file_type, config.validation.gates))
 
 
+def writes(config: Config, source: Source, /) -> int:
+    """The reference's hidden states of every text: a row of the model's width for each scored position."""
+    settings = config.validation
+    windows = settings.max_tokens // settings.context
+    width = source.facts.hidden * (4 if source.facts.dtype == "F32" else 2)
+    return len(corpora(config)) * windows * len(scored(settings.context)) * width
+
+
 def prepare(cases: Sequence[Case], progress: Progress) -> None:
     """Score all artifacts that are not yet, those of one engine together; the reference is computed once."""
     for case in cases:
@@ -44,6 +52,7 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
 @check(
     NAME,
     prepare=prepare,
+    writes=writes,
     depends=WINDOWS
     | REFERENCE
     | SCORES
@@ -54,44 +63,44 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     require(case)
     known = references(case, corpora(case.config), progress)
     compute([case], known, progress)
-    scored = kept_scores(case, known)
-    if scored.failure:
-        return _unscorable(case, known, scored)
+    result = kept_scores(case, known)
+    if result.failure:
+        return _unscorable(case, known, result)
     findings: list[Finding] = []
-    for number, (reference, tokens) in enumerate(zip(known, scored.tokens, strict=True)):
+    for number, (reference, tokens) in enumerate(zip(known, result.tokens, strict=True)):
         corpus = reference.windows.corpus
         found = findings_of(summarize(tokens), corpus.name, merged(case.gates, corpus.gates))
-        if scored.bases:
-            base = scored.bases[number]
+        if result.bases:
+            base = result.bases[number]
             losses = conversion_loss.findings_of(base, corpus.name, case.settings.gates, NAME)
             blame = conversion_loss.blame(base, losses[0])
             found = [_blaming(finding, blame) for finding in found] + losses
         findings += found
-    return findings + _kernels(scored) + _undivided(case, scored)
+    return findings + _kernels(result) + _undivided(case, result)
 
 
-def _kernels(scored: ArtifactScores) -> list[Finding]:
+def _kernels(result: ArtifactScores) -> list[Finding]:
     """What the engine computed with, as its log says."""
-    named = ", ".join(scored.kernels)
+    named = ", ".join(result.kernels)
     return [BUILD.fact("kernels", named, note=f"served with {named}")] if named else []
 
 
-def _unscorable(case: Case, known: Sequence[Reference], scored: ArtifactScores) -> list[Finding]:
+def _unscorable(case: Case, known: Sequence[Reference], result: ArtifactScores) -> list[Finding]:
     """The findings of an artifact that cannot be scored; a base says whether the conversion is to blame."""
-    reason, losses = scored.failure, _undivided(case, scored)
-    for base, reference in zip(scored.bases, known, strict=False):  # there may be no base
+    reason, losses = result.failure, _undivided(case, result)
+    for base, reference in zip(result.bases, known, strict=False):  # there may be no base
         losses += conversion_loss.findings_of(base, reference.windows.corpus.name, case.settings.gates, NAME)
-    if scored.bases:
-        reason += f"; {conversion_loss.blame(scored.bases[0], losses[0])}"
+    if result.bases:
+        reason += f"; {conversion_loss.blame(result.bases[0], losses[0])}"
     return [BUILD.fail("perplexity", reason), *losses]
 
 
-def _undivided(case: Case, scored: ArtifactScores) -> list[Finding]:
+def _undivided(case: Case, result: ArtifactScores) -> list[Finding]:
     """Why conversion and quantization are not told apart, of a GGUF."""
-    if case.engine != "llama.cpp" or scored.bases:
+    if case.engine != "llama.cpp" or result.bases:
         return []
-    if scored.file_type in conversion_loss.UNQUANTIZED:
-        return [conversion_loss.unquantized(scored.file_type, NAME)]
+    if result.file_type in conversion_loss.UNQUANTIZED:
+        return [conversion_loss.unquantized(result.file_type, NAME)]
     return [conversion_loss.without_base(NAME)]
 
 

@@ -12,7 +12,7 @@ from quantool.texts import inputs
 EVERYTHING = Depends(
     fields=(EVERY_FIELD,),
     inputs=(inputs.calibration_by_name,),
-    libraries=(*DISTRIBUTIONS, "llama.cpp"),
+    libraries=DISTRIBUTIONS,
 )
 """For somebody else's method that declares nothing."""
 EVERYTHING_JUDGED = replace(

@@ -7,14 +7,21 @@ from pathlib import Path
 
 from quantool.errors import DependencyError
 from quantool.plugins.contract import Outline
-from quantool.records import OutputPlan, Plan, Source, StagePlan
+from quantool.records import MachineState, OutputPlan, Source, StagePlan
 from quantool.runtime.progress import amount
 
 
 def stages(
-    source: Source, outlines: Sequence[Outline], outputs: Sequence[OutputPlan], downloads: int
+    source: Source,
+    outlines: Sequence[Outline],
+    outputs: Sequence[OutputPlan],
+    downloads: int,
+    judging: int = 0,
 ) -> tuple[StagePlan, ...]:
-    """The steps of the run in order; a stage that several methods share stands once."""
+    """The steps of the run in order; a stage that several methods share stands once.
+
+    ``downloads`` and ``judging`` are the bytes still to fetch, and those that the checks keep.
+    """
     shared = {stage.name: stage for outline in outlines for stage in outline.stages}
     scanned = all(file.sha256 for file in source.files)
     steps = [StagePlan(name="download", writes=downloads, peak_ram=0, done=not downloads)]
@@ -24,7 +31,7 @@ def stages(
         size = sum(file.bytes for file in output.files)
         steps.append(StagePlan(name=output.id, writes=size, peak_ram=output.peak_ram, done=output.done))
     weights = sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
-    steps.append(StagePlan(name="judge", writes=0, peak_ram=weights + (2 << 30), done=False))
+    steps.append(StagePlan(name="judge", writes=judging, peak_ram=weights + (2 << 30), done=False))
     return tuple(steps)
 
 
@@ -39,11 +46,11 @@ def peak_disk(stages: Sequence[StagePlan], outputs: Sequence[OutputPlan], *, bou
     return waiting - sum(heavy) + max(heavy, default=0) if bounded else waiting
 
 
-def check_disk(plan: Plan, root: Path) -> None:
+def check_disk(machine: MachineState, root: Path) -> None:
     """DependencyError when the run would not fit."""
-    if plan.peak_disk > plan.free_disk:
+    if machine.peak_disk > machine.free_disk:
         raise DependencyError(
-            f"the run writes {amount(plan.peak_disk, 'B')}, {amount(plan.free_disk, 'B')} are free in {root}",
+            f"the run writes {amount(machine.peak_disk, 'B')}, {amount(machine.free_disk, 'B')} are free in {root}",
             hint="free some, choose fewer levels, or set output_path to another disk",
         )
 

@@ -13,7 +13,7 @@ from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
-from quantool.records import Plan, Source
+from quantool.records import MachineState, Plan, Source
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
@@ -22,8 +22,15 @@ JUDGED_FROM = 1_000_000_000
 """Parameters from which the default gates hold."""
 
 
-def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
-    """Ask every method for its outline and add up what the run needs.
+def make_plan(config: Config, source: Source, workspace: Workspace) -> Plan:
+    """The plan of ``plan_here`` without what this machine has."""
+    return plan_here(config, source, workspace)[0]
+
+
+def plan_here(
+    config: Config, source: Source, workspace: Workspace, *, downloads: int = 0
+) -> tuple[Plan, MachineState]:
+    """Ask every method for its outline and add up what the run needs, and what of it is here.
 
     ``downloads`` is the bytes of weights still to fetch. Raises ConfigError for outputs that would overwrite each
     other or the checkpoint, for texts and windows that the checks would refuse hours later, and what the methods
@@ -35,24 +42,28 @@ def make_plan(config: Config, source: Source, workspace: Workspace, *, downloads
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     refuse_collisions(outputs)
     refuse_own_folder(source, workspace.root, outputs)
-    steps = disk.stages(source, outlines, outputs, downloads)
+    steps = disk.stages(source, outlines, outputs, downloads, _judging(config, source, workspace))
     free = shutil.disk_usage(disk.existing(workspace.root)).free
     notes = [
         *source.notes,
         *(note for outline in outlines for note in outline.warnings),
         *_advice(source, config),
     ]
-    return Plan(
+    decided = Plan(
         config=config.model_dump(mode="json", exclude_unset=True),
         source=source,
-        outputs=outputs,
-        stages=steps,
-        peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
-        free_disk=free,
+        outputs=tuple(output.model_copy(update={"done": False}) for output in outputs),
+        stages=tuple(step.model_copy(update={"done": False}) for step in steps),
         seed=config.seed,
         versions=versions(),
         warnings=tuple(dict.fromkeys(notes)),
     )
+    machine = MachineState(
+        free_disk=free,
+        peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
+        done=tuple(step.name for step in steps if step.done),
+    )
+    return decided, machine
 
 
 def options_of(wanted: Quantization, method: contract.Method) -> contract.Options:
@@ -89,6 +100,14 @@ def _ask_checks(config: Config, source: Source) -> None:
     for name in settings.checks or find.names("checks"):
         if name in settings.model_fields_set and (require := find.find_check(name).require) is not None:
             require(config, source)
+
+
+def _judging(config: Config, source: Source, workspace: Workspace) -> int:
+    """Bytes that the checks keep on disk, without those that an earlier run left."""
+    checks = [find.find_check(name) for name in config.validation.checks or find.names("checks")]
+    wanted = sum(check.writes(config, source) for check in checks if check.writes is not None)
+    kept = sum(path.stat().st_size for path in (workspace.work / "reference").glob("*") if path.is_file())
+    return max(0, wanted - kept)
 
 
 def _advice(source: Source, config: Config) -> list[str]:

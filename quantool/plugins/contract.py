@@ -154,6 +154,14 @@ class Judge(Protocol):
         """Judge one artifact."""
 
 
+class Writes(Protocol):
+    """What a check keeps on disk."""
+
+    def __call__(self, config: Config, source: Source, /) -> int:
+        """Bytes, for all artifacts of a run together."""
+        ...
+
+
 class Prepare(Protocol):
     """Work of a check that is cheaper for several artifacts at once; what it finds is kept in their workspace."""
 
@@ -179,6 +187,7 @@ class Check:
     require: Require | None = None
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
+    writes: Writes | None = None
 
 
 def method(
@@ -204,12 +213,14 @@ def check(
     prepare: Prepare | None = None,
     require: Require | None = None,
     depends: Depends | None = None,
+    writes: Writes | None = None,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
     ``require`` is asked by the plan when the configuration has a section of the check's name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
+    ``writes`` says how many bytes it keeps on disk, which the plan counts.
     """
     return lambda judge: Check(
-        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require, depends
+        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require, depends, writes
     )

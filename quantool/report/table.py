@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantool.records import Finding, Plan, Report
+from quantool.records import Finding, MachineState, Plan, Report
 from quantool.runtime.progress import amount
 
 HEADINGS = (
@@ -71,7 +71,7 @@ def failures(reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
-def planned(plan: Plan) -> str:
+def planned(plan: Plan, machine: MachineState) -> str:
     """The plan for people: source, outputs with sizes, stages with disk, memory and state."""
     facts = plan.source.facts
     lines = [
@@ -88,7 +88,7 @@ def planned(plan: Plan) -> str:
             f"{file.bytes:,}",
             f"{output.bits_per_weight:.2f}" if output.bits_per_weight else "-",
             amount(output.peak_ram, "B"),
-            "done" if output.done else "to do",
+            "done" if output.id in machine.done else "to do",
         )
         for output in plan.outputs
         for file in output.files
@@ -101,12 +101,15 @@ def planned(plan: Plan) -> str:
             stage.name,
             amount(stage.writes, "B"),
             amount(stage.peak_ram, "B"),
-            "done" if stage.done else "to do",
+            "done" if stage.name in machine.done else "to do",
         )
         for stage in plan.stages
     ]
     lines += _aligned(stages, right={1, 2})
-    lines += ["", f"disk     {amount(plan.peak_disk, 'B')} to write, {amount(plan.free_disk, 'B')} free"]
+    lines += [
+        "",
+        f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
+    ]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from quantool.errors import BY_NAME, QuantizationError, QuantoolError
+from quantool.errors import BY_NAME, DependencyError, QuantizationError, QuantoolError
 from quantool.runtime.progress import Bar
 from quantool.runtime.worker import Work
 
@@ -80,6 +81,13 @@ def call(
         _send(child.stdin, request)
         result = _listen(events, bar, failure)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # unreaped: its group keeps its number
+    if result is None and child.returncode == -signal.SIGBUS:
+        free = shutil.disk_usage(log.parent).free
+        raise DependencyError(
+            f"{target} ended by SIGBUS: the disk is full, or a file that it had mapped was cut off ({free:,} bytes "
+            f"are free in {log.parent.absolute()})",
+            hint="free some, or set output_path to another disk; finished stages are kept",
+        )
     if result is None:
         raise failure(
             f"{target} ended {_describe(child.returncode)} without a result",

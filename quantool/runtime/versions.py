@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from quantool import __version__
@@ -26,6 +27,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def version_of(distribution: str) -> str:
     """The installed version, of quantool this one's own; empty for what is not installed."""
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 from quantool.errors import DependencyError, QuantoolError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NUMPY_WROTE_LESS = re.compile(r"^\d+ requested and \d+ written$")  # numpy/_core/src/multiarray/convert.c
 
 Report = Callable[[float, float], None]
 """``report(done, total)``: how far the work is, in the unit of the caller's bar."""
@@ -52,9 +55,16 @@ def main() -> None:
             place = (
                 error.filename or request.get("output") or request.get("target") or target
             )  # a full disk names none
-            _send_error(send, DependencyError(f"{error.strerror or error}: {place}"))
+            _send_error(send, DependencyError(f"{reason(error)}: {place}"))
         except ModuleNotFoundError as error:
             _send_error(send, DependencyError(f"{target} needs {error.name}, which is not installed"))
+
+
+def reason(error: OSError) -> str:
+    """Why it could not read or write; NumPy says of a full disk how many bytes it asked for, and no reason."""
+    if error.strerror is None and NUMPY_WROTE_LESS.search(str(error)):
+        return f"{os.strerror(errno.ENOSPC)} ({error})"
+    return error.strerror or str(error)
 
 
 def _send_error(send: Callable[[dict[str, Any]], None], error: QuantoolError) -> None:

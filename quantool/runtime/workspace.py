@@ -24,6 +24,7 @@ from typing import Any
 
 from quantool.errors import DependencyError
 from quantool.records import fingerprint
+from quantool.runtime.worker import reason
 
 PART = ".part"  # marks a file that is being written
 
@@ -81,33 +82,40 @@ class Workspace:
             os.close(handle)
 
     def _sweep(self) -> None:
-        """Remove what a killed run was still writing; others' files that end alike lack the leading dot."""
-        for path in list(self.root.rglob(f".*{PART}")):
-            _remove(path)
+        """Remove what a killed run was still writing; others' files that end alike lack the leading dot.
+
+        Output folders inside this one are left alone: a run may be writing there.
+        """
+        for place, folders, files in os.walk(self.root):
+            folder = Path(place)
+            if folder != self.root and self.state.name in folders:
+                folders.clear()
+                continue
+            for name in [name for name in (*folders, *files) if name.startswith(".") and name.endswith(PART)]:
+                _remove(folder / name)
+            folders[:] = [name for name in folders if (folder / name).is_dir()]
 
     def recall(self, name: str, key: str) -> dict[str, Any] | None:
         """The result of stage ``name`` if it was finished with this ``key`` and its files are as it left them."""
-        try:
-            saved = json.loads(self._record(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        saved = self._saved(self._record(name))
+        if saved is None or saved["key"] != key:
             return None
-        except OSError as error:
-            raise DependencyError(f"cannot read {self.stages}: {error.strerror}") from error
-        match saved:
-            case {"key": found, "files": dict(files), "result": dict(result)} if found == key:
-                released = saved.get("released", []) if self.bounded else []
-                intact = all(
-                    _stamp(self.root / path) in ((stamp, None) if path in released else (stamp,))
-                    for path, stamp in files.items()
-                )
-                return result if intact else None
-        return None
+        released = saved["released"] if self.bounded else []
+        intact = all(
+            _stamp(self.root / path) in ((stamp, None) if path in released else (stamp,))
+            for path, stamp in saved["files"].items()
+        )
+        result: dict[str, Any] = saved["result"]
+        return result if intact else None
 
     def keep(self, name: str, key: str, files: Iterable[Path], result: dict[str, Any]) -> None:
         """Record stage ``name`` as finished; ``files`` must have their final names."""
         stamps = {str(self._relative(path)): _stamp(path) for path in files}
-        record = {"name": name, "key": key, "files": stamps, "result": result}
-        write_text(self._record(name), json.dumps(record, indent=1))
+        self._save(self._record(name), {"name": name, "key": key, "files": stamps, "result": result})
+
+    def forget(self, name: str) -> None:
+        """Let the stage be done again."""
+        self._record(name).unlink(missing_ok=True)
 
     def stage(
         self, name: str, key: str, produce: Callable[[], tuple[Iterable[Path], dict[str, Any]]]
@@ -160,15 +168,29 @@ class Workspace:
     def _mark(self, names: set[str], *, released: bool) -> None:
         """Note in the record of every stage that has one of these files whether it may be missing."""
         for record in sorted(self.stages.glob("*.json")):
-            try:
-                saved = json.loads(record.read_text(encoding="utf-8"))
-            except ValueError:  # damaged: no stage is recalled from it
-                continue
-            files = saved.get("files") if isinstance(saved, dict) else None
-            if isinstance(files, dict) and (concerned := names & files.keys()):
-                before = set(saved.get("released", []))
-                saved["released"] = sorted(before | concerned if released else before - concerned)
-                write_text(record, json.dumps(saved, indent=1))
+            saved = self._saved(record)
+            if saved is not None and (concerned := names & saved["files"].keys()):
+                before = set(saved["released"])
+                marked = sorted(before | concerned if released else before - concerned)
+                self._save(record, saved | {"released": marked})
+
+    def _save(self, record: Path, saved: dict[str, Any]) -> None:
+        content = {name: value for name, value in saved.items() if name != "digest"}
+        content.setdefault("released", [])
+        write_text(record, json.dumps(content | {"digest": fingerprint(content)}, indent=1))
+
+    def _saved(self, record: Path) -> dict[str, Any] | None:
+        """A stage's record, or None where there is none or it is not, to the letter, what ``_save`` wrote."""
+        try:
+            saved = json.loads(record.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+            return None
+        except OSError as error:
+            raise DependencyError(f"cannot read {self.stages}: {error.strerror}") from error
+        if not isinstance(saved, dict):
+            return None
+        content = {name: value for name, value in saved.items() if name != "digest"}
+        return content if saved.get("digest") == fingerprint(content) else None
 
     def recorded(self) -> dict[str, list[Path]]:
         """The files of every stage that was ever finished here, by its name; whether they are still there or not."""
@@ -217,7 +239,7 @@ def written(path: Path) -> Iterator[Path]:
         part.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise DependencyError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DependencyError(f"cannot write {path}: {reason(error)}") from error
     finally:
         with suppress(OSError):  # the first error is the one to tell; leftovers are swept by the next run
             _remove(part)

@@ -83,6 +83,11 @@ def recall_scan(source: Source, workspace: Workspace) -> Source:
     return source if found is None else _with_scan(source, found)
 
 
+def forget_scan(workspace: Workspace) -> None:
+    """Let the weights be read again, whatever their size and time say."""
+    workspace.forget("scan")
+
+
 def _is_here(source: Source) -> bool:
     return all((source.folder / file.name).exists() for file in source.files)
 

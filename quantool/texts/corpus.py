@@ -11,6 +11,7 @@ import random
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -202,10 +203,23 @@ def require_texts(config: Config) -> None:
 def identity(corpus: Corpus) -> str | None:
     """A fingerprint of what ``corpus`` holds; None for a ``datasets`` id, which can change without a trace."""
     if corpus.dataset == BUILT_IN:
-        return fingerprint(documentation_stamp())
+        return _documentation()
     if corpus.path is None:
         return None
-    return fingerprint(sha256_of(require_file(corpus.path)), corpus.path.suffix, corpus.field)
+    path = require_file(corpus.path).resolve()
+    status = path.stat()
+    return fingerprint(_sha256(path, status.st_size, status.st_mtime_ns), corpus.path.suffix, corpus.field)
+
+
+@cache
+def _documentation() -> str:
+    return fingerprint(documentation_stamp())
+
+
+@cache
+def _sha256(path: Path, _size: int, _mtime: int) -> str:
+    """The hash of a text, which every check of every level asks for."""
+    return sha256_of(path)
 
 
 def _documents(table: Table, characters: int | None) -> Iterator[Document]:

@@ -131,9 +131,8 @@ def test_rerun_makes_nothing_again() -> None:
             sharded(), making.room() / f"fp16-{form}", LEVELS[form], method="fp16",
             quantization_config={"format": form, "pre_tokenizer": None},
         )  # fmt: skip
-        assert [output.done for output in pipeline.plan(wanted, making.QUIET).outputs] == [True] * len(
-            made.outputs
-        )
+        _, machine = pipeline.plan_here(wanted, making.QUIET)
+        assert {output.id for output in made.outputs} <= set(machine.done)
         assert making.make(wanted)[1] == artifacts
         assert {
             path: path.stat().st_mtime_ns for one in artifacts for path in one.folder.rglob("*")

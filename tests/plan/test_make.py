@@ -14,7 +14,7 @@ from quantool.plan import collisions, disk, make
 from quantool.plugins import find
 from quantool.plugins.contract import Outline
 from quantool.plugins.find import find_method
-from quantool.records import Gates, Plan, PlannedFile, StagePlan
+from quantool.records import Gates, MachineState, Plan, PlannedFile, StagePlan
 from quantool.runtime import versions
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
@@ -32,6 +32,10 @@ def model(tmp_path: Path) -> Path:
 
 
 def planned(model: Path, **keys: Any) -> Plan:
+    return planned_here(model, **keys)[0]
+
+
+def planned_here(model: Path, **keys: Any) -> tuple[Plan, MachineState]:
     wanted = {
         "method": "fake",
         "quant_level": ["Q8_0", "Q4_K_M"],
@@ -40,7 +44,7 @@ def planned(model: Path, **keys: Any) -> Plan:
     }
     if "quantizations" in wanted:
         del wanted["method"], wanted["quant_level"]
-    return pipeline.plan(Config.model_validate({"model_id": str(model), **wanted}), QUIET)
+    return pipeline.plan_here(Config.model_validate({"model_id": str(model), **wanted}), QUIET)
 
 
 def entry(level: str, **keys: Any) -> dict[str, Any]:
@@ -54,9 +58,9 @@ def test_a_plan_writes_nothing(model: Path) -> None:
 
 def test_every_level_is_an_output(model: Path) -> None:
     made = planned(model, quantization_config={"bytes": 100}, seed=7)
-    assert [(o.id, o.repo, o.files[0].name, o.done) for o in made.outputs] == [
-        ("fake/Q8_0", "model-FAKE", "model-Q8_0.gguf", False),
-        ("fake/Q4_K_M", "model-FAKE", "model-Q4_K_M.gguf", False),
+    assert [(o.id, o.repo, o.files[0].name) for o in made.outputs] == [
+        ("fake/Q8_0", "model-FAKE", "model-Q8_0.gguf"),
+        ("fake/Q4_K_M", "model-FAKE", "model-Q4_K_M.gguf"),
     ]
     assert made.outputs[0].options == {
         "divergence": 0.0001, "only": None, "stem": "model", "bytes": 100, "file": None, "ending": "",
@@ -67,15 +71,29 @@ def test_every_level_is_an_output(model: Path) -> None:
 
 def test_stages_and_the_disk_that_they_need(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(10**12, 0, 12345))
-    made = planned(model, quantization_config={"bytes": 100})
-    assert [(stage.name, stage.writes, stage.done) for stage in made.stages] == [
-        ("download", 0, True),
-        ("scan", 0, False),
-        ("fake/Q8_0", 100, False),
-        ("fake/Q4_K_M", 100, False),
-        ("judge", 0, False),
-    ]
-    assert (made.peak_disk, made.free_disk) == (200, 12345)
+    settings = {"checks": ["fakecheck"]}
+    made, machine = planned_here(model, quantization_config={"bytes": 100}, validation=settings)
+    assert [(stage.name, stage.writes) for stage in made.stages] == [
+        ("download", 0), ("scan", 0), ("fake/Q8_0", 100), ("fake/Q4_K_M", 100), ("judge", 0),
+    ]  # fmt: skip
+    assert machine == MachineState(free_disk=12345, peak_disk=200, done=("download",))
+
+
+def test_what_judging_writes_is_counted_until_it_is_there(model: Path) -> None:
+    """T13: the hidden states of the reference, one row of 2 bytes a number for each of 7 of 16 positions."""
+    settings = {
+        "corpora": [{"name": "a", "dataset": "python-docs"}, {"name": "b", "dataset": "python-docs"}],
+        "context": 16, "max_tokens": 165, "checks": ["perplexity"],
+    }  # fmt: skip
+    made, machine = planned_here(model, validation=settings)
+    width = made.source.facts.hidden * (4 if made.source.facts.dtype == "F32" else 2)
+    assert made.stages[-1].name == "judge"
+    assert made.stages[-1].writes == 2 * 10 * 7 * width
+    assert machine.peak_disk == made.stages[-1].writes + 2 * 64
+    kept = model.parent / "out" / ".quantool" / "work" / "reference"
+    kept.mkdir(parents=True)
+    (kept / "a.hidden.npy").write_bytes(bytes(10 * 7 * width))
+    assert planned_here(model, validation=settings)[1].peak_disk == 10 * 7 * width + 2 * 64
 
 
 @pytest.mark.parametrize(
@@ -131,7 +149,7 @@ def test_free_disk_is_that_of_the_nearest_folder_there_is(
 
 @pytest.mark.parametrize(("needed", "free", "fits"), [(10, 10, True), (11, 10, False)])
 def test_a_disk_that_is_too_small_is_refused(model: Path, needed: int, free: int, fits: bool) -> None:
-    made = planned(model).model_copy(update={"peak_disk": needed * 10**6, "free_disk": free * 10**6})
+    made = MachineState(peak_disk=needed * 10**6, free_disk=free * 10**6)
     if fits:
         disk.check_disk(made, model)
         return

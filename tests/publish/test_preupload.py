@@ -313,7 +313,7 @@ def test_the_plan_counts_the_largest_level_alone(
 ) -> None:
     for bounded, peak in ((True, 1000), (False, 2000)):
         file = job(tmp_path, disk_bounded=bounded, quantization_config={"bytes": 1000})
-        assert json.loads(quantool("plan", file, "--json").out)["peak_disk"] == peak
+        assert json.loads(quantool("plan", file, "--json").out)["machine"]["peak_disk"] == peak
 
 
 def test_it_needs_somewhere_to_upload_to(tmp_path: Path, plugin: Path) -> None:

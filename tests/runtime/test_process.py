@@ -215,3 +215,12 @@ def test_workers_start_quickly(tmp_path: Path) -> None:
 def test_tail_of_a_log_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"one\n\xff\xfe\nthree\n")
     assert process.tail(tmp_path / "log", lines=2) == "  ��\n  three"
+
+
+def test_a_bus_error_is_a_full_disk_and_no_wrong_configuration(tmp_path: Path) -> None:
+    """T13: what writing to a mapped file on a full disk ends with."""
+    with pytest.raises(
+        DependencyError, match=r"ended by SIGBUS: the disk is full.* bytes are free in "
+    ) as caught:
+        call("end", tmp_path, {"signal": int(signal.SIGBUS)}, failure=SourceError)
+    assert "output_path" in caught.value.hint

@@ -1,4 +1,5 @@
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quantool.errors import ConfigError, DependencyError
@@ -116,6 +118,18 @@ def test_a_disk_that_is_full_while_writing(tmp_path: Path) -> None:
     with pytest.raises(DependencyError, match=f"cannot write {tmp_path}/file: No space left on device"):
         write()
     assert names(tmp_path) == []
+
+
+def test_a_full_disk_that_numpy_tells_in_its_own_words(tmp_path: Path) -> None:
+    """T13: ``ndarray.tofile`` names no errno."""
+
+    def write() -> None:
+        with written(tmp_path / "file") as part:
+            part.symlink_to("/dev/full")
+            np.zeros(1 << 18, np.float32).tofile(part)
+
+    with pytest.raises(DependencyError, match=r"No space left on device \(\d+ requested and \d+ written\)"):
+        write()
 
 
 def test_a_disk_that_is_full_when_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +265,20 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
         assert [path for path in keep if not path.exists()] == []
 
 
+def test_a_run_inside_this_output_folder_keeps_what_it_writes(tmp_path: Path) -> None:
+    """T12."""
+    inner = Workspace(tmp_path / "out" / "models" / "inner")
+    with inner.lock(), written(inner.root / "repo" / "model.gguf") as part:
+        part.write_text("half")
+        own = tmp_path / "out" / "models" / ".own.part"
+        own.touch()
+        with Workspace(tmp_path / "out").lock():
+            assert part.exists()
+            assert not own.exists()
+        part.write_text("whole")
+    assert (inner.root / "repo" / "model.gguf").read_text() == "whole"
+
+
 @pytest.mark.parametrize("place", ["file", "file/sub", "/proc/quantool"])
 def test_a_place_where_no_folder_can_be(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
@@ -306,6 +334,43 @@ def test_a_stage_whose_files_were_touched_is_not_finished(kept: Workspace, chang
 def test_a_damaged_record_is_no_record(kept: Workspace, content: bytes) -> None:
     (record,) = kept.stages.iterdir()
     record.write_bytes(content)
+    assert kept.recall("gguf/Q8_0", "key") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda saved: saved.pop("result"),
+        lambda saved: saved.update(result={}),
+        lambda saved: saved["result"].pop("answer"),
+        lambda saved: saved["result"].update(answer="[1"),
+        lambda saved: saved.update(files={}),
+        lambda saved: saved.update(files={"a": 3}),
+        lambda saved: saved.update(released=5),
+        lambda saved: saved.update(key=["key"]),
+        lambda saved: saved.pop("digest"),
+    ],
+)
+def test_a_record_that_lacks_a_part_is_no_record(kept: Workspace, damage: Callable[[Any], Any]) -> None:
+    """T14: valid JSON all the same, so that nothing would see it before a method looks for what is not there."""
+    (record,) = kept.stages.iterdir()
+    saved = json.loads(record.read_text())
+    damage(saved)
+    record.write_text(json.dumps(saved))
+    assert kept.recall("gguf/Q8_0", "key") is None
+    kept.release([kept.root / "a"])  # which goes through all records
+    assert kept.recall("gguf/Q8_0", "key") is None
+
+
+def test_a_deep_record_is_no_record(kept: Workspace) -> None:
+    (record,) = kept.stages.iterdir()
+    record.write_text("[" * 100_000)
+    assert kept.recall("gguf/Q8_0", "key") is None
+
+
+def test_a_stage_can_be_forgotten(kept: Workspace) -> None:
+    kept.forget("gguf/Q8_0")
+    kept.forget("another")
     assert kept.recall("gguf/Q8_0", "key") is None
 
 

@@ -7,6 +7,7 @@ checkpoint's dtype. With 256,000 entries and width 2,048 that is 1 MB a window, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
         if target is None:
             shape = (len(ids), *values.shape[1:])
             target = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
+            with path.open("r+b") as file:  # writing to a hole of a mapped file on a full disk is a SIGBUS
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         target[done:count] = values
         done = count
         yield count * ids.shape[1]
