@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from quantool.records import (
 )
 from quantool.report.files import write_report
 from quantool.report.plots import draw
+from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace, write_text
@@ -83,7 +84,7 @@ def run(config: Config, progress: Progress, *, allow_regression: bool = False) -
         else:
             reports = _all_at_once(config, made, workspace, progress)
         folders = pack(made, reports, workspace)
-        write_report(reports, workspace.root, folders)
+        write_report(reports, workspace.root, folders, not_run(config, reports))
         outcome = Outcome(made, reports)
         if not config.push_to_hub:
             return outcome
@@ -217,15 +218,12 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
     names = _checks(cases[0])
     kept = [_known_report(case, artifact) for case, artifact in zip(cases, artifacts, strict=True)]
     missing = [case for case, found in zip(cases, kept, strict=True) if found is None]
-    if missing:
-        for name in names:
-            if (prepare := find.find_check(name).prepare) is not None:
-                prepare(missing, progress)
+    shared = _prepared(missing, names, progress) if missing else {}
     reports = []
     for case, artifact, found in zip(cases, artifacts, kept, strict=True):
         report = found
         if report is None:
-            report = _judged(case, names, artifact, progress)
+            report = _judged(case, names, artifact, shared, progress)
             files = [artifact.folder / file.name for file in artifact.files]
             key = _report_key(case, artifact)
             case.workspace.keep(f"report/{case.name}", key, files, report.model_dump(mode="json"))
@@ -273,20 +271,36 @@ def _promised(output: OutputPlan | None) -> list[Any]:
     return [] if output is None else [output.files, output.bits_per_weight]
 
 
-def _judged(case: Case, names: Sequence[str], artifact: Artifact, progress: Progress) -> Report:
-    started = time.monotonic()
+def _prepared(cases: Sequence[Case], names: Sequence[str], progress: Progress) -> dict[str, float]:
+    """Do what checks can do for all ``cases`` at once; each case's even part of the seconds, by check."""
+    seconds = {}
+    for name in names:
+        if (prepare := find.find_check(name).prepare) is not None:
+            started = time.monotonic()
+            prepare(cases, progress)
+            seconds[name] = (time.monotonic() - started) / len(cases)
+    return seconds
+
+
+def _judged(
+    case: Case, names: Sequence[str], artifact: Artifact, shared: Mapping[str, float], progress: Progress
+) -> Report:
     findings: list[Finding] = []
+    seconds: dict[str, float] = {}
     for name in names:
         if (
             getattr(case.settings, name, True) is not None
         ):  # one with a section of its own and none given does nothing
             progress.say(f"{case.name}: {name}")
+        started = time.monotonic()
         findings += find.find_check(name).judge(case, progress)
+        seconds[name] = time.monotonic() - started + shared.get(name, 0.0)
     return Report(
         artifact=artifact,
         reference=case.source.label(),
         findings=tuple(findings),
-        seconds=time.monotonic() - started,
+        seconds=sum(seconds.values()),
+        check_seconds=seconds,
     )
 
 
@@ -335,7 +349,7 @@ def validate(
         reports = judge(cases, counted, progress)
         title = cases[0].artifact.name if len(cases) == 1 else source.name
         draw(reports, workspace.root, title, workspace)
-        write_report(reports, workspace.root, [workspace.root])
+        write_report(reports, workspace.root, [workspace.root], not_run(config, reports))
         return reports
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
@@ -20,6 +20,25 @@ class Record(BaseModel):
     """Frozen, closed to unknown keys, equal by value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Privacy(StrEnum):
+    """What becomes of a field when its record leaves this machine; set in the field's type (``card/redact.py``)."""
+
+    DROPPED = "dropped"
+    """It says where a run was or how far, not what was made."""
+    NAMED = "named"
+    """It may be a path of this machine, of which the last part is enough. Every ``Path`` is treated so without a mark."""
+
+
+MachinePath = Annotated[Path, Privacy.DROPPED]
+"""A folder of this machine."""
+MachineState = Annotated[bool, Privacy.DROPPED]
+"""How far a run is."""
+MachineBytes = Annotated[int, Privacy.DROPPED]
+"""A size that depends on what this machine has and has done."""
+NameOrPath = Annotated[str, Privacy.NAMED]
+"""A name that stands everywhere (an id on the Hub), or a path of this machine."""
 
 
 class FileRecord(Record):
@@ -85,13 +104,13 @@ class ModelCard(Record):
 class Source(Record):
     """A checkpoint at one commit."""
 
-    model_id: str
+    model_id: NameOrPath
     """As the user wrote it: a Hub id or a local path."""
     name: str
     """Short name for file names and ``general.name``: last part of the Hub id or folder name."""
     commit: str | None
     """Hub commit; None for a local folder."""
-    folder: Path
+    folder: MachinePath
     """Where the files lie (or will lie, for weights that a plan does not download)."""
     files: tuple[SourceFile, ...]
     facts: ModelFacts
@@ -160,7 +179,7 @@ class OutputPlan(Record):
     bits_per_weight: float | None
     peak_ram: int
     gates: Gates
-    done: bool = False
+    done: MachineState = False
     """Whether an earlier run left it finished."""
     needs: tuple[str, ...] = ()
     """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
@@ -172,7 +191,7 @@ class StagePlan(Record):
     name: str
     writes: int
     peak_ram: int
-    done: bool
+    done: MachineState
 
 
 class Plan(Record):
@@ -182,8 +201,8 @@ class Plan(Record):
     source: Source
     outputs: tuple[OutputPlan, ...]
     stages: tuple[StagePlan, ...]
-    peak_disk: int
-    free_disk: int
+    peak_disk: MachineBytes
+    free_disk: MachineBytes
     seed: int
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
@@ -195,7 +214,7 @@ class Artifact(Record):
     output: str
     method: str
     level: str
-    folder: Path
+    folder: MachinePath
     files: tuple[FileRecord, ...]
     shared: tuple[FileRecord, ...] = ()
     """Files of the folder that several outputs share, e.g. the importance matrix."""
@@ -203,7 +222,7 @@ class Artifact(Record):
     """Bits of tensor data per weight element."""
     seconds: float
     details: dict[str, JsonValue] = {}
-    made_from: str | None = None
+    made_from: Annotated[str | None, Privacy.DROPPED] = None
     """The unquantized GGUF (first shard), below the output path; None for artifacts without such a step."""
 
     def bytes(self) -> int:
@@ -244,9 +263,11 @@ class Report(Record):
     """The judgement of one artifact, bound to its bytes by their hashes."""
 
     artifact: Artifact
-    reference: str
+    reference: NameOrPath
     findings: tuple[Finding, ...]
     seconds: float
+    check_seconds: dict[str, float] = {}
+    """By check: seconds it took, with the artifact's even part of what it did for several at once."""
 
     def verdict(self) -> Verdict:
         """The first of REGRESSION, ANOMALOUS and PASS that a finding has; SKIPPED when none has any of them."""
