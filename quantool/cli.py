@@ -262,7 +262,8 @@ def validate(
     from quantool import gates, pipeline
     from quantool.given_artifacts import artifacts_of
     from quantool.records import Verdict
-    from quantool.report.table import failures, table, write_step_summary
+    from quantool.report.finding_text import failures
+    from quantool.report.table import table, terminal_width, write_step_summary
     from quantool.runtime.progress import Progress
 
     settings = _validation_config(config, overrides, reference, output)
@@ -275,12 +276,12 @@ def validate(
     reports = pipeline.validate(artifacts, engine, settings, limits, Progress(quiet=quiet), base)
     write_step_summary(reports)
     if as_json:
-        told = [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports]
-        typer.echo(json.dumps(told if len(told) > 1 else told[0], indent=1))
+        records = [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports]
+        typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=1))
     else:
-        typer.echo(table(reports))
+        typer.echo(table(reports, terminal_width()))
     if any(report.verdict() is not Verdict.PASS for report in reports):
-        _complain(failures(reports) or "nothing could be judged")
+        _complain("\n".join(failures(reports)) or "nothing could be judged")
         raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")
 
 
@@ -309,30 +310,48 @@ def _validation_config(
 
 @app.command()
 @reported
-def methods(as_json: Json = False) -> None:
-    """List the methods, their levels and options."""
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One method, with what its options mean; default: all.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, their levels and options; or one of them."""
     from quantool.plugins import find
 
-    found: dict[str, Any] = {}
-    for name in find.names("methods"):
+    entries: dict[str, Any] = {}
+    for known in [name] if name is not None else find.names("methods"):
         try:
-            method = find.find_method(name)
+            method = find.find_method(known)
             options = {key: field.description for key, field in method.options.model_fields.items()}
-            found[name] = {"levels": method.levels(), "options": options}
+            entries[known] = {"levels": method.levels(), "options": options}
         except QuantoolError as error:
-            found[name] = {"missing": error.message, "hint": error.hint}
+            if name is not None:
+                raise
+            entries[known] = {"missing": error.message, "hint": error.hint}
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
         return
-    for name, entry in found.items():
+    for known, entry in entries.items():
         if "missing" in entry:
-            typer.echo(f"{name}: {entry['missing']}. {entry['hint']}\n")
-            continue
-        typer.echo(name)
-        width = max(len(level) for level in entry["levels"])
-        for level, text in entry["levels"].items():
-            typer.echo(f"  {level.ljust(width)}  {text}".rstrip())
+            typer.echo(f"{known}: {entry['missing']}. {entry['hint']}\n")
+        else:
+            _list_method(known, entry, explained=name is not None)
+
+
+def _list_method(name: str, entry: dict[str, Any], *, explained: bool) -> None:
+    typer.echo(name)
+    width = max(map(len, entry["levels"]))
+    for level, text in entry["levels"].items():
+        typer.echo(f"  {level.ljust(width)}  {text}".rstrip())
+    if not explained:
         typer.echo("  options: " + ", ".join(entry["options"]) + "\n")
+        return
+    typer.echo("options")
+    width = max(map(len, entry["options"]), default=0)
+    for option, text in entry["options"].items():
+        typer.echo(f"  {option.ljust(width)}  {text}".rstrip())
 
 
 @app.command()
@@ -388,7 +407,8 @@ def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Conf
 
 
 def _show(result: RunResult, progress: Progress, *, as_json: bool) -> None:
-    from quantool.report.table import failures, table, write_step_summary
+    from quantool.report.finding_text import failures
+    from quantool.report.table import table, terminal_width, write_step_summary
 
     try:
         write_step_summary(result.reports)
@@ -398,13 +418,15 @@ def _show(result: RunResult, progress: Progress, *, as_json: bool) -> None:
         reports = [
             report.model_dump(mode="json") | {"verdict": report.verdict()} for report in result.reports
         ]
-        told = {"plan": result.plan.model_dump(mode="json"), "reports": reports}
-        told["publications"] = [made.model_dump(mode="json") for made in result.publications]
-        typer.echo(json.dumps(told, indent=1))
+        publications = [made.model_dump(mode="json") for made in result.publications]
+        record = {
+            "plan": result.plan.model_dump(mode="json"), "reports": reports, "publications": publications,
+        }  # fmt: skip
+        typer.echo(json.dumps(record, indent=1))
         return
-    typer.echo(table(result.reports))
-    if said := failures(result.reports):
-        _complain(said)
+    typer.echo(table(result.reports, terminal_width()))
+    for line in failures(result.reports):
+        _complain(line)
     for repo in dict.fromkeys(output.repo for output in result.plan.outputs):
         progress.say(f"folder: {result.reports[0].artifact.folder.parent / repo}")
     for made in result.publications:

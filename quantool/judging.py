@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,20 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
         {check.name: _kept(check, case, artifact) for check in checks}
         for case, artifact in zip(cases, artifacts, strict=True)
     ]
+    shared: dict[str, float] = {}
     for check in checks:
         waiting = [case for case, known in zip(cases, kept, strict=True) if known[check.name] is None]
         if check.prepare is not None and waiting:
+            started = time.monotonic()
             check.prepare(waiting, progress)
+            shared[check.name] = (time.monotonic() - started) / len(waiting)
     reports = []
     for case, artifact, known in zip(cases, artifacts, kept, strict=True):
-        results = [known[check.name] or _judged(check, case, artifact, progress) for check in checks]
+        results = {
+            check.name: known[check.name]
+            or _judged(check, case, artifact, shared.get(check.name, 0.0), progress)
+            for check in checks
+        }
         report = _report(case, artifact, results)
         write_text(record_path(case.workspace, "report", case.name), report.model_dump_json(indent=1))
         reports.append(report)
@@ -42,8 +49,8 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
 
 def kept_report(case: Case, artifact: Artifact) -> Report | None:
     """The report of an earlier run, when the findings of every check still hold."""
-    results = [_kept(check, case, artifact) for check in _checks([case])]
-    found = [result for result in results if result is not None]
+    results = {check.name: _kept(check, case, artifact) for check in _checks([case])}
+    found = {name: result for name, result in results.items() if result is not None}
     return _report(case, artifact, found) if len(found) == len(results) else None
 
 
@@ -57,13 +64,17 @@ def _checks(cases: Sequence[Case]) -> list[Check]:
     return [find.find_check(name) for name in names]
 
 
-def _report(case: Case, artifact: Artifact, results: Sequence[dict[str, Any]]) -> Report:
-    findings = [Finding.model_validate(finding) for result in results for finding in result["findings"]]
+def _report(case: Case, artifact: Artifact, results: Mapping[str, dict[str, Any]]) -> Report:
+    """``results`` are the findings and seconds of each check, by its name."""
+    findings = [
+        Finding.model_validate(finding) for result in results.values() for finding in result["findings"]
+    ]
     return Report(
         artifact=artifact,
         reference=case.source.label(),
         findings=tuple(findings),
-        seconds=sum(result["seconds"] for result in results),
+        seconds=sum(result["seconds"] for result in results.values()),
+        check_seconds={name: result["seconds"] for name, result in results.items()},
     )
 
 
@@ -78,14 +89,17 @@ def _kept(check: Check, case: Case, artifact: Artifact) -> dict[str, Any] | None
     return case.workspace.recall(_stage(check, case), findings_key(check, case, artifact))
 
 
-def _judged(check: Check, case: Case, artifact: Artifact, progress: Progress) -> dict[str, Any]:
+def _judged(
+    check: Check, case: Case, artifact: Artifact, prepared: float, progress: Progress
+) -> dict[str, Any]:
+    """Judge anew; ``prepared`` is this artifact's part of the seconds that several took together."""
     started = time.monotonic()
     if (
         getattr(case.settings, check.name, True) is not None
     ):  # one with an own section does nothing without it
         progress.say(f"{case.name}: {check.name}")
     findings = [finding.model_dump(mode="json") for finding in check.judge(case, progress)]
-    result = {"findings": findings, "seconds": time.monotonic() - started}
+    result = {"findings": findings, "seconds": time.monotonic() - started + prepared}
     files = [artifact.folder / file.name for file in artifact.files]
     case.workspace.keep(_stage(check, case), findings_key(check, case, artifact), files, result)
     return result

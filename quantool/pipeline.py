@@ -37,6 +37,7 @@ from quantool.records import (
 )
 from quantool.report.files import write_report
 from quantool.report.plots import draw
+from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, write_text
 from quantool.source.resolve import overlay, resolve
@@ -102,7 +103,7 @@ def run(
             reports = _all_at_once(config, plan, workspace, progress)
         packed = pack(plan, reports, workspace)
         folders = [each.folder for each in packed]
-        write_report(reports, workspace.root, folders)
+        write_report(reports, workspace.root, folders, not_run(config, reports))
         result = RunResult(plan, reports)
         if not config.push_to_hub:
             return result
@@ -280,7 +281,7 @@ def validate(
         reports = judging.judge(cases, counted, progress)
         title = cases[0].artifact.name if len(cases) == 1 else source.name
         draw(reports, workspace.root, title, workspace)
-        write_report(reports, workspace.root, [workspace.root])
+        write_report(reports, workspace.root, [workspace.root], not_run(config, reports))
         return reports
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
@@ -20,6 +20,21 @@ class Record(BaseModel):
     """Frozen, closed to unknown keys, equal by value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Privacy(StrEnum):
+    """What becomes of a field when its record leaves this machine; set in the field's type (``card/redact.py``)."""
+
+    DROPPED = "dropped"
+    """It says where a run was or how far, not what was made."""
+    NAMED = "named"
+    """It may be a path of this machine, of which the last part is enough. Every ``Path`` is treated so without a mark."""
+
+
+MachinePath = Annotated[Path, Privacy.DROPPED]
+"""A folder of this machine."""
+NameOrPath = Annotated[str, Privacy.NAMED]
+"""A name that stands everywhere (an id on the Hub), or a path of this machine."""
 
 
 class FileRecord(Record):
@@ -85,13 +100,13 @@ class ModelCard(Record):
 class Source(Record):
     """A checkpoint at one commit."""
 
-    model_id: str
+    model_id: NameOrPath
     """As the user wrote it: a Hub id or a local path."""
     name: str
     """Short name for file names and ``general.name``: last part of the Hub id or folder name."""
     commit: str | None
     """Hub commit; None for a local folder."""
-    folder: Path
+    folder: MachinePath
     """Where the files lie (or will lie, for weights that a plan does not download)."""
     files: tuple[SourceFile, ...]
     facts: ModelFacts
@@ -221,7 +236,7 @@ class Artifact(Record):
     output: str
     method: str
     level: str
-    folder: Path
+    folder: MachinePath
     files: tuple[FileRecord, ...]
     shared: tuple[FileRecord, ...] = ()
     """Files of the folder that several outputs share, e.g. the importance matrix."""
@@ -229,7 +244,7 @@ class Artifact(Record):
     """Bits of tensor data per weight element."""
     seconds: float
     details: dict[str, JsonValue] = {}
-    made_from: str | None = None
+    made_from: Annotated[str | None, Privacy.DROPPED] = None
     """The unquantized GGUF (first shard), below the output path; None for artifacts without such a step."""
     versions: dict[str, str] = {}
     """What took part in making it: quantool and the libraries that its method declares."""
@@ -272,9 +287,11 @@ class Report(Record):
     """The judgement of one artifact, bound to its bytes by their hashes."""
 
     artifact: Artifact
-    reference: str
+    reference: NameOrPath
     findings: tuple[Finding, ...]
     seconds: float
+    check_seconds: dict[str, float] = {}
+    """By check: seconds it took, with the artifact's even part of what it did for several at once."""
 
     def verdict(self) -> Verdict:
         """The first of REGRESSION, ANOMALOUS and PASS that a finding has; SKIPPED when none has any of them."""

@@ -1,7 +1,7 @@
-"""The model card of a folder to publish, made from records only.
+"""The model card of a folder to publish, made from records only, in the order that somebody who downloads it reads.
 
 ``SECTIONS`` are its parts in order. A template of the user's own (``card.template``) may arrange them anew or replace
-them: it is given the sections and the records (``sandbox.VARIABLES``).
+them: it is given the sections and the records (``user_template.VARIABLES``).
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ from typing import Any
 import yaml
 
 from quantool.card.how_to_run import usage
-from quantool.card.memory_table import choosing
+from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
-from quantool.card.redact import without_places
+from quantool.card.redact import published, published_config
 from quantool.card.user_template import render_card
 from quantool.config.sampling import listed, recommended
 from quantool.config.schema import Config, Sampling
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
-from quantool.report.sections import checks, corpora, pictures, unchecked
+from quantool.report.plots import CORPORA
+from quantool.report.sections import checks, corpora, folded, not_run, pictures, unchecked
 from quantool.report.table import HEADINGS, columns, markdown
 from quantool.runtime.progress import amount
 
 SECTIONS = (
-    "title", "introduction", "files", "corpora", "plots", "parity", "checks", "sampling", "usage",
-    "choosing", "made", "reproduce", "unchecked",
+    "title", "introduction", "choosing", "usage", "sampling", "files", "plots", "corpora", "parity", "checks",
+    "memory", "made", "reproduce", "unchecked",
 )  # fmt: skip
-"""Names of the parts between the front matter and the end; one that has nothing to say is empty."""
+"""Names of the parts between the front matter and the end; one that has nothing to say is empty. Those that few need,
+from ``corpora`` on, are folded."""
 
 PARITY = {"tokenizer": "tokenizer", "stop_tokens": "end of text", "chat_template": "chat template"}
 """Checks of what a chat is made of, and how the card calls that."""
 
 COMPRESSED = frozenset({"awq", "fp8", "gptq", "smoothquant"})
 """Methods that write the layout of compressed-tensors."""
+
+LINE = 1 << 16  # characters: no list is wrapped
 
 NOT_TO_REPRODUCE = {"repo_id", "private", "publish", "disk_bounded", "card", "cache_dir", "dataset_cache_dir"}
 """Keys of a configuration that say where things go."""
@@ -66,11 +70,9 @@ def write_card(
             "card": card,
             "repo": outputs[0].repo,
             "repo_id": _repo_id(outputs),
-            "plan": without_places(plan.model_dump(mode="json")),
-            "outputs": without_places([output.model_dump(mode="json") for output in outputs]),
-            "reports": without_places(
-                [report.model_dump(mode="json") | {"verdict": str(report.verdict())} for report in reports]
-            ),
+            "plan": published(plan),
+            "outputs": [published(output) for output in outputs],
+            "reports": [published(report) | {"verdict": str(report.verdict())} for report in reports],
             "plots": list(plots),
             "sampling": sampling.model_dump(exclude_none=True),
         },
@@ -89,22 +91,23 @@ def _sections(
     sampling: Sampling,
 ) -> dict[str, str]:
     known = sampling.model_dump(exclude_none=True)
+    left_out = unchecked(reports, not_run(Config.model_validate(plan.config), reports))
+    figures = corpora(reports) + "\n" + "\n".join(pictures([name for name in plots if name == CORPORA]))
     parts = {
         "title": f"# {outputs[0].repo}\n",
         "introduction": _introduction(plan, reports),
-        "files": "## Files\n\n" + _files(reports),
-        "corpora": "## Figures by corpus\n\n" + corpora(reports) if _is_scored(reports) else "",
-        "plots": "\n".join(pictures(plots)),
-        "parity": _parity(reports),
-        "checks": "\n".join(checks(reports)),
-        "sampling": f"## Recommended sampling\n\n{listed(sampling)} ({_origin(plan)}).\n" if known else "",
+        "choosing": "## Which file\n\n" + which_file(plan.source.facts, reports) if reports else "",
         "usage": "## How to run it\n\n" + usage(plan, outputs, reports, known),
-        "choosing": "## Which level for which memory\n\n" + choosing(plan.source.facts, reports)
-        if reports
-        else "",
-        "made": "## How it was made\n\n" + _made(plan, outputs, reports),
-        "reproduce": "## How to make it again\n\n" + _reproduction(plan),
-        "unchecked": "\n".join(unchecked(reports, find.names("checks"))),
+        "sampling": f"Recommended sampling: {listed(sampling)} ({_origin(plan)}).\n" if known else "",
+        "files": "## Verdicts\n\n" + _files(reports),
+        "plots": "\n".join(pictures([name for name in plots if name != CORPORA])),
+        "corpora": folded("Figures by corpus", figures) if _is_scored(reports) else "",
+        "parity": folded("Tokenizer and chat template", _parity(reports)),
+        "checks": folded("Other checks", "\n".join(checks(reports))),
+        "memory": folded("Memory by context", memory_tables(plan.source.facts, reports) if reports else ""),
+        "made": folded("How it was made", _made(plan, outputs, reports)),
+        "reproduce": folded("How to make it again", _reproduction(plan, outputs, reports)),
+        "unchecked": folded(f"What was not checked ({len(left_out)})", "\n".join(left_out)),
     }
     return {name: parts[name] for name in SECTIONS}
 
@@ -117,20 +120,21 @@ def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
     made_by = f"made and checked by quantool {plan.versions['quantool']}"
     measured = all(report.find("mean_kld") for report in reports)
     compared = (
-        "Every file was compared with the bf16 reference on held-out text; the verdicts are below."
+        "Every file was compared with the bf16 reference on held-out text."
         if measured
-        else "Not every file was compared with the bf16 reference on held-out text: see the checks below."
+        else "Not every file was compared with the bf16 reference on held-out text: see the verdicts below."
     )
     return f"Quantized versions of {_link(plan.source)}, {made_by}. {compared}\n"
 
 
 def front_text(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
-    """The front matter as text, ``model-index`` at its end."""
-    texts = without_places(plan.config).get("validation", {}).get("corpora", [])
+    """The front matter as text, ``model-index`` at its end; a list or a figure takes one line."""
+    texts = published_config(plan.config).get("validation", {}).get("corpora", [])
     found = front_matter(plan.source, outputs)
     if index := model_index(outputs, reports, {text["name"]: text for text in texts}):
         found["model-index"] = index
-    return "---\n" + yaml.safe_dump(found, sort_keys=False, allow_unicode=True) + "---\n"
+    text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, default_flow_style=None, width=LINE)
+    return f"---\n{text}---\n"
 
 
 def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def _link(source: Source) -> str:
 
 
 def _files(reports: Sequence[Report]) -> str:
-    """One row a level: the figures are those of the corpus where the divergence is largest."""
+    """One row a level, with what the figures mean."""
     heads = ["level", *HEADINGS[:-1]]
     rows = [[report.artifact.level, *columns(report)[:-1]] for report in reports]
     text = markdown(heads, rows)
@@ -172,7 +176,10 @@ def _files(reports: Sequence[Report]) -> str:
         shards = [file.name for file in report.artifact.files if file.name.endswith(".gguf")]
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
-    return text + "\nSHA-256 of every file: `SHA256SUMS`.\n"
+    return text + (
+        "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
+        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+    )
 
 
 def _parity(reports: Sequence[Report]) -> str:
@@ -184,9 +191,7 @@ def _parity(reports: Sequence[Report]) -> str:
             rows.append([report.artifact.level, *(verdicts[check] or "-" for check in PARITY)])
     if not rows:
         return ""
-    return "## Tokenizer and chat template\n\nCompared with the source's, id for id.\n\n" + markdown(
-        ["level", *PARITY.values()], rows
-    )
+    return "Compared with the source's, id for id.\n\n" + markdown(["level", *PARITY.values()], rows)
 
 
 def _verdict(report: Report, check: str) -> str:
@@ -201,7 +206,7 @@ def _origin(plan: Plan) -> str:
 
 
 def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
-    facts, versions = plan.source.facts, plan.versions
+    facts, versions = plan.source.facts, _versions(plan, outputs, reports)
     lines = [
         f"- source: {_link(plan.source)}, {facts.architecture}, {amount(facts.parameters, '')} parameters, {facts.dtype}",
         f"- seed {plan.seed}; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -234,14 +239,37 @@ def _calibration(plan: Plan) -> str:
     return f"{named}, at most {config.sample_size} documents, {drawn}"
 
 
-def _reproduction(plan: Plan) -> str:
+def _versions(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> dict[str, str]:
+    """The versions of what took part: other methods' libraries, engines and checks say nothing about these files."""
+    config = Config.model_validate(plan.config)
+    needs = {need for output in outputs for need in find.find_method(output.method).needs}
+    compressed, gguf = "llmcompressor" in needs, any(output.engine == "llama.cpp" for output in outputs)
+    tasks = any(finding.check == "lm_eval" for report in reports for finding in report.findings)
+    texts = (
+        config.dataset_id or config.eval_dataset or any(text.dataset for text in config.validation.corpora)
+    )
+    absent = {
+        "llmcompressor": not compressed,
+        "compressed-tensors": not compressed,
+        "llama-cpp-python": not gguf,
+        "llama.cpp": not gguf,
+        "gguf": not gguf,
+        "xllamacpp": not gguf,
+        "lm_eval": not tasks,
+        "datasets": not (texts or tasks or compressed),
+        "huggingface-hub": plan.source.commit is None,
+    }
+    return {name: version for name, version in plan.versions.items() if not absent.get(name, False)}
+
+
+def _reproduction(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     """The configuration as YAML, pinned to the source's commit, without places of the machine."""
-    kept = {key: value for key, value in without_places(plan.config).items() if key not in NOT_TO_REPRODUCE}
+    kept = {key: value for key, value in published_config(plan.config).items() if key not in NOT_TO_REPRODUCE}
     if plan.source.commit:
         kept["revision"] = plan.source.commit
     libraries = [
         f"{name}=={version}"
-        for name, version in plan.versions.items()
+        for name, version in _versions(plan, outputs, reports).items()
         if name in ("quantool", "llama-cpp-python", "transformers", "torch", "llmcompressor")
     ]
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from quantool.records import OutputPlan, Plan, Report
+from quantool.report.recommend import recommend
+from quantool.report.sections import folded
 from quantool.report.table import markdown
 
 SERVED = 4096
 """Tokens of context that the examples ask for; less where the model reads less."""
-USUAL = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-"""The level that the examples name is the first of these that there is: llama.cpp takes Q4_K_M when nobody says."""
 PORTS = {"llama.cpp": 8080, "transformers": 8000}
 QUESTION = "What is the capital of France?"
 START = "The capital of France is"
@@ -21,7 +21,10 @@ START = "The capital of France is"
 def usage(
     plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], sampling: Mapping[str, float]
 ) -> str:
-    """Commands for every file, then what to send them; ``sampling`` is what is recommended."""
+    """Commands for the recommended file; what to send them and every other file behind folds.
+
+    ``sampling`` is what is recommended.
+    """
     repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
     context = min(SERVED, plan.source.facts.context)
     chat = plan.source.facts.chat_template is not None
@@ -30,35 +33,43 @@ def usage(
         return _vllm(outputs[0], named, context) + _client("transformers", named, sampling, chat=chat)
     files = {report.artifact.level: [file.name for file in report.artifact.files] for report in reports}
     files = files or {output.level: [file.name for file in output.files] for output in outputs}
-    level = next((level for level in USUAL if level in files), next(iter(files)))
+    chosen = recommend(reports)
+    level = chosen.report.artifact.level if chosen else next(iter(files))
     parts = [
         _llama(repo_id, files, level, context),
         _client("llama.cpp", repo_id or files[level][0], sampling, chat=chat),
         _python(files[level], context, sampling, chat=chat),
+        _every_level(repo_id, files, level, context),
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _llama(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, context: int) -> str:
-    first = files[level][0]
-    text = f"With [llama.cpp](https://github.com/ggml-org/llama.cpp), for example {level}"
-    text += ":\n\n```sh\n"
+    chosen = _choice(repo_id, files, level)
+    return (
+        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n"
+        f"```sh\nllama-server {chosen} -c {context}\nllama-cli {chosen} -c {context}\n```\n"
+    )
+
+
+def _every_level(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, context: int) -> str:
+    """The command for each level, and how to have the file itself."""
+    rows = [[tag, f"`llama-server {_choice(repo_id, files, tag)} -c {context}`"] for tag in files]
+    text = markdown(["level", "command"], rows) + "\n" if len(files) > 1 else ""
     if repo_id:
-        every = [name for names in files.values() for name in names]
-        chosen = _chosen(repo_id, level, first, every)
-        text += f"llama-server {chosen} -c {context}\nllama-cli {chosen} -c {context}\n```\n"
-        rows = [
-            [tag, f"`llama-server {_chosen(repo_id, tag, names[0], every)} -c {context}`"]
-            for tag, names in files.items()
-        ]
-        text += "\n" + markdown(["level", "command"], rows) if len(files) > 1 else ""
-        return (
-            text
-            + f"\nFrom files on disk:\n\n```sh\n{_download(repo_id, files[level])}llama-server -m {first} -c {context}\n```\n"
+        first = files[level][0]
+        text += (
+            "From files on disk:\n\n```sh\n"
+            f"{_download(repo_id, files[level])}llama-server -m {first} -c {context}\n```\n"
         )
-    text += f"llama-server -m {first} -c {context}\nllama-cli -m {first} -c {context}\n```\n"
-    rows = [[tag, f"`llama-server -m {names[0]} -c {context}`"] for tag, names in files.items()]
-    return text + ("\n" + markdown(["level", "command"], rows) if len(files) > 1 else "")
+    return folded("Other levels, files on disk" if len(files) > 1 else "Files on disk", text)
+
+
+def _choice(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str) -> str:
+    """The arguments that name a level's file."""
+    first = files[level][0]
+    every = [name for names in files.values() for name in names]
+    return _chosen(repo_id, level, first, every) if repo_id else f"-m {first}"
 
 
 def _chosen(repo_id: str, level: str, name: str, every: Sequence[str]) -> str:
@@ -102,11 +113,12 @@ def _client(engine: str, model: str, sampling: Mapping[str, float], *, chat: boo
     else:
         call = f'client.completions.create(\n    model="{model}", prompt="{START}"'
         result = "answer.choices[0].text"
-    return (
-        "Then, with OpenAI's client (`pip install openai`):\n\n"
+    return folded(
+        "From OpenAI's client",
+        "While the server runs (`pip install openai`):\n\n"
         "```python\nfrom openai import OpenAI\n\n"
         f'client = OpenAI(base_url="{url}", api_key="none")\n'
-        f"answer = {call},\n    max_tokens=64{own},\n)\nprint({result})\n```\n"
+        f"answer = {call},\n    max_tokens=64{own},\n)\nprint({result})\n```\n",
     )
 
 
@@ -120,7 +132,7 @@ def _python(names: Sequence[str], context: int, sampling: Mapping[str, float], *
     else:
         call = f'model.create_completion("{START}", max_tokens=64{own})'
         result = 'answer["choices"][0]["text"]'
-    text = "With llama-cpp-python (`pip install llama-cpp-python`), in the folder of the file:\n\n"
+    text = "`pip install llama-cpp-python`, then in the folder of the file:\n\n"
     text += "```python\nfrom llama_cpp import Llama\n\n"
     text += f'model = Llama("{names[0]}", n_ctx={context}, verbose=False)\n'
-    return text + f"answer = {call}\nprint({result})\n```\n"
+    return folded("From Python", text + f"answer = {call}\nprint({result})\n```\n")

@@ -1,23 +1,31 @@
-"""The measured figures as the Hub's ``model-index`` (hub-docs, "Model Cards", evaluation results)."""
+"""The measured figures as the Hub's ``model-index`` (hub-docs, "Model Cards", evaluation results), in few lines.
+
+Each level gives its figures on the corpus where it is worst and its mean over all; all others stand in the card and in
+``quantool.json``. Of many levels each gives less, so that the front matter stays short.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from quantool.records import Finding, OutputPlan, Report
+from quantool.report.table import worst
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+KLD, TOP = "mean_kld", "same_top_p"
 METRICS = {
-    "perplexity": "perplexity",
-    "ln_ppl_ratio": "ln(PPL / PPL of the reference)",
-    "mean_kld": "mean KL divergence from the reference (nats)",
-    "same_top_p": "same most likely token as the reference",
+    KLD: "mean KL divergence from the reference (nats)",
+    TOP: "same most likely token as the reference",
 }
 TASK = "text-generation"
+LINES = 44
+"""Lines that the index may have: with the rest of the front matter they are no more than 60."""
+DIGITS = 4  # significant ones; the errors are of that size
 
 
 def model_index(
@@ -30,31 +38,71 @@ def model_index(
     """
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    results = [result for report in reports for result in _results(report, corpora)]
-    if not results:
+    for metrics, mean in (((KLD, TOP), True), ((KLD,), True), ((KLD,), False), ((), True)):
+        results = [result for report in reports for result in _worst(report, corpora, metrics)]
+        if mean:
+            results += [result for report in reports for result in _mean(report)]
+        if not results:
+            continue
+        index: list[dict[str, Any]] = eval_results_to_model_index(outputs[0].repo, results)
+        if _lines(index) <= LINES:
+            break
+    else:
         return []
-    index: list[dict[str, Any]] = eval_results_to_model_index(outputs[0].repo, results)
     return index
 
 
-def _results(report: Report, corpora: Mapping[str, Mapping[str, Any]]) -> Iterator[EvalResult]:
+def _lines(index: Sequence[Mapping[str, Any]]) -> int:
+    """Lines as ``card.front_text`` writes them: three for a corpus, one for a figure."""
+    return 3 + sum(3 + len(result["metrics"]) for entry in index for result in entry["results"])
+
+
+def _worst(
+    report: Report, corpora: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]
+) -> Iterator[EvalResult]:
+    """The figures of the corpus that the card's main table shows."""
     from huggingface_hub import EvalResult
 
-    for finding in report.findings:
-        if finding.corpus is None or finding.metric not in METRICS or not _is_number(finding):
-            continue
-        text = corpora.get(finding.corpus, {})
+    divergence = worst(report)
+    if divergence is None or divergence.corpus is None:
+        return
+    text = corpora.get(divergence.corpus, {})
+    for metric in metrics:
+        finding = report.find(metric, divergence.corpus)
+        if finding is not None and _is_number(finding):
+            yield EvalResult(
+                task_type=TASK,
+                dataset_type=str(text.get("dataset") or divergence.corpus),
+                dataset_name=divergence.corpus,
+                dataset_config=text.get("config"),
+                dataset_split=text.get("split") if text.get("dataset") else None,
+                metric_type=metric,
+                metric_name=f"{report.artifact.level}: {METRICS[metric]}",
+                metric_value=_rounded(finding.measured),
+            )
+
+
+def _mean(report: Report) -> Iterator[EvalResult]:
+    """The mean over the corpora, where there are several."""
+    from huggingface_hub import EvalResult
+
+    values = {f.corpus: float(f.measured or 0) for f in report.findings if f.metric == KLD and _is_number(f)}
+    if len(values) > 1:
         yield EvalResult(
             task_type=TASK,
-            dataset_type=str(text.get("dataset") or finding.corpus),
-            dataset_name=finding.corpus,
-            dataset_config=text.get("config"),
-            dataset_split=text.get("split") if text.get("dataset") else None,
-            metric_type=finding.metric,
-            metric_name=f"{report.artifact.level}: {METRICS[finding.metric]}",
-            metric_value=round(float(finding.measured or 0), 6),
+            dataset_type="all",
+            dataset_name=f"all {len(values)} corpora",
+            metric_type=KLD,
+            metric_name=f"{report.artifact.level}: {METRICS[KLD]}",
+            metric_value=_rounded(fmean(values.values())),
         )
 
 
 def _is_number(finding: Finding) -> bool:
-    return isinstance(finding.measured, float) and math.isfinite(finding.measured)
+    return (
+        finding.corpus is not None and isinstance(finding.measured, float) and math.isfinite(finding.measured)
+    )
+
+
+def _rounded(value: float | str | None) -> float:
+    return float(f"{float(value or 0):.{DIGITS}g}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from quantool.config import rules
-from quantool.records import Gates
+from quantool.records import Gates, NameOrPath, Privacy
 
 NO_EFFECT = {
     "load_in_pipeline": "the calibration text is always prepared by quantool",
@@ -226,9 +226,9 @@ class CardSettings(Section):
 class Config(Section):
     """All keys of a configuration file."""
 
-    model_id: str = Field(description="Hub id or local folder of the bf16 checkpoint.", min_length=1)
+    model_id: NameOrPath = Field(description="Hub id or local folder of the bf16 checkpoint.", min_length=1)
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
-    tokenizer_name: str | None = Field(
+    tokenizer_name: NameOrPath | None = Field(
         default=None, description="Folder or Hub id of the tokenizer, if not the model's own."
     )
     cache_dir: UserPath | None = Field(
@@ -266,8 +266,12 @@ class Config(Section):
         description="Further calibration settings: max_tokens, max_seq_length, text_field.",
     )
 
-    output_path: UserPath = Field(default=Path("output"), description="Folder for everything a run makes.")
-    push_to_hub: bool = Field(default=False, description="Publish what passed its gates.")
+    output_path: Annotated[UserPath, Privacy.DROPPED] = Field(
+        default=Path("output"), description="Folder for everything a run makes."
+    )
+    push_to_hub: Annotated[bool, Privacy.DROPPED] = Field(
+        default=False, description="Publish what passed its gates."
+    )
     repo_id: str | None = Field(
         default=None,
         pattern=REPO_ID,
@@ -275,13 +279,13 @@ class Config(Section):
     )
     private: bool = Field(default=True, description="Create that repository as private.")
     publish: Publish = Field(default_factory=Publish, description="How artifacts reach the Hub.")
-    disk_bounded: bool = Field(
+    disk_bounded: Annotated[bool, Privacy.DROPPED] = Field(
         default=False,
         description="Make, judge, upload and delete one level at a time; one commit at the end. Needs push_to_hub.",
     )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
 
-    eval_dataset: str | None = Field(
+    eval_dataset: NameOrPath | None = Field(
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."
     )
     validation: Validation = Field(default_factory=Validation, description="How artifacts are judged.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantool.card.card import write_card
-from quantool.card.redact import without_places
+from quantool.card.redact import published
 from quantool.publish.failed_notice import with_notice
+from quantool.publish.leaks import refuse_leaks
 from quantool.publish.packed_folder import CARD, RECORD, SUMS, PackedFolder, packed_folder
 from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
 from quantool.report.plots import draw
@@ -20,34 +21,49 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
     """Write the records of each folder to publish.
 
     The card says first what did not pass: nothing is written when such a folder is published all the same. Files in it
-    that no record names stay where they are and out of SHA256SUMS.
+    that no record names stay where they are and out of SHA256SUMS. Raises PublicationError when a file to publish holds
+    a path of this machine.
     """
     folders = []
+    places = {
+        "the output folder": workspace.root,
+        "the checkpoint's folder": plan.source.folder,
+        "the working folder": Path.cwd(),
+        "the home folder": Path.home(),
+    }
     for repo in dict.fromkeys(output.repo for output in plan.outputs):
         folder = workspace.root / repo
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
         plots = draw(own, folder, repo, workspace)
-        folders.append(_pack_folder(plan, outputs, own, plots, folder))
+        folders.append(_pack_folder(plan, outputs, own, plots, folder, places))
     return tuple(folders)
 
 
 def _pack_folder(
-    plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], plots: Sequence[str], folder: Path
+    plan: Plan,
+    outputs: Sequence[OutputPlan],
+    reports: Sequence[Report],
+    plots: Sequence[str],
+    folder: Path,
+    places: Mapping[str, Path],
 ) -> PackedFolder:
-    write_text(folder / CARD, with_notice(write_card(plan, outputs, reports, plots), reports))
     drawn = [_file_record(folder, name) for name in plots]
     record: dict[str, Any] = {
-        "plan": plan.model_dump(mode="json")
-        | {"outputs": [output.model_dump(mode="json") for output in outputs]},
-        "reports": [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports],
+        "plan": published(plan) | {"outputs": [published(output) for output in outputs]},
+        "reports": [published(report) | {"verdict": report.verdict()} for report in reports],
         "plots": [file.model_dump() for file in drawn],
     }
-    record = without_places(record)
-    write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    texts = {
+        CARD: with_notice(write_card(plan, outputs, reports, plots), reports),
+        RECORD: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
+    }
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
+    refuse_leaks(folder, named, texts, places, plan.source.folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
     named |= {file.name: file for file in (_file_record(folder, CARD), _file_record(folder, RECORD), *drawn)}
     lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
     write_text(folder / SUMS, "".join(lines))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 from quantool import __version__
 from quantool.records import Finding, Report, Verdict
+from quantool.report.finding_text import failures, fields, finding_name, number
 from quantool.report.loss_origin import losses
 from quantool.report.plots import found
 from quantool.report.sections import checks, corpora, pictures, unchecked
-from quantool.report.table import HEADINGS, columns, failures, markdown
+from quantool.report.table import HEADINGS, columns, markdown
 from quantool.runtime.workspace import write_text
 
 JSON, MARKDOWN, JUNIT = "report.json", "report.md", "junit.xml"
@@ -26,18 +28,21 @@ FORBIDDEN = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 """What XML 1.0 cannot hold, not even escaped: most control characters, lone surrogates."""
 
 
-def write_report(reports: Sequence[Report], root: Path, folders: Sequence[Path]) -> None:
+def write_report(
+    reports: Sequence[Report], root: Path, folders: Sequence[Path], absent: Mapping[str, str]
+) -> None:
     """Write the three files into ``root``; a file that would be the same is not touched.
 
-    ``folders`` (``root``, or below it) are those where ``plots.draw`` was asked for pictures.
+    ``folders`` (``root``, or below it) are those where ``plots.draw`` was asked for pictures, ``absent`` the checks
+    that did not run (``sections.not_run``).
     """
-    plots = {_way(folder, root): found(folder) for folder in folders}
-    placed = [_placed(report, root) for report in reports]
-    record = as_record(placed, [way + name for way, names in plots.items() for name in names])
+    plots = {_path_to(folder, root): found(folder) for folder in folders}
+    relative = [_relative(report, root) for report in reports]
+    record = as_record(relative, [path + plot for path, names in plots.items() for plot in names])
     texts = {
         JSON: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
-        MARKDOWN: as_markdown(reports, plots),
-        JUNIT: as_junit(reports),
+        MARKDOWN: as_markdown(reports, plots, absent),
+        JUNIT: as_junit(reports, absent),
     }
     for name, text in texts.items():
         path = root / name
@@ -45,7 +50,7 @@ def write_report(reports: Sequence[Report], root: Path, folders: Sequence[Path])
             write_text(path, text)
 
 
-def _placed(report: Report, root: Path) -> Report:
+def _relative(report: Report, root: Path) -> Report:
     """The report with its folder as seen from ``root``: an output folder that was moved says the same."""
     folder = report.artifact.folder
     if not folder.is_relative_to(root):
@@ -54,7 +59,7 @@ def _placed(report: Report, root: Path) -> Report:
     return report.model_copy(update={"artifact": artifact})
 
 
-def _way(folder: Path, root: Path) -> str:
+def _path_to(folder: Path, root: Path) -> str:
     """What leads from ``root`` to files of ``folder``."""
     return "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
 
@@ -76,7 +81,9 @@ def as_record(reports: Sequence[Report], plots: Sequence[str]) -> dict[str, Any]
     }
 
 
-def as_markdown(reports: Sequence[Report], plots: dict[str, tuple[str, ...]]) -> str:
+def as_markdown(
+    reports: Sequence[Report], plots: Mapping[str, tuple[str, ...]], absent: Mapping[str, str]
+) -> str:
     """The verdict table, what failed, the figures by corpus, where the loss comes from and the other checks.
 
     ``plots`` are names of pictures by what leads to their folder (``""`` or a path that ends with a slash).
@@ -89,36 +96,44 @@ def as_markdown(reports: Sequence[Report], plots: dict[str, tuple[str, ...]]) ->
         *_failed(reports),
         *(["## Figures by corpus\n", corpora(reports)] if any(map(_has_figures, reports)) else []),
         *losses(reports),
-        *(line for way, names in plots.items() for line in pictures(names, way)),
-        *checks(reports),
-        *unchecked(reports),
+        *(line for path, names in plots.items() for line in pictures(names, path)),
     ]
+    if judged := checks(reports):
+        parts += ["## Other checks\n", *judged]
+    if left_out := unchecked(reports, absent):
+        parts += ["## What was not checked\n", "\n".join(left_out) + "\n"]
     return "\n".join(parts)
 
 
 def _failed(reports: Sequence[Report]) -> list[str]:
-    """What failed, verbatim: details hold markup, such as special tokens and templates."""
-    said = failures(reports)
-    if not said:
+    """What failed, in short and then with its whole detail, verbatim: details hold markup, such as special tokens."""
+    if not (lines := failures(reports)):
         return []
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", said)), default=0))
-    return [f"## What failed\n\n{fence}text\n{said}\n{fence}\n"]
+    details = [
+        "\n".join([f"{report.artifact.level}: {finding.check}: {finding_name(finding)}", *fields(finding)])
+        for report in reports
+        for finding in report.findings
+        if finding.verdict.fails
+    ]
+    text = "\n\n".join(["\n".join(lines), *details])
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"## What failed\n\n{fence}text\n{text}\n{fence}\n"]
 
 
 def _has_figures(report: Report) -> bool:
     return report.find("perplexity") is not None
 
 
-def as_junit(reports: Sequence[Report]) -> str:
+def as_junit(reports: Sequence[Report], absent: Mapping[str, str]) -> str:
     """JUnit XML: one test suite an artifact, one test case a finding.
 
-    REGRESSION and ANOMALOUS are failures of that type, SKIPPED is skipped; each says why. An artifact that nothing
-    could judge must not look green, so it gets a failed case of its own. Seconds are those of the whole artifact:
-    nobody measures single findings.
+    REGRESSION and ANOMALOUS are failures of that type, SKIPPED is skipped, and so is each check that did not run
+    (``absent``); each says why. An artifact that nothing could judge must not look green, so it gets a failed case of
+    its own. Seconds are measured by check: its findings share them evenly.
     """
     root = ET.Element("testsuites", name="quantool")
     for report in reports:
-        _suite(root, report)
+        _suite(root, report, absent)
     for count in ("tests", "failures", "skipped"):
         root.set(count, str(sum(int(suite.get(count, "0")) for suite in root)))
     root.set("errors", "0")
@@ -127,17 +142,21 @@ def as_junit(reports: Sequence[Report]) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _suite(root: ET.Element, report: Report) -> None:
+def _suite(root: ET.Element, report: Report, absent: Mapping[str, str]) -> None:
     suite = ET.SubElement(root, "testsuite", name=_legal(report.artifact.output))
     properties = ET.SubElement(suite, "properties")
-    for name, value in _properties(report).items():
-        ET.SubElement(properties, "property", name=name, value=_legal(value))
-    names: dict[tuple[str, str], int] = {}
+    for label, value in _properties(report).items():
+        ET.SubElement(properties, "property", name=label, value=_legal(value))
+    sizes = Counter(finding.check for finding in report.findings)
+    names: Counter[tuple[str, str]] = Counter()
     for finding in report.findings:
-        name = finding.metric + (f" [{finding.corpus}]" if finding.corpus else "")
-        names[finding.check, name] = count = names.get((finding.check, name), 0) + 1
-        case = _case(suite, report, finding.check, name if count == 1 else f"{name} ({count})")
-        _tell(case, finding)
+        names[finding.check, finding_name(finding)] += 1
+        count = names[finding.check, finding_name(finding)]
+        label = finding_name(finding) if count == 1 else f"{finding_name(finding)} ({count})"
+        seconds = report.check_seconds.get(finding.check, 0.0) / sizes[finding.check]
+        _fill(_case(suite, report, finding.check, label, seconds), finding)
+    for check, reason in absent.items():
+        ET.SubElement(_case(suite, report, check, "did not run"), "skipped", message=_legal(reason))
     if report.verdict() is Verdict.SKIPPED:
         case = _case(suite, report, "quantool", "verdict")
         ET.SubElement(case, "failure", message="nothing could be judged", type=Verdict.SKIPPED)
@@ -160,47 +179,29 @@ def _properties(report: Report) -> dict[str, str]:
     }
 
 
-def _case(suite: ET.Element, report: Report, check: str, name: str) -> ET.Element:
+def _case(suite: ET.Element, report: Report, check: str, label: str, seconds: float = 0.0) -> ET.Element:
     """A test case; the readers take what stands before the last dot of ``classname`` for a package."""
     package = report.artifact.output.replace("/", ".")
     return ET.SubElement(
-        suite, "testcase", classname=_legal(f"{package}.{check}"), name=_legal(name), time="0"
+        suite, "testcase", classname=_legal(f"{package}.{check}"), name=_legal(label), time=f"{seconds:.3f}"
     )
 
 
-def _tell(case: ET.Element, finding: Finding) -> None:
+def _fill(case: ET.Element, finding: Finding) -> None:
+    text = _legal("\n".join(fields(finding)))
     if finding.verdict.fails:
-        message = f"{finding.verdict}: {_summary(finding)}"
-        failure = ET.SubElement(case, "failure", message=_legal(message), type=finding.verdict)
-        failure.text = _legal(_figures(finding))
+        message = f"{finding.verdict}: {_message(finding)}"
+        ET.SubElement(case, "failure", message=_legal(message), type=finding.verdict).text = text
     elif finding.verdict is Verdict.SKIPPED:
         ET.SubElement(case, "skipped", message=_legal(finding.detail or "no reason was given"))
     elif finding.detail or finding.measured is not None:
-        ET.SubElement(case, "system-out").text = _legal(_figures(finding))
+        ET.SubElement(case, "system-out").text = text
 
 
-def _summary(finding: Finding) -> str:
+def _message(finding: Finding) -> str:
     """One line: the first of the detail, else the measured value."""
     lines = finding.detail.strip().splitlines()
-    return lines[0] if lines else f"{finding.metric} {_value(finding.measured)}"
-
-
-def _figures(finding: Finding) -> str:
-    """Every field that is there, one a line, the detail last."""
-    fields = {
-        "measured": finding.measured,
-        "standard error": finding.error,
-        "reference": finding.reference,
-        "threshold": finding.threshold,
-    }
-    lines = [f"{name}: {_value(value)}" for name, value in fields.items() if value is not None]
-    return "\n".join([*lines, finding.detail] if finding.detail else lines)
-
-
-def _value(value: float | str | None) -> str:
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else f"{value:.6g}"  # a count in full
-    return str(value)
+    return lines[0] if lines else f"{finding.metric} {number(finding.measured)}"
 
 
 def _legal(text: str) -> str:

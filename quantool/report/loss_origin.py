@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantool.records import Report, Verdict
+from quantool.report.finding_text import figure
 from quantool.report.table import markdown
 
 CONVERSION, QUANTIZATION = "conversion_kld", "quantization_kld"
@@ -12,8 +13,10 @@ CONVERSION, QUANTIZATION = "conversion_kld", "quantization_kld"
 
 def losses(reports: Sequence[Report]) -> list[str]:
     """Which of tokenizer, conversion and quantization lost what, where the checks could tell (of GGUF files)."""
-    told = [report for report in reports if report.find(CONVERSION) or report.find(QUANTIZATION) is not None]
-    if not told:
+    judged = [
+        report for report in reports if report.find(CONVERSION) or report.find(QUANTIZATION) is not None
+    ]
+    if not judged:
         return []
     rows = [
         [
@@ -23,7 +26,7 @@ def losses(reports: Sequence[Report]) -> list[str]:
             _largest(report, QUANTIZATION),
             _broke(report),
         ]
-        for report in told
+        for report in judged
     ]
     return [
         "## Where the loss comes from\n",
@@ -53,8 +56,8 @@ def _largest(report: Report, metric: str) -> str:
     ]
     if not found:
         return "-"
-    value, finding = max(found, key=lambda pair: pair[0])
-    return f"{value:.5f} ± {finding.error or 0:.5f} ({finding.corpus})"
+    _, finding = max(found, key=lambda pair: pair[0])
+    return f"{figure(finding)} ({finding.corpus})"
 
 
 def _broke(report: Report) -> str:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.records import Report, fingerprint
+from quantool.report.recommend import recommend
 from quantool.runtime.workspace import Workspace, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
 SIZE = "plots/size-kld.png"
 CORPORA = "plots/corpora.png"
@@ -30,12 +32,15 @@ CAPTIONS = {
 }
 """What each picture shows, by its name relative to the folder that holds it."""
 
-DRAWING = 1  # goes up when the same figures shall look different: finished pictures are drawn again
+DRAWING = 2  # goes up when the same figures shall look different: finished pictures are drawn again
 KLD, RATIO = "mean_kld", "ln_ppl_ratio"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":")
 DPI = 144
+FRAME = (450.0, 290.0)  # about the size of the axes of a size plot, in points
+ASIDE = 3.0  # points from a level's point to its name
+LETTER = (5.6, 12.0)  # about the size of a letter of a level's name, in points
 DECADES = 20  # a quotient of largest and smallest beyond which a linear axis hides the small ones
 
 
@@ -60,7 +65,7 @@ def draw(reports: Sequence[Report], folder: Path, title: str, workspace: Workspa
         [report.artifact.level, report.artifact.bytes(), _figures(report, KLD), _figures(report, RATIO)]
         for report in reports
     ]
-    key = fingerprint(DRAWING, version("matplotlib"), title, drawn, figures)
+    key = fingerprint(DRAWING, version("matplotlib"), title, drawn, figures, _recommended(reports))
     workspace.stage(f"plots/{folder.relative_to(workspace.root)}", key, produce)
     return drawn
 
@@ -91,6 +96,12 @@ def _figures(report: Report, metric: str) -> dict[str, tuple[float, float]]:
     return values
 
 
+def _recommended(reports: Sequence[Report]) -> str | None:
+    """The level that the card says to take."""
+    chosen = recommend(reports)
+    return chosen.report.artifact.level if chosen else None
+
+
 def _corpora(reports: Sequence[Report]) -> list[str]:
     names = [corpus for metric in (KLD, RATIO) for report in reports for corpus in _figures(report, metric)]
     return list(dict.fromkeys(names))
@@ -101,7 +112,7 @@ def _by_size(reports: Sequence[Report]) -> list[Report]:
 
 
 def _size_kld(reports: Sequence[Report], title: str) -> Figure:
-    """One line a corpus over the sizes of the files; each level is named once, at its topmost point."""
+    """One line a corpus over the sizes of the files; each level is named once, above its topmost point."""
     from matplotlib.figure import Figure
 
     reports = [report for report in reports if _figures(report, KLD)]
@@ -123,8 +134,17 @@ def _size_kld(reports: Sequence[Report], title: str) -> Figure:
             marker=MARKERS[number % len(MARKERS)],
             linestyle=DASHES[number // len(PALETTE) % len(DASHES)],
         )  # fmt: skip
-    _scale(axes, [value for known in figures for value, _ in known.values()])
-    _name_levels(axes, reports, sizes, [[value for value, _ in known.values()] for known in figures])
+    values = [value for known in figures for value, _ in known.values()]
+    if min(values) > 0 and max(values) > DECADES * min(values):
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 2, max(values) * 4)
+        axes.yaxis.set_major_formatter(_plain_numbers())
+    else:
+        _scale(axes, values)
+    margin = 0.08 * (max(sizes) - min(sizes)) or 0.05 * sizes[0]
+    axes.set_xlim(min(sizes) - margin, max(sizes) + 2 * margin)
+    tops = [max(value for value, _ in known.values()) for known in figures]
+    _name_levels(axes, [report.artifact.level for report in reports], sizes, tops, _recommended(reports))
     axes.set_xlabel(f"size of the files ({unit})")
     axes.set_ylabel("mean KL divergence (nats)")
     _finish(figure, axes, title, "corpus")
@@ -132,33 +152,44 @@ def _size_kld(reports: Sequence[Report], title: str) -> Figure:
 
 
 def _name_levels(
-    axes: Axes, reports: Sequence[Report], sizes: Sequence[float], values: Sequence[Sequence[float]]
+    axes: Axes, levels: Sequence[str], sizes: Sequence[float], tops: Sequence[float], chosen: str | None
 ) -> None:
-    """Names above the frame, apart from each other however near the sizes are, each with a line to its point."""
-    margin = 0.06 * (max(sizes) - min(sizes)) or 0.05 * sizes[0]
-    low, high = min(sizes) - margin, max(sizes) + margin
-    axes.set_xlim(low, high)
-    places = _apart([(size - low) / (high - low) for size in sizes])
-    for report, size, known, place in zip(reports, sizes, values, places, strict=True):
+    """Each level's name above its topmost point, higher where it would lie on another; a ring around the recommended."""
+    names = [f"{level} (recommended)" if level == chosen else level for level in levels]
+    points = axes.transAxes.inverted().transform(
+        axes.transData.transform(list(zip(sizes, tops, strict=True)))
+    )
+    heights = _heights([(float(x) * FRAME[0], float(y) * FRAME[1]) for x, y in points], list(map(len, names)))
+    for level, name, size, top, height in zip(levels, names, sizes, tops, heights, strict=True):
+        leader = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.6} if height > LETTER[1] else None
         axes.annotate(
-            report.artifact.level, (size, max(known)), xytext=(place, 1.02), textcoords="axes fraction",
-            fontsize=9, rotation=60, rotation_mode="anchor", ha="left", va="center",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 2, "shrinkB": 4,
-                        "relpos": (0.1, 0)},
+            name, (size, top), xytext=(ASIDE + 5 * (level == chosen), height), textcoords="offset points", fontsize=9, ha="left", va="bottom",
+            fontweight="bold" if level == chosen else "normal", arrowprops=leader, annotation_clip=False,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
+        if level == chosen:
+            axes.plot(
+                [size], [top], marker="o", markersize=13, markerfacecolor="none", markeredgecolor="#000000"
+            )
 
 
-def _apart(places: Sequence[float]) -> list[float]:
-    """Rising places between 0 and 1, moved as little as keeps names beside each other legible."""
-    gap = min(0.034, 1 / len(places))
-    moved: list[float] = []
-    for place in places:
-        moved.append(max(place, moved[-1] + gap) if moved else place)
-    limit = 1.0
-    for number in range(len(moved) - 1, -1, -1):
-        moved[number] = min(moved[number], limit)
-        limit = moved[number] - gap
-    return moved
+def _heights(points: Sequence[tuple[float, float]], lengths: Sequence[int]) -> list[float]:
+    """How far above its point each name stands, so that it lies on no other name and on no point.
+
+    ``points`` rise in x; each name begins ``ASIDE`` to the right of its point and has so many letters. All in points of
+    the print.
+    """
+    taken: list[tuple[float, float, float]] = []  # left, right, bottom
+    heights = []
+    for (x, y), letters in zip(points, lengths, strict=True):
+        left, right, height = x + ASIDE, x + ASIDE + letters * LETTER[0], LETTER[1] / 2
+        while any(left < r and ll < right and abs(y + height - b) < LETTER[1] for ll, r, b in taken) or any(
+            left < px < right and -LETTER[1] / 2 < py - y - height < 1.5 * LETTER[1] for px, py in points
+        ):
+            height += LETTER[1] / 2
+        taken.append((left, right, y + height))
+        heights.append(height)
+    return heights
 
 
 def _corpus_bars(reports: Sequence[Report], title: str) -> Figure:
@@ -211,17 +242,23 @@ def _unit(size: float) -> tuple[str, float]:
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis that still has a zero, when the values span decades; else from zero in even steps."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     positive = [value for value in values if value > 0]
     if positive and max(positive) > DECADES * min(positive):
         smallest = 10.0 ** math.floor(math.log10(min(positive)))
         axes.set_yscale("symlog", linthresh=smallest, linscale=0.4)
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(_plain_numbers())
     top = max(values, default=0.0)
     if top > 0 and min(values) >= 0:
         axes.set_ylim(0, 1.3 * top)
+
+
+def _plain_numbers() -> FuncFormatter:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def _finish(figure: Figure, axes: Axes, title: str, names: str) -> None:

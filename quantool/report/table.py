@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from quantool.records import Finding, MachineState, Plan, Report
+from quantool.report.finding_text import failures, figure, percent, perplexity
 from quantool.runtime.progress import amount
 
 HEADINGS = (
-    "file", "size", "bpw", "corpus", "perplexity", "reference", "mean KLD", "same top-p", "template", "verdict",
+    "file", "size", "bpw", "worst corpus", "perplexity", "reference", "mean KLD", "same top-p", "template", "verdict",
     "SHA-256",
 )  # fmt: skip
+NUMBERS = frozenset({"size", "bpw", "perplexity", "reference", "mean KLD", "same top-p"})
+"""Columns whose cells end at the same place."""
+DISPENSABLE = (
+    "SHA-256", "template", "reference", "perplexity", "worst corpus", "bpw", "same top-p", "mean KLD",
+)  # fmt: skip
+"""Columns that a narrow terminal goes without, the first ones first."""
+SHORTEST = 12  # characters that are left of a file's name
 SHOWN = 12  # hexadecimal digits of a hash; all of them stand in SHA256SUMS
 
 
 def columns(report: Report) -> list[str]:
     """One row: the figures of the corpus where the divergence is worst, which is named."""
     artifact = report.artifact
-    worst = _worst(report)
-    corpus = worst.corpus if worst else None
-    ppl, top = report.find("perplexity", corpus), report.find("same_top_p", corpus)
-    first, largest = artifact.files[0], max(artifact.files, key=lambda file: file.bytes)
+    divergence = worst(report)
+    corpus = divergence.corpus if divergence else None
+    largest = max(artifact.files, key=lambda file: file.bytes)
     return [
-        first.name if first.name.endswith(".gguf") else artifact.folder.name,
+        file_name(report),
         amount(artifact.bytes(), "B"),
         f"{artifact.bits_per_weight:.2f}",
         corpus or "-",
-        f"{ppl.measured:.4f}" if ppl and isinstance(ppl.measured, float) else "-",
-        f"{ppl.reference:.4f}" if ppl and isinstance(ppl.reference, float) else "-",
-        f"{worst.measured:.5f}" if worst else "-",
-        f"{100 * top.measured:.2f} %" if top and isinstance(top.measured, float) else "-",
+        *perplexity(report, corpus),
+        figure(divergence, plain=True),
+        percent(report.find("same_top_p", corpus), plain=True),
         _template(report),
         str(report.verdict()),
         largest.sha256[:SHOWN],
     ]
 
 
-def _worst(report: Report) -> Finding | None:
-    """The mean KLD of the corpus that has the largest."""
+def file_name(report: Report) -> str:
+    """What engines are given: the GGUF file (the first of several), or the folder."""
+    first = report.artifact.files[0].name
+    return first if first.endswith(".gguf") else report.artifact.folder.name
+
+
+def worst(report: Report) -> Finding | None:
+    """The mean KLD of the corpus where it is largest; one that failed or is no number is worse than any other."""
     found = [f for f in report.findings if f.metric == "mean_kld" and isinstance(f.measured, float)]
-    return max(found, key=lambda finding: float(finding.measured or 0), default=None)
+    return max(found, key=_badness, default=None)
+
+
+def _badness(finding: Finding) -> tuple[bool, float]:
+    value = float(finding.measured or 0)
+    return finding.verdict.fails, math.inf if math.isnan(value) else value
 
 
 def _template(report: Report) -> str:
@@ -49,26 +69,40 @@ def _template(report: Report) -> str:
     return str(report.model_copy(update={"findings": found}).verdict()) if found else "-"
 
 
-def table(reports: Sequence[Report]) -> str:
-    """The table in plain text, aligned; numbers to the right."""
+def terminal_width() -> int | None:
+    """Columns of the terminal that shows standard output, or what COLUMNS says; None when neither is there."""
+    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def table(reports: Sequence[Report], width: int | None = None) -> str:
+    """The table in plain text, aligned; numbers to the right.
+
+    ``width`` is the longest line that there is room for: columns are left out (``DISPENSABLE``), then names of files
+    shortened, until they fit.
+    """
     rows = [list(HEADINGS), *(columns(report) for report in reports)]
-    return "\n".join(_aligned(rows, right={1, 2, 4, 5, 6, 7}))
+    dispensable = list(DISPENSABLE)
+    while width is not None and dispensable and _total(rows) > width:
+        left_out = rows[0].index(dispensable.pop(0))
+        rows = [row[:left_out] + row[left_out + 1 :] for row in rows]
+    if width is not None and (excess := _total(rows) - width) > 0:
+        longest = max(SHORTEST, max(len(row[0]) for row in rows) - excess)
+        rows = [[_shortened(row[0], longest), *row[1:]] for row in rows]
+    return "\n".join(_aligned(rows, right={i for i, head in enumerate(rows[0]) if head in NUMBERS}))
 
 
-def failures(reports: Sequence[Report]) -> str:
-    """What failed, one line a finding: measured, reference, threshold, detail."""
-    lines = []
-    for report in reports:
-        for finding in report.findings:
-            if finding.verdict.fails:
-                where = f" on {finding.corpus}" if finding.corpus else ""
-                limit = f", limit {finding.threshold:g}" if finding.threshold is not None else ""
-                measured = f" {finding.measured:.6g}" if isinstance(finding.measured, float) else ""
-                lines.append(
-                    f"{report.artifact.level}: {finding.verdict} in {finding.check}: {finding.metric}{where}"
-                    f"{measured}{limit}. {finding.detail}".rstrip()
-                )
-    return "\n".join(lines)
+def _total(rows: Sequence[Sequence[str]]) -> int:
+    return max(map(len, _aligned(rows, right={len(rows[0]) - 1})))
+
+
+def _shortened(name: str, length: int) -> str:
+    """A name without its middle: the beginning says the model, the end the level."""
+    if len(name) <= length:
+        return name
+    end = 2 * (length - 1) // 3
+    return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
 def planned(plan: Plan, machine: MachineState) -> str:
@@ -137,5 +171,4 @@ def write_step_summary(reports: Sequence[Report]) -> None:
     if path:
         with Path(path).open("a", encoding="utf-8") as file:
             file.write("## quantool\n\n" + markdown(HEADINGS, [columns(report) for report in reports]) + "\n")
-            if said := failures(reports):
-                file.write("\n".join(f"- {line}" for line in said.splitlines()) + "\n")
+            file.writelines(f"- {line}\n" for line in failures(reports))

@@ -109,9 +109,55 @@ def test_languages_that_yaml_takes_for_something_else(plan: Plan) -> None:
 
 def test_figures_with_errors_for_every_corpus(plan: Plan) -> None:
     _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), *figures("ca"))]))
-    row = "| Q8_0 | {} | 10.0500 | 10.0000 | 0.004988 ± 0.001200 | 0.012500 ± 0.000300 | 93.21 % |"
-    assert [line for line in body.splitlines() if "0.004988" in line] == [row.format("en"), row.format("ca")]
-    assert "| Q8_0 | tiny-Q8_0.gguf | 2.5 MB | 8.50 | en |" in body
+    row = "| Q8_0 | {} | 10.050 | 10.000 | 0.0050 ± 0.0012 | 0.01250 ± 0.00030 | 93.21 ± 0.20 % |"
+    assert [line for line in body.splitlines() if "0.0050 ±" in line] == [row.format("en"), row.format("ca")]
+    assert "| Q8_0 | tiny-Q8_0.gguf | 2.5 MB | 8.50 | en | 10.050 | 10.000 | 0.01250 | 93.21 % |" in body
+    assert "the worst corpus, the one with the largest mean KLD" in body
+
+
+def test_a_newcomer_reads_which_file_first(plan: Plan) -> None:
+    """What it is, which file, how to run it, the verdicts; everything else is folded."""
+
+    def level(name: str, size: int, divergence: float, verdict: Verdict = Verdict.PASS) -> Report:
+        findings = figures("en")
+        findings[2] = findings[2].model_copy(update={"measured": divergence, "verdict": verdict})
+        made = report(plan, *findings)
+        file = FileRecord(name=f"tiny-{name}.gguf", bytes=size, sha256="ab" * 32)
+        changes = {"level": name, "output": f"gguf/{name}", "files": (file,)}
+        return made.model_copy(update={"artifact": made.artifact.model_copy(update=changes)})
+
+    reports = [
+        level("Q8_0", 8_000_000, 0.002), level("Q4_K_M", 5_000_000, 0.04), level("Q3_K_M", 4_000_000, 0.09),
+        level("IQ2_M", 2_000_000, 0.01, Verdict.REGRESSION),
+    ]  # fmt: skip
+    _, body = parts(write_card(plan, plan.outputs, reports))
+    open_text = re.sub(r"<details>.*?</details>", "", re.sub(r"<details>(?:(?!<details>|</details>).)*</details>", "", body,
+                       flags=re.DOTALL), flags=re.DOTALL)  # fmt: skip
+    heads = [line for line in open_text.splitlines() if line.startswith("#")]
+    assert heads == ["# tiny-GGUF", "## Which file", "## How to run it", "## Verdicts"]
+    assert "**Take `tiny-Q4_K_M.gguf`** (5.0 MB)" in open_text
+    assert "llama-server -hf us/tiny-GGUF:Q4_K_M" in open_text
+    assert "| **Q4_K_M** | `tiny-Q4_K_M.gguf` | 5.0 MB |" in open_text
+    assert "`tiny-IQ2_M.gguf` (did not pass)" in open_text
+    first_screen = body.splitlines()[:24]
+    assert any("Take `tiny-Q4_K_M.gguf`" in line for line in first_screen)
+    assert any(line.startswith("llama-server") for line in first_screen)
+
+
+def test_only_versions_that_took_part_are_named(plan: Plan) -> None:
+    versions = plan.versions | {"llmcompressor": "0.14.0.1", "compressed-tensors": "0.19", "lm_eval": "0.4",
+                                "datasets": "5.2", "llama-cpp-python": "0.3.36", "gguf": "0.19"}  # fmt: skip
+    changed = plan.model_copy(update={"versions": versions})
+    text = write_card(changed, plan.outputs, [report(plan, *figures("en"))])
+    assert "llama-cpp-python 0.3.36" in text
+    for name in ("llmcompressor", "compressed-tensors", "lm_eval 0", "datasets 5"):
+        assert name not in text
+    compressed = [plan.outputs[0].model_copy(update={"engine": "transformers", "method": "fp8"})]
+    text = write_card(changed, compressed, [report(plan, *figures("en"))])
+    assert "llmcompressor 0.14.0.1, " in text
+    assert "llmcompressor==0.14.0.1" in text
+    assert "gguf 0" not in text
+    assert "llama-cpp-python" not in text.partition("How it was made")[2]
 
 
 def test_source_and_versions_are_named(plan: Plan) -> None:
@@ -161,14 +207,14 @@ def test_other_checks_and_what_was_left_out_with_the_reason(plan: Plan) -> None:
         Finding(check="chat_template", metric="text", verdict=Verdict.REGRESSION, detail="a | b"),
     ]
     _, body = parts(write_card(plan, plan.outputs, [report(plan, *found)]))
-    assert "| Q8_0 | tokenizer | ids SKIPPED, specials PASS |" in body
+    assert "| tokenizer | Q8_0 | ids SKIPPED, specials PASS |" in body
     assert "- Q8_0, text: REGRESSION: a | b\n" in body
-    left_out = body.partition("## What was not checked\n")[2]
+    left_out = body.partition("<summary>What was not checked (")[2]
     assert "- Q8_0: tokenizer, ids: no NFC normalizer\n" in left_out
     assert "not worth a word" not in body
-    (missing,) = [line for line in left_out.splitlines() if line.startswith("- not run: ")]
-    assert "perplexity" in missing
-    assert "chat_template" not in missing
+    assert "- lm_eval did not run: validation.lm_eval is not set\n" in left_out
+    assert "- perplexity did not run: " in left_out
+    assert "- chat_template did not run" not in left_out
     assert "| Q8_0 | SKIPPED" not in body  # one finding of the tokenizer passed
     assert "| Q8_0 | PASS | - | REGRESSION |" in body
 
@@ -181,8 +227,8 @@ def test_a_check_that_nobody_has_thought_of(plan: Plan) -> None:
     ]  # fmt: skip
     found.append(Finding(check="needle", metric="answers", verdict=Verdict.ANOMALOUS, detail="too good"))
     _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), *found)]))
-    assert "| Q8_0 | needle | 8 PASS, answers ANOMALOUS |" in body
-    assert "| Q8_0 | needle | recall [3 tokens] | 0.8 ± 0.05 | 0.9 | 0.7 | PASS |" in body
+    assert "| needle | Q8_0 | 8 PASS, answers ANOMALOUS |" in body
+    assert "| Q8_0 | needle | recall [3 tokens] | 0.80 ± 0.05 | 0.9 | 0.7 | PASS |" in body
     assert "- Q8_0, answers: ANOMALOUS: too good" in body
 
 
@@ -190,7 +236,7 @@ def test_further_figures_of_a_corpus_are_folded_away(plan: Plan) -> None:
     median = Finding(check="perplexity", metric="kld_median", corpus="en", verdict=Verdict.PASS, measured=3e-7,
                      error=4e-8)  # fmt: skip
     _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"), median)]))
-    assert "| level | corpus | kld_median |\n|---|---|---|\n| Q8_0 | en | 3e-07 ± 4e-08 |" in body
+    assert "| level | corpus | kld_median |\n|---|---|---|\n| Q8_0 | en | 3.0e-07 ± 4e-08 |" in body
     assert "kld_median PASS" not in body
 
 
@@ -219,7 +265,7 @@ def test_the_hub_reads_the_figures(plan: Plan, tmp_path: Path) -> None:
     from huggingface_hub import metadata_load
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    nan = figures("eu")[0].model_copy(update={"measured": float("nan")})
+    nan = figures("eu")[3].model_copy(update={"measured": float("nan")})
     corpora = [{"name": "en", "dataset": "org/texts", "config": "english", "split": "test"}]
     changed = plan.model_copy(update={"config": plan.config | {"validation": {"corpora": corpora}}})
     text = write_card(changed, plan.outputs, [report(plan, *figures("en"), *figures("ca"), nan)])
@@ -230,12 +276,12 @@ def test_the_hub_reads_the_figures(plan: Plan, tmp_path: Path) -> None:
         (r.dataset_type, r.dataset_config, r.dataset_split, r.metric_type, r.metric_value)
         for r in data.eval_results
     ]
-    values = [("perplexity", 10.05), ("ln_ppl_ratio", 0.004988), ("mean_kld", 0.0125), ("same_top_p", 0.9321)]
     assert found == [
-        *(("org/texts", "english", "test", *value) for value in values),
-        *(("ca", None, None, *value) for value in values),
+        ("org/texts", "english", "test", "mean_kld", 0.0125),
+        ("org/texts", "english", "test", "same_top_p", 0.9321),
+        ("all", None, None, "mean_kld", 0.0125),
     ]
-    assert data.eval_results[0].metric_name == "Q8_0: perplexity"
+    assert data.eval_results[0].metric_name.startswith("Q8_0: mean KL divergence")
     front = parts(text)[0]
     assert front["model-index"] == eval_results_to_model_index(data.model_name, data.eval_results)
     card.save(tmp_path / "README.md")
@@ -248,8 +294,40 @@ def test_no_index_where_nothing_was_measured(plan: Plan) -> None:
     assert "Figures by corpus" not in body
 
 
-def test_plots_stand_under_the_figures(plan: Plan) -> None:
-    text = write_card(plan, plan.outputs, [report(plan, *figures("en"))], ["plots/corpora.png"])
+@pytest.mark.parametrize(("levels", "corpora"), [(1, 1), (5, 5), (12, 3), (31, 6)])
+def test_the_front_matter_is_short_whatever_was_measured(plan: Plan, levels: int, corpora: int) -> None:
+    """On 0.3.0 five levels on five corpora were 300 lines."""
+    names = [f"corpus-{number}" for number in range(corpora)]
+    every = []
+    for number in range(levels):
+        findings = [finding for name in names for finding in figures(name)]
+        worst = 4 * (number % corpora) + 2  # another corpus is worst for each level
+        findings[worst] = findings[worst].model_copy(update={"measured": 0.5})
+        made = report(plan, *findings)
+        every.append(
+            made.model_copy(update={"artifact": made.artifact.model_copy(update={"level": f"L{number}"})})
+        )
+    languages = tuple(f"l{number}" for number in range(40))
+    card = plan.source.card.model_copy(update={"languages": languages, "tags": languages})
+    changed = plan.model_copy(update={"source": plan.source.model_copy(update={"card": card})})
+    text = write_card(changed, plan.outputs, every)
+    front, _ = parts(text)
+    assert text.split("---\n")[1].count("\n") + 2 <= 60
+    results = [
+        metric
+        for entry in front["model-index"]
+        for result in entry["results"]
+        for metric in result["metrics"]
+    ]
+    assert {metric["name"].partition(":")[0] for metric in results} == {
+        f"L{number}" for number in range(levels)
+    }
+
+
+def test_plots_stand_where_they_are_looked_for(plan: Plan) -> None:
+    both = ["plots/size-kld.png", "plots/corpora.png"]
+    text = write_card(plan, plan.outputs, [report(plan, *figures("en"))], both)
+    assert re.search(r"SHA256SUMS`\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n", text)
     assert re.search(r"one standard error\.\n\n!\[Mean KL divergence[^]]*\]\(plots/corpora\.png\)\n", text)
     assert "![" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
 

@@ -19,7 +19,7 @@ import making
 import pytest
 
 from quantool.card.how_to_run import usage
-from quantool.records import Report
+from quantool.records import Finding, Report, Verdict
 from quantool.runtime import process
 from tests.loopback_hub import ID, Answer, Asked, Hub, Repository, reply, serving
 
@@ -208,7 +208,8 @@ def _levels(made: making.Made, names: dict[str, list[str]], repo_id: str | None 
     for level, files in names.items():
         records = tuple(artifact.files[0].model_copy(update={"name": file}) for file in files)
         changed = artifact.model_copy(update={"level": level, "files": records})
-        reports.append(Report(artifact=changed, reference="bf16", findings=(), seconds=1.0))
+        sound = Finding(check="perplexity", metric="loads", verdict=Verdict.PASS)
+        reports.append(Report(artifact=changed, reference="bf16", findings=(sound,), seconds=1.0))
         outputs.append(output.model_copy(update={"level": level, "repo_id": repo_id}))
     return usage(made.plan, outputs, reports, SAMPLING)
 

@@ -9,7 +9,7 @@ import sys
 import making
 import pytest
 
-from quantool.card.memory_table import GIB, cache_bytes, choosing, contexts, needed
+from quantool.card.memory_table import GIB, cache_bytes, contexts, memory, memory_tables, needed, which_file
 from quantool.config.schema import Config
 from quantool.records import Artifact, FileRecord, ModelFacts, Report
 from quantool.runtime import process
@@ -72,8 +72,8 @@ def test_the_models_own_context_is_the_last(large: ModelFacts) -> None:
 
 def test_the_largest_level_that_fits(large: ModelFacts) -> None:
     facts = large.model_copy(update={"context": 16384})
-    lines = choosing(facts, [report("Q8_0", 7.4), report("Q4_K_M", 4.0)]).splitlines()
-    assert "| Q4_K_M | 4.00 | 4.75 | 5.25 | 6.25 |" in lines
+    lines = memory_tables(facts, [report("Q8_0", 7.4), report("Q4_K_M", 4.0)]).splitlines()
+    assert "| Q4_K_M | 4.0 GiB | 4.8 GiB | 5.3 GiB | 6.3 GiB |" in lines
     start = lines.index("| memory | 4,096 tokens | 8,192 tokens | 16,384 tokens |")
     assert lines[start + 2 : start + 6] == [
         "| 6 GiB | Q4_K_M | Q4_K_M | - |",
@@ -84,12 +84,36 @@ def test_the_largest_level_that_fits(large: ModelFacts) -> None:
 
 
 def test_one_level_needs_no_choice(large: ModelFacts) -> None:
-    text = choosing(large, [report("Q8_0", 7.4)])
+    text = memory_tables(large, [report("Q8_0", 7.4)])
     assert "largest level" not in text
     assert "131,072 bytes of attention cache for each token" in text
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1, "1 MiB"),
+        (3 << 20, "3 MiB"),
+        (GIB - 1, "1024 MiB"),
+        (GIB, "1.0 GiB"),
+        (GIB + 1, "1.1 GiB"),
+        (15 * GIB, "15.0 GiB"),
+    ],
+)
+def test_memory_is_rounded_up(size: int, text: str) -> None:
+    assert memory(size) == text
+
+
+def test_which_file_says_what_each_needs(large: ModelFacts) -> None:
+    lines = which_file(large, [report("Q4_K_M", 4.0), report("Q8_0", 7.4)]).splitlines()
+    assert "| level | file | size | memory at 8,192 tokens | memory at 131,072 tokens | same top-p |" in lines
+    rows = [line for line in lines if line.startswith("| Q")]
+    assert [row.split(" | ")[0] for row in rows] == ["| Q8_0", "| Q4_K_M"]
+    assert "5.3 GiB | 20.3 GiB | - |" in rows[1]
+    assert "Take" not in "".join(lines)  # nothing was judged
+
+
 def test_a_sliding_window_is_told(large: ModelFacts) -> None:
-    assert "sliding window" not in choosing(large, [report("Q8_0", 7.4)])
-    text = choosing(large.model_copy(update={"sliding_window": 4096}), [report("Q8_0", 7.4)])
+    assert "sliding window" not in memory_tables(large, [report("Q8_0", 7.4)])
+    text = memory_tables(large.model_copy(update={"sliding_window": 4096}), [report("Q8_0", 7.4)])
     assert "Layers with a sliding window of 4,096 tokens need less cache" in text

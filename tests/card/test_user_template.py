@@ -43,7 +43,7 @@ def test_the_card_is_what_the_template_makes_of_the_records(
     text = (folder / "README.md").read_text()
     front, _, body = text[4:].partition("---\n")
     assert yaml.safe_load(front)["quantized_by"] == "quantool"
-    assert body.startswith("\n# model-FAKE of model\n- Q8_0: PASS\n- Q4_K_M: PASS\n## Files\n")
+    assert body.startswith("\n# model-FAKE of model\n- Q8_0: PASS\n- Q4_K_M: PASS\n## Verdicts\n")
     assert "![](plots/size-kld.png)" in body
     assert "How it was made" not in body
     assert str(tmp_path) not in text + (folder / "quantool.json").read_text()

@@ -31,7 +31,7 @@ def report(*findings: Finding, level: str = "Q4_K_M") -> Report:
 
 
 def junit(*reports: Report) -> ET.Element:
-    return parsed(as_junit(reports))
+    return parsed(as_junit(reports, {}))
 
 
 def parsed(text: str) -> ET.Element:
@@ -96,6 +96,23 @@ def test_any_text_is_legal_xml(verdict: Verdict) -> None:
     assert "<s> & \"x\" ]]> \\x00\\x1b[0m \\ud800 \\ufffe 😀 'é'" in told
 
 
+def test_seconds_of_a_check_are_those_of_its_findings_together() -> None:
+    timed = report(PASSED, FAILED, SKIPPED).model_copy(
+        update={"check_seconds": {"perplexity": 1.0, "chat_template": 0.5}}
+    )
+    root = junit(timed)
+    assert [case.get("time") for case in root.iter("testcase")] == ["0.500", "0.500", "0.500"]
+    assert root[0].get("time") == "1.500"
+
+
+def test_a_check_that_did_not_run_is_skipped_with_the_reason() -> None:
+    root = parsed(as_junit([report(PASSED)], {"needle": "validation.needle is not set"}))
+    assert (root.get("tests"), root.get("skipped")) == ("2", "1")
+    (case,) = root[0].findall("testcase[@name='did not run']")
+    assert case.get("classname") == "gguf.Q4_K_M.needle"
+    assert [found.get("message") for found in case] == ["validation.needle is not set"]
+
+
 def test_a_count_stands_in_full() -> None:
     counted = PASSED.model_copy(update={"measured": 5245184.0})
     told = junit(report(counted)).findtext(".//system-out")
@@ -131,18 +148,20 @@ def test_the_record_can_be_read_back() -> None:
 
 def test_failures_stand_verbatim_in_the_page() -> None:
     fenced = FAILED.model_copy(update={"detail": "expected\n```\n<s> {{ x }}\n```"})
-    text = as_markdown([report(PASSED, fenced)], {})
+    text = as_markdown([report(PASSED, fenced)], {}, {})
     assert text.startswith("# quantool: REGRESSION\n")
     block = text.partition("````text\n")[2].partition("\n````\n")[0]
     assert block.startswith(
-        "Q4_K_M: REGRESSION in perplexity: mean_kld on eu 0.0712, limit 0.055. expected\n"
+        "Q4_K_M: REGRESSION in perplexity: mean_kld 0.0712 ± 0.0020 on eu, limit 0.055\n\n"
     )
     assert block.endswith("```\n<s> {{ x }}\n```")
-    assert "What failed" not in as_markdown([report(PASSED)], {})
+    assert "What failed" not in as_markdown([report(PASSED)], {}, {})
 
 
 def test_the_page_shows_the_plots_where_they_lie() -> None:
-    text = as_markdown([report(PASSED)], {"my model/": ("plots/corpora.png",), "": ("plots/size-kld.png",)})
+    text = as_markdown(
+        [report(PASSED)], {"my model/": ("plots/corpora.png",), "": ("plots/size-kld.png",)}, {}
+    )
     assert "](my%20model/plots/corpora.png)" in text
     assert "](plots/size-kld.png)" in text
 
@@ -151,12 +170,12 @@ def test_the_page_shows_the_plots_where_they_lie() -> None:
 
 
 def test_same_files_are_not_touched(tmp_path: Path) -> None:
-    write_report([report(PASSED)], tmp_path, [])
+    write_report([report(PASSED)], tmp_path, [], {})
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert {path.name for path in before} == {"report.json", "report.md", "junit.xml"}
-    write_report([report(PASSED)], tmp_path, [])
+    write_report([report(PASSED)], tmp_path, [], {})
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    write_report([report(FAILED)], tmp_path, [])
+    write_report([report(FAILED)], tmp_path, [], {})
     assert all(path.stat().st_mtime_ns != stamp for path, stamp in before.items())
 
 

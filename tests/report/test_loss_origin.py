@@ -37,11 +37,11 @@ def row(*findings: Finding) -> list[str]:
 def test_every_damage_is_named() -> None:
     sound = conversion(PASS, 0.0002)
     assert row(TOKENS, sound, FROM_BASE) == [
-        "Q4_K_M", "same", "0.00020 ± 0.00100 (en)", "0.30000 ± 0.00100 (en)", "nothing",
+        "Q4_K_M", "same", "0.0002 ± 0.0010 (en)", "0.3000 ± 0.0010 (en)", "nothing",
     ]  # fmt: skip
     assert row(TOKENS, sound, KLD)[-1] == "quantization"
     off = conversion(REGRESSION, 0.5, "eu")
-    assert row(TOKENS, sound, off, KLD)[2:] == ["0.50000 ± 0.00100 (eu)", "-", "conversion"]
+    assert row(TOKENS, sound, off, KLD)[2:] == ["0.5000 ± 0.0010 (eu)", "-", "conversion"]
     wrong = finding("tokenizer", "bos", REGRESSION)
     assert row(wrong, sound)[1:5:3] == ["bos", "tokenizer"]
     assert row(wrong, off, KLD)[-1] == "tokenizer, conversion"

@@ -3,7 +3,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def test_a_line_for_each_corpus_and_a_name_at_each_level() -> None:
     lines = {bars.get_label(): bars.lines[0] for bars in axes.containers}
     assert list(lines) == ["en", "eu"]
     assert lines["eu"].get_xydata().tolist() == [[4.9, 0.062], [8.5, 0.0028]]
-    assert [text.get_text() for text in axes.texts] == ["Q4_K_M", "Q8_0"]
+    assert [text.get_text() for text in axes.texts] == ["Q4_K_M", "Q8_0 (recommended)"]
     assert [text.xy for text in axes.texts] == [(4.9, 0.062), (8.5, 0.0028)]
     assert axes.get_xlabel() == "size of the files (MB)"
 
@@ -161,14 +160,27 @@ def test_odd_figures_and_names_are_drawn_without_a_warning(odd: Any, workspace: 
 
 
 @pytest.mark.parametrize(
-    "places",
-    [[0.5], [0.1, 0.5, 0.9], [0.5, 0.5, 0.5], [0.97, 0.98, 0.99], [number / 99 for number in range(50)]],
+    "points",
+    [
+        [(0.0, 0.0)],
+        [(0.0, 100.0), (200.0, 50.0)],
+        [(100.0, 50.0)] * 3,
+        [(10.0 * number, 100.0 - number) for number in range(30)],
+    ],
 )
-def test_names_keep_apart(places: list[float]) -> None:
-    moved = plots._apart(places)
-    gap = min(0.034, 1 / len(places))
-    assert all(after - before > gap - 1e-9 for before, after in pairwise(moved))
-    assert min(moved) >= -1e-9
-    assert max(moved) <= 1
-    if len(places) < 4 and places[-1] == 0.9:
-        assert moved == places
+def test_names_keep_apart(points: list[tuple[float, float]]) -> None:
+    heights = plots._heights(points, [6] * len(points))
+    width, line = 6 * plots.LETTER[0], plots.LETTER[1]
+    boxes = [(x, y + height) for (x, y), height in zip(points, heights, strict=True)]
+    for number, (x, y) in enumerate(boxes):
+        for other_x, other_y in boxes[:number]:
+            assert abs(x - other_x) >= width or abs(y - other_y) >= line
+    if len(points) <= 2:
+        assert set(heights) == {line / 2}  # nothing is in the way: right beside the point
+
+
+def test_the_axis_of_sizes_does_not_begin_at_zero() -> None:
+    drawn: Any = plots._size_kld([report("Q4_K_M", "en"), report("Q8_0", "en")], "m").axes
+    low, high = drawn[0].get_xlim()
+    assert 4.0 < low < 4.9
+    assert 8.5 < high < 9.5
