@@ -20,7 +20,7 @@ from quantool.formats.int4_layouts import (
 )
 from quantool.formats.safetensors import INDEX, TensorHeader, read_headers
 from quantool.methods._safetensors.layout import Stored
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ def tensors(layer: TensorHeader, group: int) -> list[Stored]:
     ]
 
 
+@preloaded("torch")
 def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that rewrites the compressed-tensors checkpoint in ``folder`` in place.
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 MIN_BATCH = 16  # imatrix.cpp ignores smaller matrix products
 WINDOWS_PER_DECODE = 4
@@ -46,6 +46,7 @@ _Tensor._fields_ = [
 OBJECT_SIZE = 32  # ggml.c: sizeof(struct ggml_object), part of the overhead
 
 
+@preloaded("transformers")
 def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Render and tokenize the calibration documents with the source's tokenizer.
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
+@preloaded("torch")
 def cast(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Write ``files`` (shard names) of ``source`` below ``target`` with floating tensors as ``dtype`` (F16, BF16, F32).
 

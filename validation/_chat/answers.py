@@ -21,6 +21,7 @@ from quantool.plugins.contract import Case
 from quantool.records import fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.runtime.worker import preloaded
 from quantool.source.resolve import identity
 from quantool.texts import corpus
 from quantool.texts.readers import BUILT_IN as DOCSTRINGS
@@ -253,6 +254,7 @@ def _request(case: Case, prompts: Prompts, engine: str, artifact: Path) -> dict[
     }
 
 
+@preloaded("transformers")
 def answer(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: answer ``prompts`` (ids) with ``engine`` and ``artifact``, at most ``budget`` tokens each.
 

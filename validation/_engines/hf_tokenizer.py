@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from quantool.errors import SourceError
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 RAISED = "TemplateError: "  # what raise_exception of a template becomes: a rejection that the template's author wrote
 SPECIALS = 64  # special tokens that text is put around; some tokenizers have thousands of reserved ones
@@ -30,6 +30,7 @@ def load(folder: str, *, trust_remote_code: bool) -> Any:
         raise SourceError(f"transformers cannot load the tokenizer of {folder}: {error}") from error
 
 
+@preloaded("transformers")
 def render(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Render conversations.
 
@@ -123,6 +124,7 @@ def _parse_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(parsed)
 
 
+@preloaded("transformers")
 def encode(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Tokenize texts.
 

@@ -21,6 +21,7 @@ from quantool.plugins.contract import Case
 from quantool.records import fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import written
 from quantool.source.resolve import identity
 from quantool.validation._engines import unpacked
@@ -108,6 +109,7 @@ def _file(case: Case, corpus: Corpus) -> Path:
     return case.workspace.work / "reference" / f"{corpus.name}.hidden.npy"
 
 
+@preloaded("transformers")
 def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``."""
     import numpy as np

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import DependencyError
+from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
     Head,
     HeadPlan,
@@ -97,6 +98,7 @@ def load(artifact: Path, context: int, trust_remote_code: bool) -> tuple[Any, Ke
     return model, kernels
 
 
+@preloaded("nothing")
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the one folder in ``models``; request and result as in ``_llamacpp.score``, and ``kernels``.
 

@@ -22,6 +22,7 @@ from quantool.plugins.contract import Case
 from quantool.records import Source, fingerprint
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import written
 from quantool.source.resolve import identity
 from quantool.texts import corpus as texts
@@ -112,6 +113,7 @@ def _file(case: Case, corpus: Corpus) -> Path:
     return case.workspace.work / "reference" / f"{corpus.name}.windows.npy"
 
 
+@preloaded("transformers")
 def tokenize(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: tokenize the ``corpora`` of the request and save their windows to its ``outputs``."""
     import numpy as np

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
     Head,
     HeadPlan,
@@ -81,6 +82,7 @@ class _Step:
     wanted: range
 
 
+@preloaded("torch")
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the GGUF files ``models`` against the reference.
 
