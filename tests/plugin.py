@@ -156,6 +156,16 @@ def stderr(_request: dict[str, Any], _report: Report) -> dict[str, Any]:
     return dict(os.environ)
 
 
+def loaded(_request: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """Tell what was imported before this worker began."""
+    return {
+        "modules": [name for name in ("torch", "transformers", "sklearn") if name in sys.modules],
+        "forked": "fork_server" in sys.argv[0],
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "directory": str(Path.cwd()),
+    }
+
+
 def refuse(_request: dict[str, Any], _report: Report) -> dict[str, Any]:
     """Raise an error of quantool's."""
     raise PublicationError("the Hub is closed", hint="come back tomorrow")

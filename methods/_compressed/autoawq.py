@@ -20,7 +20,7 @@ from quantool.formats.int4_layouts import (
 )
 from quantool.formats.safetensors import TensorHeader, read_headers
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, write_index
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ def tensors(layer: TensorHeader, group: int) -> list[Stored]:
     ]
 
 
+@preloaded("torch")
 def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that rewrites the compressed-tensors checkpoint in ``folder`` in place.
 

@@ -20,7 +20,7 @@ from quantool.methods._compressed.torch_setup import (
     seed_everything,
     write_config,
 )
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 if TYPE_CHECKING:
     from llmcompressor.modifiers import Modifier
@@ -30,6 +30,7 @@ SHARD = "5GB"
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
+@preloaded("llmcompressor")
 def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that loads the model, quantizes and saves it.
 

@@ -21,7 +21,7 @@ from quantool.formats.safetensors import TensorHeader, read_headers
 from quantool.formats.safetensors_layout import Stored, as_stored, encode, write_index
 from quantool.methods._compressed.schemes import BLOCK, WeightScheme
 from quantool.methods._compressed.torch_setup import choose_device, peak_memory, write_config
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 if TYPE_CHECKING:
     from llmcompressor.entrypoints.model_free.converter import ModelFreePtqConverter
@@ -30,6 +30,7 @@ SLICE = 1 << 23
 """Source bytes that one worker takes at a time; quantizing them takes about thirty times as much."""
 
 
+@preloaded("llmcompressor")
 def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that writes a whole checkpoint.
 

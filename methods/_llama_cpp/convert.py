@@ -28,7 +28,7 @@ from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
 from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 UPSTREAM = (
     NotImplementedError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
@@ -39,6 +39,7 @@ MOST_TEXT = 300
 OUT_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
 
 
+@preloaded("transformers")
 def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Convert a checkpoint to GGUF.
 

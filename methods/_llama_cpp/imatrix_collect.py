@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError
 from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 MIN_BATCH = 16  # imatrix.cpp ignores smaller matrix products
 WINDOWS_PER_DECODE = 4
@@ -48,6 +48,7 @@ _Tensor._fields_ = [
 OBJECT_SIZE = 32  # ggml.c: sizeof(struct ggml_object), part of the overhead
 
 
+@preloaded("transformers")
 def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Render and tokenize the calibration documents with the source's tokenizer.
 

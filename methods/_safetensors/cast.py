@@ -13,11 +13,12 @@ from typing import Any
 from quantool.errors import QuantizationError
 from quantool.formats.safetensors import read_header
 from quantool.formats.safetensors_layout import Stored, as_stored, encode_in_order
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
+@preloaded("torch")
 def cast(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Write ``files`` (shard names) of ``source`` below ``target`` with floating tensors as ``dtype`` (F16, BF16, F32).
 

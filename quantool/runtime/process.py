@@ -1,9 +1,10 @@
 """Child processes: everything that computes runs in one.
 
 llama.cpp aborts the whole process on a failed assertion and ignores Ctrl-C inside a callback; torch keeps gigabytes
-once it was imported. So the long work is done by *workers*: functions ``work(request, report)``, run
-by ``python -m quantool.runtime.worker`` with the request as JSON. What a worker and its libraries print goes to a log
-file; results, progress and errors come back on a pipe of their own.
+once it was imported. So the long work is done by *workers*: functions ``work(request, report)``, each run in a process of
+its own with the request as JSON. What a worker and its libraries print goes to a log file; results, progress and errors
+come back on a pipe of their own. Workers are forked from a server that has imported what they declare
+(``worker.preloaded``), so that seconds of imports are paid once a run.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from quantool.errors import BY_NAME, DependencyError, QuantizationError, QuantoolError
+from quantool.runtime import children
 from quantool.runtime.progress import Bar
-from quantool.runtime.worker import Work
+from quantool.runtime.worker import Work, name_of, preload_of
+
+__all__ = ["ENVIRONMENT", "call", "environment", "name_of", "tail"]
 
 LOG_LINES_SHOWN = 12
 
@@ -38,11 +41,6 @@ ENVIRONMENT = {
 def environment() -> dict[str, str]:
     """The environment of a child process: ours, with the settings that computing needs unless the user set them."""
     return {**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-
-
-def name_of(work: Work) -> str:
-    """``module:function``, by which a new process finds it."""
-    return f"{work.__module__}:{work.__qualname__}"
 
 
 def call(
@@ -62,26 +60,14 @@ def call(
     """
     target = name_of(work)
     log.parent.mkdir(parents=True, exist_ok=True)
-    read_end, write_end = os.pipe()
-    with log.open("ab") as sink, contextlib.ExitStack() as stack:
-        try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "quantool.runtime.worker", target, str(write_end), str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                pass_fds=(write_end,),
-                env=environment(),
-                start_new_session=True,
-            )
-        finally:
-            os.close(write_end)
-        stack.callback(_kill, child)
-        events = stack.enter_context(os.fdopen(read_end, encoding="utf-8"))
-        _send(child.stdin, request)
-        result = _listen(events, bar, failure)
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # unreaped: its group keeps its number
-    if result is None and child.returncode == -signal.SIGBUS:
+    with log.open("ab") as sink:
+        forked = preload_of(work) != "nothing" and children.can_fork()
+        result, code = _attempt(work, request, sink, bar, failure, forked=forked)
+        if (
+            code is None
+        ):  # the fork server died while it imported; a new interpreter says why, or does without
+            result, code = _attempt(work, request, sink, bar, failure, forked=False)
+    if result is None and code == -signal.SIGBUS:
         free = shutil.disk_usage(log.parent).free
         raise DependencyError(
             f"{target} ended by SIGBUS: the disk is full, or a file that it had mapped was cut off ({free:,} bytes "
@@ -90,15 +76,37 @@ def call(
         )
     if result is None:
         raise failure(
-            f"{target} ended {_describe(child.returncode)} without a result",
+            f"{target} ended {_describe(code or 0)} without a result",
             hint=f"last lines of {log}:\n{tail(log)}",
         )
     return result
 
 
-def _send(stdin: IO[bytes] | None, request: Mapping[str, Any]) -> None:
-    if stdin is None:  # Popen was given PIPE
-        raise AssertionError
+def _attempt(
+    work: Work,
+    request: Mapping[str, Any],
+    sink: IO[bytes],
+    bar: Bar | None,
+    failure: type[QuantoolError],
+    *,
+    forked: bool,
+) -> tuple[dict[str, Any] | None, int | None]:
+    """The worker's result, if it gave one, and how its process ended (None: it never began)."""
+    read_end, write_end = os.pipe()
+    with contextlib.ExitStack() as stack:
+        events = stack.enter_context(os.fdopen(read_end, encoding="utf-8"))
+        try:
+            child = children.start(
+                name_of(work), sink, write_end, environment(), preload_of(work) if forked else "nothing"
+            )
+        finally:
+            os.close(write_end)
+        stack.callback(child.kill)
+        _send(child.stdin, request)
+        return _listen(events, bar, failure), child.wait()
+
+
+def _send(stdin: IO[bytes], request: Mapping[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError):  # a child that died at once: its exit is reported below
         stdin.write(json.dumps(request).encode())
         stdin.close()
@@ -129,13 +137,6 @@ def _describe(code: int) -> str:
     name = signal.Signals(-code).name
     advice = {"SIGKILL": " (out of memory?)", "SIGABRT": " (an assertion of llama.cpp)"}
     return f"by {name}{advice.get(name, '')}"
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """Kill the child, which nobody has reaped yet, with all that it started; reap it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def tail(log: Path, lines: int = LOG_LINES_SHOWN) -> str:

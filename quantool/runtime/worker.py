@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from quantool.errors import DependencyError, QuantoolError
 
@@ -24,6 +24,36 @@ Report = Callable[[float, float], None]
 Work = Callable[[dict[str, Any], Report], dict[str, Any]]
 """What a child process does: a request and a way to tell how far it is, to a result; both are JSON values."""
 
+AnyWork = TypeVar("AnyWork", bound=Callable[..., dict[str, Any]])
+
+Preload = Literal["nothing", "quantool", "torch", "transformers", "llmcompressor"]
+"""What a worker finds imported when it begins: each includes those before it; ``nothing`` is a new interpreter."""
+
+_PRELOADS: dict[str, Preload] = {}
+
+
+def name_of(work: Callable[..., dict[str, Any]]) -> str:
+    """``module:function``, by which another process finds it."""
+    return f"{work.__module__}:{work.__qualname__}"
+
+
+def preloaded(libraries: Preload) -> Callable[[AnyWork], AnyWork]:
+    """Declare what a worker is forked with: libraries that take seconds to import are then paid for once a run.
+
+    A worker without this declaration is forked with quantool's own modules, which import nothing heavy.
+    """
+
+    def declared(work: AnyWork) -> AnyWork:
+        _PRELOADS[name_of(work)] = libraries
+        return work
+
+    return declared
+
+
+def preload_of(work: Work) -> Preload:
+    """What the worker was declared to be forked with."""
+    return _PRELOADS.get(name_of(work), "quantool")
+
 
 def die_with_parent(parent: int) -> None:
     """Ask the kernel to kill this process when its parent dies (``kill -9`` included)."""
@@ -35,9 +65,12 @@ def die_with_parent(parent: int) -> None:
 
 def main() -> None:
     """Read the request from standard input, work, and answer on the events pipe."""
-    target, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    die_with_parent(parent)
-    request: dict[str, Any] = json.load(sys.stdin)
+    die_with_parent(int(sys.argv[3]))
+    work(sys.argv[1], int(sys.argv[2]), json.load(sys.stdin))
+
+
+def work(target: str, descriptor: int, request: dict[str, Any]) -> None:
+    """Call ``target`` on ``request``; progress, result and errors of a known kind go to the events pipe ``descriptor``."""
     module, _, function = target.partition(":")
     with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as events:
 

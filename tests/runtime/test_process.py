@@ -19,10 +19,18 @@ from quantool.errors import (
     QuantoolError,
     SourceError,
 )
-from quantool.runtime import process
+from quantool.runtime import children, process
 from tests.conftest import dies, wait_for
 
-pytestmark = pytest.mark.usefixtures("plugin")
+pytestmark = pytest.mark.usefixtures("plugin", "way")
+
+
+@pytest.fixture(params=["forked", "new interpreter"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Workers behave the same whichever way they start."""
+    if request.param == "new interpreter":
+        monkeypatch.setattr(children, "can_fork", lambda: False)
+    return str(request.param)
 
 
 class Moves:
@@ -165,21 +173,25 @@ def test_a_dead_worker_leaves_no_children(tmp_path: Path) -> None:
 PARENT = (
     "import sys, pathlib\n"
     "import quantool_fake\n"
-    "from quantool.runtime import process\n"
+    "from quantool.runtime import children, process\n"
+    "if sys.argv[2] == 'new interpreter': children.can_fork = lambda: False\n"
     "process.call(quantool_fake.child, {'pids': sys.argv[1]}, log=pathlib.Path(sys.argv[1] + '.log'))\n"
 )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_worker_dies_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_worker_dies_with_its_parent(tmp_path: Path, number: signal.Signals, way: str) -> None:
     pids = tmp_path / "pids"
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(pids)], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(pids), way], stderr=subprocess.DEVNULL)
     worker, other = map(int, wait_for(pids).split())
+    started_by = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+    assert (started_by == parent.pid) == (way == "new interpreter")
     try:
         parent.send_signal(number)
         started = time.monotonic()
         parent.wait(timeout=5)
         assert dies(worker)
+        assert started_by == parent.pid or dies(started_by)  # the fork server
         assert time.monotonic() - started < 1
         if number == signal.SIGINT:
             assert dies(other)

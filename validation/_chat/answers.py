@@ -18,7 +18,7 @@ from typing import Any
 from quantool.config.schema import Corpus
 from quantool.plugins.contract import Case
 from quantool.records import fingerprint
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 from quantool.texts import corpus
 from quantool.texts.readers import BUILT_IN as DOCSTRINGS
 from quantool.validation._cache.questions import Questions, load_engine
@@ -183,6 +183,7 @@ def read_answers(found: Mapping[str, Any]) -> tuple[ChatAnswer, ...]:
     )
 
 
+@preloaded("transformers")
 def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: answer ``prompts`` (ids), at most ``budget`` tokens each; see ``Questions`` for the model.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantool.errors import SourceError
 from quantool.runtime.limits import EndlessError, each_limited
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 
 RAISED = "TemplateError: "  # what raise_exception of a template becomes: a rejection that the template's author wrote
 SPECIALS = 64  # special tokens that text is put around; some tokenizers have thousands of reserved ones
@@ -41,6 +41,7 @@ def beginning(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and marked[:1] == [bos] != plain[:1] else []
 
 
+@preloaded("transformers")
 def render(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Render conversations.
 
@@ -160,6 +161,7 @@ def _parse_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(parsed)
 
 
+@preloaded("transformers")
 def encode(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Tokenize texts.
 

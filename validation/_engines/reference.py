@@ -20,6 +20,7 @@ from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import Stage, written
 from quantool.validation._engines import unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
@@ -92,6 +93,7 @@ def _file(case: Case, corpus: Corpus) -> Path:
     return case.workspace.work / "reference" / f"{corpus.name}.hidden.npy"
 
 
+@preloaded("transformers")
 def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``."""
     import numpy as np

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import DependencyError
+from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
     Head,
     HeadPlan,
@@ -97,6 +98,7 @@ def load_vllm(artifact: Path, context: int, trust_remote_code: bool) -> tuple[An
     return model, kernels
 
 
+@preloaded("nothing")
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the one folder in ``models``; request and result as in ``score_llama_cpp.score``, and ``kernels``.
 

@@ -21,6 +21,7 @@ from quantool.plugins.keys import Depends, key_of
 from quantool.records import Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import Stage, written
 from quantool.texts import corpus as texts
 from quantool.validation._engines.hf_tokenizer import beginning, load_tokenizer
@@ -102,6 +103,7 @@ def _file(case: Case, corpus: Corpus) -> Path:
     return case.workspace.work / "reference" / f"{corpus.name}.windows.npy"
 
 
+@preloaded("transformers")
 def tokenize(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: tokenize the ``corpora`` of the request and save their windows to its ``outputs``."""
     import numpy as np

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.runtime.llama_cpp import LlamaLog
+from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
     Head,
     HeadPlan,
@@ -82,6 +83,7 @@ class _Step:
     wanted: range
 
 
+@preloaded("torch")
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the GGUF files ``models`` against the reference.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import SourceError
+from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
     LOGIT_BYTES,
     Head,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@preloaded("transformers")
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``."""
     import numpy as np

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import ConfigError, nearest
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 from quantool.validation._cache.questions import load_engine
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.hf_tokenizer import load_tokenizer
@@ -49,6 +49,7 @@ def known(request: dict[str, Any], report: Report) -> dict[str, Any]:
     return {}
 
 
+@preloaded("transformers")
 def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: let a model do ``tasks``.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from quantool.config.schema import Corpus
 from quantool.errors import ConfigError
-from quantool.runtime.worker import Report
+from quantool.runtime.worker import Report, preloaded
 from quantool.texts import corpus
 from quantool.validation._cache.questions import load_engine
 from quantool.validation._engines.head import Unsound
@@ -106,6 +106,7 @@ def cells(lengths: list[int], depths: list[float], seed: int) -> Iterator[Hidden
         yield Hidden(length, depth, "".join(name), "".join(dice.sample(string.digits, DIGITS)), 1)
 
 
+@preloaded("transformers")
 def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: hide a sentence at each of ``depths`` of texts of ``lengths`` tokens and ask for it.
 
