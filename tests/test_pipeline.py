@@ -23,7 +23,7 @@ from quantool.plugins import find
 from quantool.plugins.contract import Case, Check
 from quantool.plugins.find import find_check
 from quantool.plugins.keys import Depends
-from quantool.publish.parcel import hash_files, read_parcel
+from quantool.publish.packed_folder import hash_files, read_parcel
 from quantool.records import Artifact, FileRecord, Finding, Plan, Report, Verdict, sha256_of
 from quantool.runtime.progress import Progress
 from tests.checkpoint import tensors
