@@ -23,7 +23,7 @@ from quantool.plugins import find
 from quantool.plugins.contract import Case, Check
 from quantool.plugins.find import find_check
 from quantool.plugins.keys import Depends
-from quantool.publish.packed_folder import hash_files, read_parcel
+from quantool.publish.packed_folder import outgoing_files, read_packed_folder, require_publishable
 from quantool.records import Artifact, FileRecord, Finding, Plan, Report, Verdict, sha256_of
 from quantool.runtime.progress import Progress
 from tests.checkpoint import tensors
@@ -252,8 +252,9 @@ def same_time(path: Path, content: bytes) -> None:
 
 
 def publishable(folder: Path) -> None:
-    parcel = read_parcel(folder, repo_id="me/model", allow_regression=False)
-    hash_files(parcel, Progress(quiet=True))
+    packed = read_packed_folder(folder)
+    require_publishable(packed, allow_regression=False)
+    outgoing_files(packed, Progress(quiet=True), hash_large=True)
 
 
 def test_a_byte_that_flipped_unseen_is_found_by_rehashing(tmp_path: Path, config_file: Write) -> None:
