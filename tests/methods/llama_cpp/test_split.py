@@ -150,7 +150,7 @@ def test_a_file_that_was_cut_off(whole: Path) -> None:
 
 def test_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("no model at all, just text")
-    with pytest.raises(QuantizationError, match="is no GGUF file"):
+    with pytest.raises(QuantizationError, match="is not a GGUF file"):
         split(tmp_path / "text.gguf", 1, 0)
 
 
