@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tampering
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tampering import altered, case, findings, gguf_of, regressions, source_of, tampered
 
-from quantool.errors import DependencyError, SourceError
+from quantool.errors import DependencyError, QuantizationError, SourceError
 from quantool.plugins.contract import Case
 from quantool.plugins.find import find_check
 from quantool.records import Verdict
@@ -309,6 +310,17 @@ def test_a_broken_server_is_not_the_files_fault(tmp_path: Path, script: str, rea
     with pytest.raises(DependencyError, match=reason) as raised:
         llama_server._require_working(str(broken))
     assert "xllamacpp" in raised.value.hint
+
+
+@pytest.mark.parametrize("body", [b"<html>proxy</html>", b"[]", b"\xff"])
+def test_an_answer_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    class Opener:
+        def open(self, *_: Any, **__: Any) -> BytesIO:
+            return BytesIO(body)
+
+    monkeypatch.setattr(llama_server.urllib.request, "build_opener", lambda *_: Opener())
+    with pytest.raises(QuantizationError, match="llama.cpp's server answers .* to /props: no"):
+        llama_server._post("http://127.0.0.1:1", "/props", None)
 
 
 @pytest.mark.e2e
