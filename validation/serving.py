@@ -270,8 +270,8 @@ def _judge_kernels(served: Sequence[Served]) -> Finding:
             problems.append(f"{one.group.name}: {found.problem}")
         else:
             names.setdefault(f"{found.name} (compute capability {found.gpus})", []).append(one.group.name)
-    said = ", ".join(f"{name}: {len(those)} modules" for name, those in names.items())
-    return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, said)
+    kernels = ", ".join(f"{name}: {len(those)} modules" for name, those in names.items())
+    return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, kernels)
 
 
 def _judge_cache(promised: Promise, headers: dict[str, TensorHeader]) -> Finding:

@@ -318,8 +318,8 @@ def test_an_answer_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch, body: b
         def open(self, *_: Any, **__: Any) -> BytesIO:
             return BytesIO(body)
 
-    monkeypatch.setattr(llama_server.urllib.request, "build_opener", lambda *_: Opener())
-    with pytest.raises(QuantizationError, match="llama.cpp's server answers .* to /props: no"):
+    monkeypatch.setattr("urllib.request.build_opener", lambda *_: Opener())
+    with pytest.raises(QuantizationError, match=r"llama\.cpp's server answers .* to /props: no"):
         llama_server._post("http://127.0.0.1:1", "/props", None)
 
 
