@@ -18,7 +18,7 @@ from quantool.records import Finding
 from quantool.runtime.process import call
 from quantool.runtime.progress import Progress
 from quantool.validation._files import gguf_file
-from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._findings.builder import FindingBuilder, without_folders
 
 NAME = "generation"
 GENERATION = "generation_config.json"
@@ -69,7 +69,7 @@ def _judge_artifact(case: Case, build: FindingBuilder) -> Finding:
     try:
         found = _of_gguf(case) if gguf else of_generation(read_optional(case.artifact / GENERATION))
     except (QuantizationError, SourceError) as error:
-        return build.fact("sampling", None, error.message)
+        return build.fail("sampling", without_folders(error.message, case.artifact))
     if not found and not listed(wanted):
         return build.skip("sampling", f"neither {GENERATION} nor the artifact recommends any")
     origin = f"the source's {GENERATION}" if case.settings.generation is None else "validation.generation"

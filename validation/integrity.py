@@ -8,7 +8,6 @@ files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import check_index
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
@@ -175,7 +175,13 @@ def _judge_index(folder: Path) -> Finding:
             "" if len(present) == 1 else "several files and no index" if present else "no safetensors file"
         )
         return BUILD.fact("shards", f"{len(present)} files", problem)
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        listed = read_json(index).get("weight_map")
+    except SourceError as error:
+        return BUILD.fail("shards", without_folders(error.message, folder))
+    if not isinstance(listed, dict):
+        return BUILD.fail("shards", f"{index.name} has no weight_map")
+    named = {str(name) for name in listed.values()}
     missing, extra = sorted(named - present), sorted(present - named)
     problem = f"missing: {', '.join(missing)}" if missing else ""
     problem = problem or (f"not in the index: {', '.join(extra)}" if extra else "")
@@ -187,7 +193,8 @@ def _judge_hashes(folder: Path, names: Sequence[str]) -> list[Finding]:
     sums = folder / SUMS
     if not sums.is_file():
         return []
-    lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = sums.read_text(encoding="utf-8", errors="replace")
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if len(line.split(maxsplit=1)) == 2]
     recorded = {name.strip().removeprefix("*"): digest for digest, name in lines}
     listed = [name for name in names if name in recorded]
     wrong = [

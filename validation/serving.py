@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from quantool.errors import SourceError
 from quantool.formats.safetensors import TensorHeader, check_index, some
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
@@ -34,7 +35,7 @@ from quantool.validation._files.modules import (
     promise,
 )
 from quantool.validation._files.vllm_kernels import Heads, kernel, unsplittable
-from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._findings.builder import FindingBuilder, without_folders
 from quantool.validation._findings.rules import COMPRESSED_TENSORS, VLLM
 
 NAME = "serving"
@@ -66,19 +67,20 @@ class Served:
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Fused modules, names, scales and kernels of a quantized folder, by the rules of vLLM; no GPU is needed."""
     del progress  # headers only
-    found = unpacked.quantization(case.artifact) if case.artifact.is_dir() else {}
+    folder = case.artifact
+    try:
+        found = unpacked.quantization(folder) if folder.is_dir() else {}
+        promised = promise(found) if found else None
+        headers = check_index(folder) if found else {}
+    except (SourceError, ValueError) as error:
+        return [BUILD.fail("quantization_config", without_folders(str(error), folder))]
     if not found:
-        what = "a folder without quantization_config" if case.artifact.is_dir() else "a GGUF"
+        what = "a folder without quantization_config" if folder.is_dir() else "a GGUF"
         reason = f"it is {what}; these are vLLM's rules for folders with one"
         return [BUILD.skip("quantization_config", reason)]
-    try:
-        promised = promise(found)
-    except ValueError as error:
-        return [_finding("quantization_config", None, [str(error)])]
     if promised is None or not all(scheme.known for scheme in promised.schemes):
         reason = f"quant_method {found.get('quant_method')!r} with a scheme that this check does not know"
         return [BUILD.skip("quantization_config", reason)]
-    headers = check_index(case.artifact)
     layers = modules(headers)
     served = [serve(promised, group, layers) for group in groups(layers)]
     findings = [
@@ -268,8 +270,8 @@ def _judge_kernels(served: Sequence[Served]) -> Finding:
             problems.append(f"{one.group.name}: {found.problem}")
         else:
             names.setdefault(f"{found.name} (compute capability {found.gpus})", []).append(one.group.name)
-    said = ", ".join(f"{name}: {len(those)} modules" for name, those in names.items())
-    return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, said)
+    kernels = ", ".join(f"{name}: {len(those)} modules" for name, those in names.items())
+    return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, kernels)
 
 
 def _judge_cache(promised: Promise, headers: dict[str, TensorHeader]) -> Finding:

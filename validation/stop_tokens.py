@@ -7,11 +7,12 @@ itself (``llama_vocab_is_eog``). For an artifact that transformers loads, its co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quantool.errors import SourceError
+from quantool.formats.json_file import read_optional
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
@@ -27,7 +28,7 @@ from quantool.validation._engines.vocabulary import (
     by_source,
     of_gguf,
 )
-from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._findings.builder import FindingBuilder, without_folders
 
 NAME = "stop_tokens"
 BUILD = FindingBuilder(NAME)
@@ -47,8 +48,8 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         if case.engine != "llama.cpp":
             return _judge_folder(case, facts)
         vocabulary, _ = of_gguf(case)
-    except UnloadableError as error:
-        return [BUILD.fail("loads", str(error))]
+    except (UnloadableError, SourceError) as error:
+        return [BUILD.fail("loads", without_folders(str(error), case.artifact))]
     return [
         _judge_eos(facts["eos"], vocabulary),
         _judge_ends(case, facts, turn_end, vocabulary),
@@ -184,8 +185,6 @@ def _judge_folder(case: Case, facts: dict[str, Any]) -> list[Finding]:
 
 
 def _eos_of(path: Path) -> list[int] | None:
-    """EOS ids that a configuration names; None when it is not there or names none."""
-    if not path.is_file():
-        return None
-    value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    """EOS ids that a configuration names; None when it is not there or names none. SourceError for no JSON."""
+    value = read_optional(path).get("eos_token_id")
     return value if isinstance(value, list) or value is None else [value]

@@ -244,10 +244,10 @@ def _judge_bos(beginnings: Sequence[TokenizedText], bos: int | None) -> Finding:
         return BUILD.skip("bos_count", "there is no BOS token")
     counts = [(text.found.count(bos), text.expected.count(bos), text.text.name) for text in beginnings]
     measured, reference, name = next((one for one in counts if one[0] != one[1] or one[1] > 1), counts[0])
-    said = f"BOS tokens before {name}"
+    counted = f"BOS tokens before {name}"
     if measured == reference <= 1:
-        return BUILD.fact("bos_count", measured, "", reference, note=said)
-    return BUILD.fact("bos_count", measured, said, reference)
+        return BUILD.fact("bos_count", measured, "", reference, note=counted)
+    return BUILD.fact("bos_count", measured, counted, reference)
 
 
 def _limits(texts: Sequence[TokenizedText]) -> list[Finding]:

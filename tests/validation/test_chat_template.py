@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tampering
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tampering import altered, case, findings, gguf_of, regressions, source_of, tampered
 
-from quantool.errors import DependencyError
+from quantool.errors import DependencyError, QuantizationError, SourceError
 from quantool.plugins.contract import Case
 from quantool.plugins.find import find_check
 from quantool.records import Verdict
+from quantool.runtime import limits
 from quantool.runtime.toolchain import upstream_tool
 from quantool.runtime.workspace import Workspace
 from quantool.validation._chat import agreement, llama_server
 from quantool.validation._chat.conversations import SUITE, THINKING, Conversation, of_case, suite
 from quantool.validation._chat.renderings import Renderings, Tally, explain_text, without_reference
+from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.vocabulary import UnloadableError
 
 KEY = "tokenizer.chat_template"
@@ -308,6 +312,17 @@ def test_a_broken_server_is_not_the_files_fault(tmp_path: Path, script: str, rea
     assert "xllamacpp" in raised.value.hint
 
 
+@pytest.mark.parametrize("body", [b"<html>proxy</html>", b"[]", b"\xff"])
+def test_an_answer_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    class Opener:
+        def open(self, *_: Any, **__: Any) -> BytesIO:
+            return BytesIO(body)
+
+    monkeypatch.setattr("urllib.request.build_opener", lambda *_: Opener())
+    with pytest.raises(QuantizationError, match=r"llama\.cpp's server answers .* to /props: no"):
+        llama_server._post("http://127.0.0.1:1", "/props", None)
+
+
 @pytest.mark.e2e
 def test_server_that_is_too_old_is_not_the_files_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -328,6 +343,72 @@ def test_server_that_breaks_off_is_the_files_fault(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(UnloadableError, match="broke off at a chat that ends with"):
         llama_server.render(case("qwen3"), SUITE[:2])
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}"
+DOUBLING = (
+    "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (ENDLESS, "on the conversation 'x' it did not end within 5 s"),
+        ("{{ 7 ** (10 ** 9) }}", "it did not end within 5 s"),
+        (DOUBLING, "it took more than 1 GB of memory"),
+        ("{{ '%2999999999d'|format(1) }}", "it took more than 1 GB of memory"),
+    ],
+)
+def test_a_template_that_does_not_end_is_an_error_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, template: str, reason: str
+) -> None:
+    monkeypatch.setattr(limits.limit, "__defaults__", (0, 1, limits.BYTES))
+    monkeypatch.setattr(hf_tokenizer, "load_tokenizer", lambda *_, **__: Rendering(template))
+    with pytest.raises(SourceError, match=reason):
+        hf_tokenizer.render({"folder": "", "trust_remote_code": False, "conversations": [CHAT]}, max)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ range(10 ** 9) }}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% if x %}" * 3000,
+    ],
+)
+def test_a_template_that_breaks_is_refused(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(hf_tokenizer, "load_tokenizer", lambda *_, **__: Rendering(template))
+    monkeypatch.setattr(hf_tokenizer, "describe", lambda _: {})
+    asked = {"folder": "", "trust_remote_code": False, "conversations": [CHAT]}
+    (answer,) = hf_tokenizer.render(asked, max)["answers"]
+    assert answer["accepted"] == []
+    assert "Error: " in answer["error"]
+
+
+CHAT = Conversation("x", ({"role": "user", "content": "Hi"},)).request()
+
+
+class Rendering:
+    """Of a tokenizer what renders, as transformers does it."""
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+
+    def apply_chat_template(self, messages: Any, **variables: Any) -> str:
+        made = ImmutableSandboxedEnvironment().from_string(self.template)
+        return made.render(messages=messages, **variables)
+
+
+@pytest.mark.e2e
+def test_an_endless_template_of_the_artifact_is_found_and_hangs_nobody(tmp_path: Path) -> None:
+    bad = tampered(gguf_of("qwen3"), tmp_path / "bad.gguf", {"tokenizer.chat_template": ENDLESS})
+    found = findings("chat_template", case("qwen3", bad))
+    assert regressions(found) >= {"template_text", "rendered_text", "rendered_text_python"}
+    assert "SIGXCPU" in found["rendered_text"].detail
+    assert "did not end within 5 s" in found["rendered_text_python"].detail
+    assert str(tmp_path) not in "".join(one.detail for one in found.values())
 
 
 FLAKY = """#!{python}

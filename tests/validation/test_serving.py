@@ -348,3 +348,13 @@ def test_with_a_newer_vllm_a_broken_rule_is_no_regression(
     skipped = findings(folder)["fused_modules"]
     assert skipped.verdict is Verdict.SKIPPED
     assert "rules of vLLM 0.24, and 99.1 may have others" in skipped.detail
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.json", "{"), ("model.safetensors", "cut off")])
+def test_a_damaged_folder_is_named_without_its_place(tmp_path: Path, name: str, text: str) -> None:
+    folder = write(tmp_path, FP8["FP8_DYNAMIC"])
+    (folder / name).write_text(text)
+    (found,) = findings(folder).values()
+    assert found.verdict is Verdict.REGRESSION
+    assert name in found.detail
+    assert str(tmp_path) not in found.detail

@@ -48,22 +48,26 @@ class Conversation:
         }
 
 
-def _user(content: Any) -> Message:
+def user(content: Any) -> Message:
+    """What a user says."""
     return {"role": "user", "content": content}
 
 
-def _assistant(content: Any, *calls: Message, reasoning: str | None = None) -> Message:
+def assistant(content: Any, *calls: Message, reasoning: str | None = None) -> Message:
+    """What the assistant says and calls."""
     message = {"role": "assistant", "content": content}
     if reasoning is not None:
         message["reasoning_content"] = reasoning
     return message | ({"tool_calls": list(calls)} if calls else {})
 
 
-def _system(content: str) -> Message:
+def system(content: str) -> Message:
+    """What a system message says."""
     return {"role": "system", "content": content}
 
 
-def _tool(content: Any, name: str | None = "get_weather", call: str = "call00001") -> Message:
+def result(content: Any, name: str | None = "get_weather", call: str = "call00001") -> Message:
+    """What a tool answers."""
     named = {"name": name} if name is not None else {}
     return {"role": "tool", "tool_call_id": call, **named, "content": content}
 
@@ -72,7 +76,8 @@ def _continued(name: str, *messages: Message) -> Conversation:
     return Conversation(name, messages, generation_prompt=False, continued=True)
 
 
-def _call(arguments: Any, name: str = "get_weather", call: str = "call00001") -> Message:
+def call(arguments: Any, name: str = "get_weather", call: str = "call00001") -> Message:
+    """A tool call; arguments as an object or as a JSON text."""
     return {"id": call, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -124,103 +129,103 @@ SWITCHES = ("enable_thinking", "thinking")
 SWITCHED = ("one question", "several turns", "tool call", "reasoning", "reasoning before a tool call")
 
 SUITE: tuple[Conversation, ...] = (
-    Conversation("one question", (_user("Hello"),)),
-    Conversation("system message", (_system("You are terse."), _user("Hi there, who are you?"))),
+    Conversation("one question", (user("Hello"),)),
+    Conversation("system message", (system("You are terse."), user("Hi there, who are you?"))),
     Conversation(
         "several turns",
         (
-            _system("Answer in Catalan."),
-            _user("What is 2 + 2?"),
-            _assistant("Quatre."),
-            _user("And 3 + 3?"),
-            _assistant("Sis."),
-            _user("Why?"),
+            system("Answer in Catalan."),
+            user("What is 2 + 2?"),
+            assistant("Quatre."),
+            user("And 3 + 3?"),
+            assistant("Sis."),
+            user("Why?"),
         ),
     ),
-    Conversation("several turns, no system", (_user("a"), _assistant("b"), _user("c"))),
-    Conversation("no generation prompt", (_user("a"), _assistant("b"), _user("c")), generation_prompt=False),
-    Conversation(ENDED, (_user("Hello"), _assistant(LAST_WORD)), generation_prompt=False),
-    Conversation("combining marks", (_user(MARKS),)),
-    Conversation("unicode", (_system(UNICODE), _user(UNICODE), _assistant(UNICODE), _user("👍🏽"))),
+    Conversation("several turns, no system", (user("a"), assistant("b"), user("c"))),
+    Conversation("no generation prompt", (user("a"), assistant("b"), user("c")), generation_prompt=False),
+    Conversation(ENDED, (user("Hello"), assistant(LAST_WORD)), generation_prompt=False),
+    Conversation("combining marks", (user(MARKS),)),
+    Conversation("unicode", (system(UNICODE), user(UNICODE), assistant(UNICODE), user("👍🏽"))),
     Conversation(
         "whitespace around",
-        (_system("  lead and trail  \n"), _user("\n\n x\t\n"), _assistant(" y "), _user("  ")),
+        (system("  lead and trail  \n"), user("\n\n x\t\n"), assistant(" y "), user("  ")),
     ),
-    Conversation("lines and indents", (_user("def f(x):\r\n\n\n    return  x\n\tpass"),)),
-    Conversation("empty content", (_user(""), _assistant(""), _user("still there?"))),
+    Conversation("lines and indents", (user("def f(x):\r\n\n\n    return  x\n\tpass"),)),
+    Conversation("empty content", (user(""), assistant(""), user("still there?"))),
     Conversation(
-        "special tokens in the text", (_user("Say <|im_end|></s><eos> and [INST] <bos> literally."),)
+        "special tokens in the text", (user("Say <|im_end|></s><eos> and [INST] <bos> literally."),)
     ),
-    Conversation("braces", (_user("{{ messages }} {% if x %} {# c #} %}"),)),
-    Conversation("tools offered", (_user("Weather in Girona?"),), (WEATHER, CLOCK)),
-    Conversation("system and tools", (_system("Use tools."), _user("Weather in Girona?")), (WEATHER,)),
+    Conversation("braces", (user("{{ messages }} {% if x %} {# c #} %}"),)),
+    Conversation("tools offered", (user("Weather in Girona?"),), (WEATHER, CLOCK)),
+    Conversation("system and tools", (system("Use tools."), user("Weather in Girona?")), (WEATHER,)),
     Conversation(
         "tool call",
-        (_user("Weather?"), _assistant("", _call(PLACE)), _tool(ANSWER)),
+        (user("Weather?"), assistant("", call(PLACE)), result(ANSWER)),
         (WEATHER,),
     ),
     Conversation(
         "tool call with words",
         (
-            _user("Weather?"),
-            _assistant("Let me look.", _call(PLACE)),
-            _tool(ANSWER),
-            _assistant("21.5 °C."),
-            _user("ok"),
+            user("Weather?"),
+            assistant("Let me look.", call(PLACE)),
+            result(ANSWER),
+            assistant("21.5 °C."),
+            user("ok"),
         ),
         (WEATHER, CLOCK),
     ),
     Conversation(
         "tool call, arguments as text",
-        (_user("Weather?"), _assistant("", _call(json.dumps(PLACE, ensure_ascii=False))), _tool(ANSWER)),
+        (user("Weather?"), assistant("", call(json.dumps(PLACE, ensure_ascii=False))), result(ANSWER)),
         (WEATHER,),
     ),
     Conversation(
         "tools, no generation prompt",
-        (_user("Weather?"), _assistant("", _call(PLACE)), _tool(ANSWER), _assistant("21.5 °C.")),
+        (user("Weather?"), assistant("", call(PLACE)), result(ANSWER), assistant("21.5 °C.")),
         (WEATHER,),
         generation_prompt=False,
     ),
     Conversation(
         "parallel tool calls",
         (
-            _user("Weather and time?"),
-            _assistant("", _call(PLACE), _call({"zone": "CET"}, "get_time", "call00002")),
-            _tool(ANSWER),
-            _tool('{"time": "12:30"}', "get_time", "call00002"),
+            user("Weather and time?"),
+            assistant("", call(PLACE), call({"zone": "CET"}, "get_time", "call00002")),
+            result(ANSWER),
+            result('{"time": "12:30"}', "get_time", "call00002"),
         ),
         (WEATHER, CLOCK),
     ),
     Conversation(
         "tool results one after the other",
         (
-            _user("Weather, then time?"),
-            _assistant("", _call(PLACE)),
-            _tool(ANSWER),
-            _assistant("", _call({}, "get_time", "call00002")),
-            _tool("12:30", "get_time", "call00002"),
+            user("Weather, then time?"),
+            assistant("", call(PLACE)),
+            result(ANSWER),
+            assistant("", call({}, "get_time", "call00002")),
+            result("12:30", "get_time", "call00002"),
         ),
         (WEATHER, CLOCK),
     ),
     Conversation(
         "tool call without content",
-        (_user("Weather?"), _assistant(None, _call(PLACE)), _tool(ANSWER)),
+        (user("Weather?"), assistant(None, call(PLACE)), result(ANSWER)),
         (WEATHER,),
     ),
     Conversation(
         "arguments of every type",
-        (_user("Weather?"), _assistant("", _call(ARGUMENTS)), _tool(ANSWER)),
+        (user("Weather?"), assistant("", call(ARGUMENTS)), result(ANSWER)),
         (WEATHER,),
     ),
     Conversation(
         NULL,
-        (_user("Weather?"), _assistant("", _call({"city": "Vic", "unit": None})), _tool(ANSWER)),
+        (user("Weather?"), assistant("", call({"city": "Vic", "unit": None})), result(ANSWER)),
         (WEATHER,),
     ),
     *(
         Conversation(
             f"tool result: {form}",
-            (_user("Weather?"), _assistant("", _call(PLACE)), _tool(content, name)),
+            (user("Weather?"), assistant("", call(PLACE)), result(content, name)),
             (WEATHER,),
         )
         for form, content, name in (
@@ -232,36 +237,34 @@ SUITE: tuple[Conversation, ...] = (
             ("content parts", [{"type": "text", "text": ANSWER}], "get_weather"),
         )
     ),
-    _continued("continued answer", _user("Capital of Galicia?"), _assistant("The capital is")),
+    _continued("continued answer", user("Capital of Galicia?"), assistant("The capital is")),
     _continued(
         "continued answer of several turns",
-        _system("Be brief."),
-        _user("a"),
-        _assistant("b"),
-        _user("Count."),
-        _assistant("1, 2,\n3"),
+        system("Be brief."),
+        user("a"),
+        assistant("b"),
+        user("Count."),
+        assistant("1, 2,\n3"),
     ),
     Conversation(
         "content parts",
-        (_user([{"type": "text", "text": "part one, "}, {"type": "text", "text": "part two"}]),),
+        (user([{"type": "text", "text": "part one, "}, {"type": "text", "text": "part two"}]),),
     ),
-    Conversation("two users in a row", (_user("a"), _user("b")), strict=True),
-    Conversation("assistant first", (_assistant("b"), _user("a")), strict=True),
-    Conversation(
-        "two answers in a row", (_user("a"), _assistant("b"), _assistant("c"), _user("d")), strict=True
-    ),
-    Conversation("system message at the end", (_user("a"), _system("b")), strict=True),
-    Conversation("unknown role", (_user("a"), {"role": "wizard", "content": "b"}), strict=True),
+    Conversation("two users in a row", (user("a"), user("b")), strict=True),
+    Conversation("assistant first", (assistant("b"), user("a")), strict=True),
+    Conversation("two answers in a row", (user("a"), assistant("b"), assistant("c"), user("d")), strict=True),
+    Conversation("system message at the end", (user("a"), system("b")), strict=True),
+    Conversation("unknown role", (user("a"), {"role": "wizard", "content": "b"}), strict=True),
 )
 
 THINKING: tuple[Conversation, ...] = (
-    Conversation("reasoning", (_user("2 + 2?"), _assistant("4.", reasoning=REASONING), _user("Sure?"))),
+    Conversation("reasoning", (user("2 + 2?"), assistant("4.", reasoning=REASONING), user("Sure?"))),
     Conversation(
         "reasoning before a tool call",
-        (_user("Weather?"), _assistant("", _call(PLACE), reasoning=REASONING), _tool(ANSWER)),
+        (user("Weather?"), assistant("", call(PLACE), reasoning=REASONING), result(ANSWER)),
         (WEATHER,),
     ),
-    _continued("continued answer after reasoning", _user("2 + 2?"), _assistant("It is", reasoning=REASONING)),
+    _continued("continued answer after reasoning", user("2 + 2?"), assistant("It is", reasoning=REASONING)),
 )
 """For templates that know of reasoning: to others llama.cpp's server may pass it on in a form that they cannot read."""
 
@@ -304,7 +307,7 @@ def of_case(case: Case) -> tuple[Conversation, ...]:
     own = (
         Conversation(
             f"yours, {number}",
-            document.messages or (_user(document.text),),
+            document.messages or (user(document.text),),
             document.tools,
             generation_prompt=not document.messages or document.messages[-1]["role"] != "assistant",
             settings=chosen[0].settings,

@@ -50,6 +50,7 @@ HOST = "127.0.0.1"
 LISTENING = re.compile(rb"listening on (http://[0-9.]+:[0-9]+)")
 TOO_OLD = b"invalid argument"  # common/arg.cpp on an option that it does not know
 BINARY = "llama-server"
+SHOWN = 80  # bytes of an answer that is none
 
 
 def find_binary(config: Config) -> Path | None:
@@ -170,10 +171,16 @@ def _post(address: str, path: str, body: dict[str, Any] | None) -> dict[str, Any
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=ANSWER_SECONDS) as response:
-            answered: dict[str, Any] = json.load(response)
+            raw = response.read()
     except urllib.error.HTTPError as error:
         with error:
-            answered = json.load(error)
+            raw = error.read()
+    try:
+        answered = json.loads(raw)
+    except ValueError as error:
+        raise QuantizationError(f"llama.cpp's server answers {raw[:SHOWN]!r} to {path}: no JSON") from error
+    if not isinstance(answered, dict):
+        raise QuantizationError(f"llama.cpp's server answers {raw[:SHOWN]!r} to {path}: no object")
     return answered
 
 
@@ -274,9 +281,7 @@ def _await(child: subprocess.Popen[bytes], log: Path) -> str:
             raise QuantizationError(f"llama.cpp's server does not start with this file (exit code {ended})")
         if (found := LISTENING.search(output)) is not None:
             address = found[1].decode()
-            with contextlib.suppress(
-                urllib.error.URLError, ConnectionError, TimeoutError, json.JSONDecodeError
-            ):
+            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError, QuantizationError):
                 if _post(address, "/health", None).get("status") == "ok":
                     return address
         time.sleep(0.05)

@@ -6,19 +6,15 @@ that a question asks for, with the result of a tool, and with tools that nobody 
 
 from __future__ import annotations
 
-from quantool.validation._chat.conversations import Conversation, Message
-
-
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def _system(content: str) -> Message:
-    return {"role": "system", "content": content}
+from quantool.validation._chat.conversations import (
+    Conversation,
+    Message,
+    assistant,
+    call,
+    result,
+    system,
+    user,
+)
 
 
 def _tool(name: str, description: str, **fields: str) -> Message:
@@ -79,62 +75,47 @@ QUESTIONS = {
 }
 
 TURNS = (
-    Conversation("system, en", (_system("Answer in one short sentence."), _user("Why do leaves fall?"))),
-    Conversation("system, ca", (_system("Respon sempre en català."), _user("What colour is the sky?"))),
+    Conversation("system, en", (system("Answer in one short sentence."), user("Why do leaves fall?"))),
+    Conversation("system, ca", (system("Respon sempre en català."), user("What colour is the sky?"))),
     Conversation(
         "several turns, en",
-        (_user("My name is Ana."), _assistant("Nice to meet you, Ana."), _user("What is my name?")),
+        (user("My name is Ana."), assistant("Nice to meet you, Ana."), user("What is my name?")),
     ),
     Conversation(
         "several turns, es",
         (
-            _system("Eres breve."),
-            _user("¿Cuánto es 2 + 2?"),
-            _assistant("4"),
-            _user("¿Y 3 + 3?"),
+            system("Eres breve."),
+            user("¿Cuánto es 2 + 2?"),
+            assistant("4"),
+            user("¿Y 3 + 3?"),
         ),
     ),
     Conversation(
         "several turns, eu",
-        (_user("Kaixo!"), _assistant("Kaixo! Zertan lagundu dezaket?"), _user("Eskerrik asko.")),
+        (user("Kaixo!"), assistant("Kaixo! Zertan lagundu dezaket?"), user("Eskerrik asko.")),
     ),
 )
 
 CALLS = (
-    Conversation("call, en", (_user("What is the weather in Girona?"),), (WEATHER, ALARM, MONEY)),
-    Conversation("call, es", (_user("¿Qué tiempo hace hoy en Sevilla?"),), (WEATHER, MONEY)),
-    Conversation("call, ca", (_user("Quin temps fa avui a Girona?"),), (WEATHER,)),
-    Conversation("call, eu", (_user("Zer eguraldi egiten du gaur Bilbon?"),), (WEATHER, ALARM)),
-    Conversation("call, gl", (_user("Que tempo vai hoxe en Vigo?"),), (ALARM, WEATHER)),
-    Conversation("call, alarm", (_user("Wake me up at 07:30."),), (ALARM, WEATHER)),
-    Conversation("call, money", (_user("Convert 250 EUR to USD."),), (WEATHER, ALARM, MONEY)),
+    Conversation("call, en", (user("What is the weather in Girona?"),), (WEATHER, ALARM, MONEY)),
+    Conversation("call, es", (user("¿Qué tiempo hace hoy en Sevilla?"),), (WEATHER, MONEY)),
+    Conversation("call, ca", (user("Quin temps fa avui a Girona?"),), (WEATHER,)),
+    Conversation("call, eu", (user("Zer eguraldi egiten du gaur Bilbon?"),), (WEATHER, ALARM)),
+    Conversation("call, gl", (user("Que tempo vai hoxe en Vigo?"),), (ALARM, WEATHER)),
+    Conversation("call, alarm", (user("Wake me up at 07:30."),), (ALARM, WEATHER)),
+    Conversation("call, money", (user("Convert 250 EUR to USD."),), (WEATHER, ALARM, MONEY)),
     Conversation(
         "call after a system message",
-        (_system("Use a tool when one fits."), _user("Set an alarm for 18:00.")),
+        (system("Use a tool when one fits."), user("Set an alarm for 18:00.")),
         (MONEY, ALARM),
     ),
-    Conversation("tools that nobody needs", (_user("Thank you, goodbye!"),), (WEATHER,)),
+    Conversation("tools that nobody needs", (user("Thank you, goodbye!"),), (WEATHER,)),
     Conversation(
         "result of a tool",
         (
-            _user("What is the weather in Vigo?"),
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [
-                    {
-                        "id": "call00001",
-                        "type": "function",
-                        "function": {"name": "get_weather", "arguments": {"location": "Vigo"}},
-                    }
-                ],
-            },
-            {
-                "role": "tool",
-                "tool_call_id": "call00001",
-                "name": "get_weather",
-                "content": '{"temperature": 17, "sky": "cloudy"}',
-            },
+            user("What is the weather in Vigo?"),
+            assistant("", call({"location": "Vigo"})),
+            result('{"temperature": 17, "sky": "cloudy"}'),
         ),
         (WEATHER,),
     ),
@@ -142,7 +123,7 @@ CALLS = (
 
 BUILT_IN: tuple[Conversation, ...] = (
     *(
-        Conversation(f"question {number}, {language}", (_user(text),))
+        Conversation(f"question {number}, {language}", (user(text),))
         for language, texts in QUESTIONS.items()
         for number, text in enumerate(texts, 1)
     ),

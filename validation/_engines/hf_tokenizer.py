@@ -115,50 +115,40 @@ def _readings(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """
     readings = [messages]
     for change in (_parse_arguments, _fill_content, _name_thinking, _part_thinking):
-        readings += [changed for one in readings if (changed := change(one)) != one]
+        readings += [changed for one in readings if (changed := [change(message) for message in one]) != one]
     return readings
 
 
-def _fill_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with empty content where it is null."""
-    return [one | {"content": ""} if one.get("content", "") is None else one for one in messages]
+def _fill_content(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with empty content where it is null."""
+    return message | {"content": ""} if message.get("content", "") is None else message
 
 
-def _name_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their reasoning in ``thinking`` too."""
-    return [
-        one | {"thinking": one["reasoning_content"]} if "reasoning_content" in one else one
-        for one in messages
+def _name_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning in ``thinking`` too."""
+    return message | {"thinking": message["reasoning_content"]} if "reasoning_content" in message else message
+
+
+def _part_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning as the first part of its content."""
+    if "reasoning_content" not in message:
+        return message
+    parts = [
+        {"type": "thinking", "thinking": message["reasoning_content"]},
+        {"type": "text", "text": message["content"]},
     ]
+    return {key: message[key] for key in ("role", "tool_calls") if key in message} | {"content": parts}
 
 
-def _part_thinking(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their reasoning as the first part of their content."""
-    return [
-        {
-            "role": one["role"],
-            **{key: value for key, value in one.items() if key == "tool_calls"},
-            "content": [
-                {"type": "thinking", "thinking": one["reasoning_content"]},
-                {"type": "text", "text": one["content"]},
-            ],
-        }
-        if "reasoning_content" in one
-        else one
-        for one in messages
-    ]
-
-
-def _parse_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of tool calls as objects where they are JSON texts."""
-    parsed = json.loads(json.dumps(messages))
-    for message in parsed:
-        for call in message.get("tool_calls") or []:
-            function = call.get("function", call)
-            if isinstance(function.get("arguments"), str):
-                with contextlib.suppress(json.JSONDecodeError):  # not JSON: only the reading as given is left
-                    function["arguments"] = json.loads(function["arguments"])
-    return list(parsed)
+def _parse_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of tool calls as objects where they are JSON texts."""
+    parsed: dict[str, Any] = json.loads(json.dumps(message))
+    for call in parsed.get("tool_calls") or []:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):
+            with contextlib.suppress(json.JSONDecodeError):  # not JSON: only the reading as given is left
+                function["arguments"] = json.loads(function["arguments"])
+    return parsed
 
 
 @preloaded("transformers")

@@ -40,13 +40,16 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     import numpy as np
 
     texts = [np.load(path) for path in request["windows"]]
-    size = sum(ids.size for ids in texts)
+    total = sum(ids.size for ids in texts) * len(request["models"])
+    done = 0
+
+    def advanced(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        report(done, total)
+
     failures: list[str | None] = []
-    for number, (folder, outputs) in enumerate(zip(request["models"], request["outputs"], strict=True)):
-
-        def advanced(tokens: int, before: int = number * size) -> None:
-            report(before + tokens, len(request["models"]) * size)
-
+    for folder, outputs in zip(request["models"], request["outputs"], strict=True):
         try:
             _score_folder(Path(folder), request, texts, outputs, advanced)
         except SourceError as error:
@@ -68,14 +71,8 @@ def _score_folder(
     """Score one folder on all texts; its memory is given back before the next one is loaded."""
     model = load_model(folder, "auto", request["device"], request["trust_remote_code"])
     head, own = _heads(model, folder, request, texts[0])
-    done = 0
     for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
-
-        def moved(tokens: int, before: int = done) -> None:
-            advanced(before + tokens)
-
-        _score_text(model, head, own, ids, read_hidden(Path(hidden)), moved).save(Path(output))
-        done += ids.size
+        _score_text(model, head, own, ids, read_hidden(Path(hidden)), advanced).save(Path(output))
 
 
 def _heads(
@@ -111,8 +108,8 @@ def _score_text(
             if part is None:
                 raise Unsound(f"its logits are not finite (window {done + 1})")
             parts.append(part)
+        advanced((count - done) * ids.shape[1])
         done = count
-        advanced(count * ids.shape[1])
     return joined(parts)
 
 

@@ -175,7 +175,8 @@ def _score(cases: list[Case], base: Path | None, known: list[Reference], progres
             if base is not None:
                 _divided_file(case, base, reference).keep(case, failure, file_type)
         if base is not None:
-            _base_file(cases[0], base, reference).keep(cases[0], answer.get("base_failure"), base_type)
+            reason = answer.get("base_failure") and without_folders(answer["base_failure"], base.parent)
+            _base_file(cases[0], base, reference).keep(cases[0], reason, base_type)
 
 
 def _answer(

@@ -150,6 +150,15 @@ def test_made_from_the_reference() -> None:
     assert from_source({WEIGHTS: UNREAD}, one).verdict == Verdict.SKIPPED
 
 
+def test_a_local_checkpoint_is_named_not_placed(tmp_path: Path) -> None:
+    made = replace(planned(None), engine="transformers", artifact=tmp_path)
+    local = made.source.model_copy(update={"commit": None, "model_id": "/home/me/models/toy", "name": "toy"})
+    found = gguf_origin.judge_source(replace(made, source=local), {}, BUILD)
+    assert (found.verdict, found.measured, found.detail) == (Verdict.PASS, "toy", "")
+    hub = local.model_copy(update={"commit": "1" * 40, "model_id": "org/toy"})
+    assert gguf_origin.judge_source(replace(made, source=hub), {}, BUILD).measured == f"org/toy@{'1' * 40}"
+
+
 def test_source_in_the_record_of_a_packed_folder(tmp_path: Path) -> None:
     against = source("1" * 40, "a")
     chosen = replace(case("qwen3", tmp_path), source=against)
