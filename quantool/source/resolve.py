@@ -118,7 +118,9 @@ def _bound(tokenizer: _Place) -> None:
     for name in _chosen(tokenizer.sizes, TOKENIZER_FILES):
         if name in ("special_tokens_map.json", "added_tokens.json"):
             read_json(tokenizer.folder / name)
-        elif name.endswith(".json"):  # can be tens of megabytes: the tokenizers library says whether it is sound
+        elif name.endswith(
+            ".json"
+        ):  # can be tens of megabytes: the tokenizers library says whether it is sound
             require_bounded(tokenizer.folder / name)
 
 
