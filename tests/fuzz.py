@@ -350,6 +350,20 @@ def run_case(reader: Reader, seed: str, folder: Path) -> tuple[str, float, int]:
     return ended, seconds, memory
 
 
+def warm_up(folder: Path) -> None:
+    """Import and remember, before processes are forked, what every sound input needs."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for write in (write_checkpoint, write_shards):
+        resolve(
+            Config(model_id=str(write(folder / write.__name__))), weights=True, progress=Progress(quiet=True)
+        )
+    load(ROOT / "configs" / "methods.yaml", (), find)
+    parquet.write_table(pa.table({"text": ["uno"]}), folder / "a.parquet")
+    corpus.calibration(Config(model_id="m", dataset_path=folder / "a.parquet"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases and print one line a reader; 1 when any of them was bad."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -360,6 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {name: READERS[name] for name in options.reader or READERS}
     share = options.cases / sum(weight for _, weight in chosen.values())
     keep = Path(tempfile.mkdtemp(prefix="quantool-fuzz-"))
+    warm_up(keep / "sound")
     started, bad = time.monotonic(), 0
     for name, (reader, weight) in chosen.items():
         tally = Tally()
@@ -372,6 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
             if ended.isupper():
                 bad += 1
                 sys.stdout.write(f"{ended}: {folder}\n")
+                sys.stdout.flush()
             else:
                 shutil.rmtree(folder)
         counts = ", ".join(f"{count} {ended}" for ended, count in sorted(tally.counts.items()))

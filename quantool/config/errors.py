@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MappingProxyType, UnionType
@@ -24,19 +24,13 @@ _FEW = 14  # a list of known names up to this long is shown when none of them is
 
 _WORDS = {
     "missing": "missing",
-    "string_type": "must be text",
     "path_type": "must be a path",
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
-    "list_type": "must be a list",
-    "tuple_type": "must be a list",
-    "set_type": "must be a list",
-    "frozen_set_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "model_attributes_type": "must be a mapping",
+    **dict.fromkeys(("list_type", "tuple_type", "set_type", "frozen_set_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
 }
 _BOUNDS = {
     "greater_than_equal": ("ge", "must be at least {}"),
@@ -91,21 +85,20 @@ def explain(
     prefix: KeyPath = (),
     homes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> list[Mistake]:
-    """Validate ``data`` (JSON values) as an instance of ``model`` and tell what is wrong; nothing when all is well.
+    """Validate ``data`` (JSON values) as an instance of ``model`` and say what is wrong; nothing when all is well.
 
     ``prefix`` is where ``data`` stands in the document, ``homes`` where keys belong that stand in the wrong place.
-    Of a union's members only those that got furthest are told.
+    Of a union's members only those that got furthest count.
     """
-    located = [(*_locate(item["loc"], item["type"], data), item) for item in _invalid(model, data)]
-    unions: dict[KeyPath, int] = {}
-    for path, union, _ in located:
-        if union is not None:
-            unions[union] = max(unions.get(union, 0), len(path))
-    found: dict[KeyPath, list[str]] = {}
+    located = [(*_locate(item, data), item) for item in _invalid(model, data)]
+    furthest = {
+        union: max(len(path) for path, other, _ in located if other == union) for _, union, _ in located
+    }
+    texts: dict[KeyPath, list[str]] = {}
     for path, union, item in located:
-        if union is None or len(path) == unions[union]:
-            found.setdefault(path, []).append(_text(item, path, model, homes))
-    return [Mistake(prefix + path, _joined(texts, _value(data, path))) for path, texts in found.items()]
+        if union is None or len(path) == furthest[union]:
+            texts.setdefault(path, []).append(_text(item, path, model, homes))
+    return [Mistake(prefix + path, _joined(lines, *_value(data, path))) for path, lines in texts.items()]
 
 
 def _invalid(model: type[BaseModel], data: Any) -> list[Any]:
@@ -113,130 +106,110 @@ def _invalid(model: type[BaseModel], data: Any) -> list[Any]:
 
     Lists are not: behind a validator that runs before, pydantic's strict mode refuses a list where a tuple is wanted.
     """
-    text = json.dumps(data)
-    errors = []
-    for strict in (False, True):
-        try:
-            model.model_validate_json(text, strict=strict)
-        except ValidationError as error:
-            errors.append(error.errors(include_url=False))
-        else:
-            errors.append([])
-    loose, strict_ones = errors
+    loose, strict = (_errors(model, json.dumps(data), strict=strict) for strict in (False, True))
     wrong = {item["loc"] for item in loose}
-    told = [
-        item
-        for item in strict_ones
-        if item["loc"] in wrong or not isinstance(item["input"], (list, tuple, dict))
+    kept = [
+        item for item in strict if item["loc"] in wrong or not isinstance(item["input"], (list, tuple, dict))
     ]
-    return [*told, *(item for item in loose if item["loc"] not in {item["loc"] for item in told})]
+    return [*kept, *(item for item in loose if item["loc"] not in {item["loc"] for item in kept})]
+
+
+def _errors(model: type[BaseModel], text: str, *, strict: bool) -> list[Any]:
+    try:
+        model.model_validate_json(text, strict=strict)
+    except ValidationError as error:
+        return list(error.errors(include_url=False))
+    return []
 
 
 def models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
     """The models that the annotations of ``model`` allow at ``path``."""
     kinds: list[Any] = [model]
     for key in path:
-        kinds = [inner for kind in kinds for inner in _inside(kind, key)]
+        kinds = [member for kind in kinds for inner in _inside(kind, key) for member in _members(inner)]
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def _inside(kind: Any, key: str | int) -> Iterator[Any]:
-    """The types that ``kind`` allows under ``key``, unions and annotations opened."""
+def _inside(kind: Any, key: str | int) -> list[Any]:
+    """The type that ``kind`` allows under ``key``; nothing when it has no such key."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(str(key))
-        if field is not None:
-            yield from _members(field.annotation)
-        return
+        return [] if field is None else [field.annotation]
     items = [item for item in get_args(kind) if item is not Ellipsis]
-    if items and get_origin(kind) is not Literal:
-        yield from _members(items[-1])
+    return [] if get_origin(kind) is Literal else items[-1:]
 
 
-def _members(kind: Any) -> Iterator[Any]:
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, annotations opened."""
     if get_origin(kind) is Annotated:
-        yield from _members(get_args(kind)[0])
-    elif get_origin(kind) in (Union, UnionType):
-        for member in get_args(kind):
-            yield from _members(member)
-    else:
-        yield kind
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [inner for member in get_args(kind) for inner in _members(member)]
+    return [kind]
 
 
-def _locate(loc: Sequence[str | int], kind: str, data: Any) -> tuple[KeyPath, KeyPath | None]:
+def _locate(item: Any, data: Any) -> tuple[KeyPath, KeyPath | None]:
     """The path in ``data``, and where a union stands in it: pydantic puts the names of its members into ``loc``."""
-    path: list[str | int] = []
+    path: KeyPath = ()
     union: KeyPath | None = None
-    for index, key in enumerate(loc):
-        if _holds(data, key):
-            path.append(key)
-            data = data[key]
-        elif kind == "missing" and index == len(loc) - 1:
-            path.append(key)
+    for index, key in enumerate(item["loc"]):
+        holds = _value(data, (*path, key))[1]
+        if holds or (item["type"] == "missing" and index == len(item["loc"]) - 1):
+            path = (*path, key)
         elif union is None:
-            union = tuple(path)
-    return tuple(path), union
-
-
-def _holds(data: Any, key: str | int) -> bool:
-    if isinstance(data, dict):
-        return key in data
-    return isinstance(data, list) and isinstance(key, int) and key < len(data)
+            union = path
+    return path, union
 
 
 def _value(data: Any, path: KeyPath) -> tuple[Any, bool]:
+    """What stands at ``path``, and whether anything does."""
     for key in path:
-        if not _holds(data, key):
+        if not (
+            key in data if isinstance(data, dict) else isinstance(data, list) and key in range(len(data))
+        ):
             return None, False
         data = data[key]
     return data, True
 
 
 def _text(item: Any, path: KeyPath, model: type[BaseModel], homes: Mapping[str, Sequence[str]]) -> str:
-    kind = item["type"]
+    kind, owners = item["type"], models_at(model, path[:-1])
     if kind == "extra_forbidden":
-        key = str(path[-1])
-        known = [name for owner in models_at(model, path[:-1]) for name in owner.model_fields]
-        if key in homes:
-            near = get_close_matches(key, known, n=1, cutoff=0.6)
-            return f"unknown key here; did you mean {' or '.join([*near, *homes[key]])}?"
-        return f"unknown key{suggest(key, known)}"
-    if kind == "string_type" and (example := _example(model, path)):
-        return f'must be text such as "{example}"'
+        key, known = str(path[-1]), [name for owner in owners for name in owner.model_fields]
+        if key not in homes:
+            return f"unknown key{suggest(key, known)}"
+        near = get_close_matches(key, known, n=1, cutoff=0.6)
+        return f"unknown key here; did you mean {' or '.join([*near, *homes[key]])}?"
+    if kind == "string_type":
+        fields = [owner.model_fields.get(str(path[-1])) for owner in owners] if path else []
+        defaults = [field.default for field in fields if field and isinstance(field.default, str)]
+        return f'must be text such as "{defaults[0]}"' if defaults else "must be text"
     if kind in _WORDS:
         return _WORDS[kind]
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         limit = item["ctx"][bound]
         text = words.format(f"{limit:g}" if isinstance(limit, float) else limit)
-        if kind == "literal_error" and isinstance(item["input"], str):
-            known_one = nearest(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-            text += f"; {known_one}" if known_one else ""
-        return text
+        known = re.findall(r"'([^']*)'", str(limit)) if kind == "literal_error" else []
+        near_one = nearest(item["input"], known) if isinstance(item["input"], str) else ""
+        return f"{text}; {near_one}" if near_one else text
     message = str(item["msg"])
     return f"must {message.removeprefix('Input should ')}" if message.startswith("Input should ") else message
 
 
-def _example(model: type[BaseModel], path: KeyPath) -> str | None:
-    """The default of the field at ``path`` when it is a text, which shows what is meant."""
-    fields = [owner.model_fields.get(str(path[-1])) for owner in models_at(model, path[:-1])] if path else []
-    return next((field.default for field in fields if field and isinstance(field.default, str)), None)
-
-
-def _joined(texts: list[str], value: tuple[Any, bool]) -> str:
+def _joined(texts: list[str], value: Any, given: bool) -> str:
     """``must be text or a list (value 3); did you mean …?``."""
-    stems = [text.partition("; ") for text in texts]
-    heads = list(dict.fromkeys(head for head, _, _ in stems))
-    tails = list(dict.fromkeys(tail for _, _, tail in stems if tail))
+    parts = [text.partition("; ") for text in texts]
+    heads = list(dict.fromkeys(head for head, _, _ in parts))
+    tails = list(dict.fromkeys(tail for _, _, tail in parts if tail))
     start = "must be "
-    together = (
-        start + " or ".join(head.removeprefix(start) for head in heads)
-        if all(head.startswith(start) for head in heads)
-        else ", ".join(heads)
-    )
-    if value[1]:
-        together += f" {show(value[0])}"
-        wanted_text = any(head.startswith(("must be text", "must be a path")) for head in heads)
-        has_example = any("such as" in head for head in heads)
-        if wanted_text and isinstance(value[0], bool if has_example else (bool, int, float)):
+    together = ", ".join(heads)
+    if all(head.startswith(start) for head in heads):
+        together = start + " or ".join(head.removeprefix(start) for head in heads)
+    if given:
+        together += f" {show(value)}"
+        example = any("such as" in head for head in heads)  # shows what is meant: a number in quotes is not
+        word = isinstance(value, bool if example else (bool, int, float))
+        if word and any(head.startswith(("must be text", "must be a path")) for head in heads):
             tails.append("put it in quotes if it is a word")
     return "; ".join([together, *tails])

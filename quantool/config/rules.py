@@ -55,7 +55,7 @@ class Catalogue(Protocol):
 
 
 @dataclass(frozen=True)
-class Named:
+class MethodSummary:
     """What the methods of a configuration say about themselves."""
 
     mistakes: tuple[Mistake, ...]
@@ -68,31 +68,24 @@ class Named:
 
 
 def without_nulls(value: Any, model: type[BaseModel], path: KeyPath = ()) -> Any:
-    """Copy ``value`` without the nulls that stand for a default.
+    """Copy ``value``, which stands at ``path`` of a ``model``, without the nulls that stand for a default.
 
     A record keeps them: null switches a gate off.
     """
-    inside = value
-    for key in path:
-        inside = inside[key]
-    if isinstance(inside, list):
-        return [without_nulls(value, model, (*path, index)) for index in range(len(inside))]
-    if not isinstance(inside, dict):
-        return inside
-    known = {
-        name
-        for owner in models_at(model, path)
-        if not issubclass(owner, Record)
-        for name in owner.model_fields
-    }
+    if isinstance(value, list):
+        return [without_nulls(item, model, (*path, index)) for index, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    owners = [owner for owner in models_at(model, path) if not issubclass(owner, Record)]
+    known = {name for owner in owners for name in owner.model_fields}
     return {
-        key: without_nulls(value, model, (*path, key))
-        for key, item in inside.items()
+        key: without_nulls(item, model, (*path, key))
+        for key, item in value.items()
         if item is not None or key not in known
     }
 
 
-def methods(data: dict[str, Any], homes: Homes, catalogue: Catalogue) -> Named:
+def methods(data: dict[str, Any], homes: Homes, catalogue: Catalogue) -> MethodSummary:
     """Check methods, levels and options; levels in ``data`` get their method's spelling, options lose nulls."""
     mistakes: list[Mistake] = []
     levels: list[str] | None = []
@@ -116,7 +109,7 @@ def methods(data: dict[str, Any], homes: Homes, catalogue: Catalogue) -> Named:
         mistakes += options(found.options, entry, (*path, "quantization_config"), homes)
         levels = None if levels is None else [*levels, *known]
         options_known += list(found.options.model_fields)
-    return Named(
+    return MethodSummary(
         tuple(mistakes),
         None if levels is None else tuple(dict.fromkeys(levels)),
         tuple(dict.fromkeys(options_known)),
@@ -139,38 +132,26 @@ def contradictions(data: dict[str, Any], catalogue: Catalogue) -> list[Mistake]:
     """Keys that exclude or need each other."""
     mistakes = []
     if data.get("quantizations"):
-        for key in ("method", "quant_level", "quantization_config"):
-            if key in data:
-                text = f"cannot stand beside quantizations; put it in an entry there {show(data[key])}"
-                mistakes.append(Mistake((key,), text))
+        text = "cannot stand beside quantizations; put it in an entry there"
+        beside = [key for key in ("method", "quant_level", "quantization_config") if key in data]
+        mistakes += [Mistake((key,), f"{text} {show(data[key])}") for key in beside]
     elif "method" not in data:
         known = ", ".join(catalogue.names("methods"))
         mistakes.append(Mistake(("method",), f"missing; give method, or quantizations; known: {known}"))
     if "dataset_id" in data and "dataset_path" in data:
         text = f"give either dataset_id or dataset_path {show(data['dataset_path'])}"
         mistakes.append(Mistake(("dataset_path",), text))
-    mistakes += _publishing(data)
-    if data.get("push_to_hub") is True and not data.get("repo_id"):
-        mistakes += [
-            Mistake((*path, "repo_id"), "missing; push_to_hub needs the name of a repository")
-            for path, entry in _entries(data)
-            if not entry.get("repo_id")
-        ]
-    return mistakes
-
-
-def _publishing(data: dict[str, Any]) -> list[Mistake]:
-    mistakes = []
     if data.get("disk_bounded") is True and data.get("push_to_hub") is not True:
         text = f"needs push_to_hub: true, each level is deleted once it is uploaded {show(True)}"
         mistakes.append(Mistake(("disk_bounded",), text))
     settings = data.get("publish")
     if isinstance(settings, dict) and settings.get("mode") == "pull_request":
-        mistakes += [
-            Mistake(("publish", key), f"{NOT_YET} {show(settings[key])}")
-            for key in AFTER_MERGE
-            if key in settings
-        ]
+        early = [key for key in AFTER_MERGE if key in settings]
+        mistakes += [Mistake(("publish", key), f"{NOT_YET} {show(settings[key])}") for key in early]
+    if data.get("push_to_hub") is True and not data.get("repo_id"):
+        text = "missing; push_to_hub needs the name of a repository"
+        lacking = [path for path, entry in _entries(data) if not entry.get("repo_id")]
+        mistakes += [Mistake((*path, "repo_id"), text) for path in lacking]
     return mistakes
 
 

@@ -236,10 +236,11 @@ class _Walk:
                 self.places.setdefault(inside, _position(key.start_mark))
                 data[key.value] = self.value(item, inside)
         for other in merged:
-            if isinstance(other, yaml.MappingNode):
-                data = {**self.value(other, path), **data}
-            else:
+            if not isinstance(other, yaml.MappingNode):
                 self._wrong(path, "<< takes a mapping or a list of them", other)
+                continue
+            for name, value in self.value(other, path).items():
+                data.setdefault(name, value)
         return data
 
 

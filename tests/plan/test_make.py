@@ -219,7 +219,7 @@ def test_texts_that_are_not_there_are_found_before_anything_is_made(
     model: Path, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     missing = tmp_path / "nowhere.jsonl"
-    with pytest.raises(ConfigError, match=r"text file not found: .*nowhere\.jsonl"):
+    with pytest.raises(ConfigError, match=r"there is no file .*nowhere\.jsonl"):
         planned(model, **json.loads(json.dumps(keys).replace("TEXT", str(missing))))
     assert not (model.parent / "out").exists()
 
