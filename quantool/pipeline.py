@@ -17,10 +17,9 @@ from quantool.plan.make import make_plan
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Job
 from quantool.publish import preupload
-from quantool.publish.package import pack
-from quantool.publish.packed_folder import SUMS
+from quantool.publish.package import SUMS, pack
 from quantool.publish.permissions import preflight
-from quantool.publish.publish import Order, private_of, publish_run
+from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import (
     Artifact,
     Finding,
@@ -83,14 +82,13 @@ def run(config: Config, progress: Progress, *, allow_regression: bool = False) -
             reports = _one_by_one(config, made, workspace, progress, allow_regression=allow_regression)
         else:
             reports = _all_at_once(config, made, workspace, progress)
-        packed = pack(made, reports, workspace)
-        folders = [each.folder for each in packed]
-        write_report(reports, workspace.root, folders)
+        folders = pack(made, reports, workspace)
+        write_report(reports, workspace.root, [packed.folder for packed in folders])
         outcome = Outcome(made, reports)
         if not config.push_to_hub:
             return outcome
         order = Order(private=private_of(config), allow_regression=allow_regression)
-        done, refused = publish_run(config, packed, order, progress)
+        done, refused = publish_passed(config, folders, order, progress)
         return replace(outcome, publications=done, refused=refused)
 
 
@@ -114,7 +112,7 @@ def _one_by_one(
     """
     reports = []
     for output in made.outputs:
-        target = preupload.UploadTarget(output.repo_id or "", private_of(config), config.publish)
+        target = preupload.Target(output.repo_id or "", private_of(config), config.publish)
         artifact = _make(config, made, output, workspace, progress)
         case = _case(config, made.source, output, artifact, workspace)
         if gone := preupload.missing(artifact):
