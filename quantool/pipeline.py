@@ -19,10 +19,9 @@ from quantool.plan.disk import check_disk
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Job
 from quantool.publish import preupload
-from quantool.publish.package import pack
-from quantool.publish.packed_folder import SUMS
+from quantool.publish.package import SUMS, pack
 from quantool.publish.permissions import preflight
-from quantool.publish.publish import Order, private_of, publish_run
+from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import (
     Artifact,
     Gates,
@@ -102,13 +101,12 @@ def run(
         else:
             reports = _all_at_once(config, plan, workspace, progress)
         packed = pack(plan, reports, workspace)
-        folders = [each.folder for each in packed]
-        write_report(reports, workspace.root, folders, not_run(config, reports))
+        write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
         result = RunResult(plan, reports)
         if not config.push_to_hub:
             return result
         order = Order(private=private_of(config), allow_regression=allow_regression)
-        done, refused = publish_run(config, packed, order, progress)
+        done, refused = publish_passed(config, packed, order, progress)
         return replace(result, publications=done, refused=refused)
 
 
@@ -132,7 +130,7 @@ def _one_by_one(
     """
     reports = []
     for output in plan.outputs:
-        target = preupload.UploadTarget(output.repo_id or "", private_of(config), config.publish)
+        target = preupload.Target(output.repo_id or "", private_of(config), config.publish)
         artifact = _make(config, plan, output, workspace, progress)
         case = _case(config, plan, output, artifact, workspace)
         if gone := preupload.missing(artifact):

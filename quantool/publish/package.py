@@ -16,6 +16,8 @@ from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
 
+__all__ = ["SUMS", "pack"]
+
 
 def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[PackedFolder, ...]:
     """Write the records of each folder to publish.

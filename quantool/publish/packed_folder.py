@@ -23,10 +23,7 @@ RECORD = "quantool.json"
 SUMS = "SHA256SUMS"
 CARD = "README.md"
 AGAIN = "run `quantool run` again: it packages the folder anew and redoes only what changed"
-REHASH = (
-    "run `quantool run --rehash`: it makes anew what is no longer as it was judged; without that option a file whose "
-    "size and time are the same is not looked at again"
-)
+REHASH = "run `quantool run CONFIG --rehash`: it reads every finished file again and remakes those whose bytes changed"
 NOTICE = "## Not everything passed"
 """Heading in the card of a folder with an artifact that did not pass."""
 HIJACKING = frozenset({"preset.ini", "template", "system", "params", ".gitignore", ".gitattributes"})

@@ -23,7 +23,7 @@ from quantool.runtime.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class UploadTarget:
+class Target:
     """Where the commit will be made in the end."""
 
     repo_id: str
@@ -45,7 +45,7 @@ def _stage(repo_id: str, file: FileRecord) -> str:
     return f"upload/{repo_id}/{file.name}"
 
 
-def is_whole(workspace: Workspace, target: UploadTarget, artifact: Artifact, progress: Progress) -> bool:
+def is_whole(workspace: Workspace, target: Target, artifact: Artifact, progress: Progress) -> bool:
     """Whether the files of an artifact that are gone were uploaded, and the Hub still has them."""
     gone = missing(artifact)
     if len(recorded(workspace, target.repo_id, gone)) < len(gone):
@@ -65,7 +65,7 @@ def missing(artifact: Artifact) -> list[FileRecord]:
     return [file for file in artifact.files if not (artifact.folder / file.name).exists()]
 
 
-def ship(workspace: Workspace, target: UploadTarget, artifact: Artifact, progress: Progress) -> None:
+def ship(workspace: Workspace, target: Target, artifact: Artifact, progress: Progress) -> None:
     """Upload the large files of an artifact, then delete them here; what was uploaded before is not sent again."""
     done = recorded(workspace, target.repo_id, artifact.files)
     gone = {file.name for file in missing(artifact)}

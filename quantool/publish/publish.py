@@ -45,7 +45,7 @@ def private_of(config: Config) -> bool | None:
     return config.private if "private" in config.model_fields_set else None
 
 
-def publish_run(
+def publish_passed(
     config: Config, folders: Sequence[PackedFolder], order: Order, progress: Progress
 ) -> tuple[tuple[Publication, ...], tuple[PublicationError, ...]]:
     """Publish the folders without a failed artifact; one that the Hub refuses does not keep the next one back."""
