@@ -60,7 +60,7 @@ $(BUILD)/out/Makefile: | $(SDIST)
 	  -DLLAMA_OPENSSL=OFF $(CMAKE_ARGS) >$(BUILD)/log
 
 $(WHEEL): | $(SDIST)
-	@echo "compiling llama.cpp (4 minutes on two cores)"
+	@echo "compiling llama.cpp (2 minutes on two free cores)"
 	$(MAKE) $(BUILD)/out/Makefile
 	env -u MAKEFLAGS cmake --build $(BUILD)/out --parallel $$(nproc) --target llama >>$(BUILD)/log
 	mkdir -p $(BUILD)/llama_cpp/lib $(@D)

@@ -22,7 +22,7 @@ from tests.loopback import folder, hub, packed, publish  # noqa: F401 - fixtures
 # A shell starts background jobs, which CI may be, with Ctrl-C ignored, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-FIRST = ("tests/e2e", "tests/validation", "tests/methods")
+FIRST = ("tests/e2e", "tests/methods", "tests/validation")
 """Folders whose tests take minutes: begun last, they would keep one of pytest-xdist's processes busy alone."""
 
 
@@ -31,8 +31,9 @@ def pytest_configure() -> None:
     making.room()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's processes
+        items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
 
 
 ENTRY_POINTS = """\
