@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import making
 import pytest
 
 from tests.checkpoint import write_checkpoint
@@ -20,6 +21,20 @@ from tests.loopback import folder, hub, packed, publish  # noqa: F401 - fixtures
 
 # A shell starts background jobs, which CI may be, with Ctrl-C ignored, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+FIRST = ("tests/e2e", "tests/methods", "tests/validation")
+"""Folders whose tests take minutes: begun last, they would keep one of pytest-xdist's processes busy alone."""
+
+
+def pytest_configure() -> None:
+    """The room of the session is made before pytest-xdist starts the processes that share it."""
+    making.room()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's processes
+        items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
 
 ENTRY_POINTS = """\
 [quantool.methods]

@@ -1,4 +1,4 @@
-"""Whole runs of the command line, started side by side as soon as the first test asks for one."""
+"""Whole runs of the command line, each made once for all tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ LEGACY = {
     "push_to_hub": "false",
     "validation.max_tokens": "2048",
 }
-PATIENCE = 300  # seconds; other tests may have the cores
+PATIENCE = 900  # seconds; other tests may have the cores
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,11 @@ class Run:
         return quantool(command, str(self.file), *words, cache=self.cache)
 
     def finish(self, *words: str, command: str = "run") -> Ended:
-        child = self.start(*words, command=command)
-        out, err = child.communicate(timeout=PATIENCE)
+        with self.start(*words, command=command) as child:
+            try:
+                out, err = child.communicate(timeout=PATIENCE)
+            finally:
+                child.kill()
         return Ended(child.returncode, out, err)
 
 
@@ -89,7 +91,7 @@ def write(folder: Path, name: str, **settings: Any) -> Path:
     return path
 
 
-def structure(name: str, folder: Path) -> dict[str, Any]:
+def structure(name: str) -> dict[str, Any]:
     """The configuration of a structure model."""
     options: dict[str, Any] = {"spm_llama": {"add_space_prefix": False}, "gemma3": {}}.get(name, making.QWEN2)
     return {
@@ -132,30 +134,27 @@ def cache() -> Path:
         return Path(os.environ["XDG_CACHE_HOME"])
 
 
-@pytest.fixture(scope="session")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path
-) -> Iterator[Callable[[str], tuple[Run, Ended]]]:
-    """``runs(name)``: a finished run, ``chat``, ``legacy`` or a structure."""
-    folder = tmp_path_factory.mktemp("runs")
-    lanes = ThreadPoolExecutor(2)
-    started: dict[str, tuple[Run, Future[Ended]]] = {}
-    for name in ("chat", "spm_llama", "qwen3", "gemma3", "moe"):
-        settings = chat() if name == "chat" else structure(name, folder)
-        run = Run(write(folder, name, **settings), cache)
-        started[name] = (run, lanes.submit(run.finish))
-        if name == "chat":
+@making.shared
+def finished(name: str) -> tuple[Run, Ended]:
+    """The run of ``chat``, ``legacy`` or a structure."""
+    folder = making.room() / "runs"
+    folder.mkdir(exist_ok=True)
+    with making.own_cache():
+        cache = Path(os.environ["XDG_CACHE_HOME"])
+        if name == "legacy":
             run = Run(EXAMPLE, cache)
-            overrides = LEGACY | {"output_path": str(folder / "legacy")}
+            overrides = LEGACY | {"output_path": str(folder / name)}
             words = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
-            started["legacy"] = (run, lanes.submit(run.finish, *words))
+            return run, run.finish(*words)
+        settings = chat() if name == "chat" else structure(name)
+        run = Run(write(folder, name, **settings), cache)
+        return run, run.finish()
 
-    def get(name: str) -> tuple[Run, Ended]:
-        run, ended = started[name]
-        return run, ended.result()
 
-    yield get
-    lanes.shutdown(cancel_futures=True)
+@pytest.fixture(scope="session")
+def runs() -> Callable[[str], tuple[Run, Ended]]:
+    """``runs(name)``: a finished run, ``chat``, ``legacy`` or a structure."""
+    return finished
 
 
 def wait_until(condition: Callable[[], object], child: subprocess.Popen[str], what: str) -> None:

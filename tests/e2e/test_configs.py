@@ -27,7 +27,7 @@ OWN = {
     "awq": {"quantizations.0.quant_level": "[W4A16_ASYM]"} | SEARCH,
 }
 NAMES = ("methods", "awq", "fp8")
-PATIENCE = 600  # seconds; other tests may have the cores
+PATIENCE = 900  # seconds; other tests may have the cores
 Ran = Callable[[str], dict[str, Any]]
 pytestmark = pytest.mark.e2e
 

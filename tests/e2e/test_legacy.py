@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 def test_gguf_example_of_0_2_0_runs(runs: Callable[[str], tuple[Run, Ended]]) -> None:
     _, ended = runs("legacy")
     assert ended.code == 0, ended.err
-    output = runs("chat")[0].output.with_name("legacy")
+    output = making.room() / "runs/legacy"
     assert [line.split()[0] for line in ended.out.splitlines()[1:]] == [
         "tiny-5.2M-chat-Q4_K_M.gguf",
         "tiny-5.2M-chat-Q3_K_S.gguf",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
+import hashlib
 import json
 import os
+import pickle
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import structures
@@ -35,19 +37,47 @@ TEXT = MODELS / "text"
 CALIBRATION = TEXT / "calibration.txt"
 QWEN2 = {"pre_tokenizer": "qwen2"}
 QUIET = Progress(quiet=True)
+ROOM = "QUANTOOL_TESTS_ROOM"
+P = ParamSpec("P")
+T = TypeVar("T")
 SMALL = "one-layer"
 """The SentencePiece Llama without its second layer: quantizing to one bit takes seconds a layer."""
 
 
 @cache
 def room() -> Path:
-    """A folder for the session."""
-    made = tempfile.TemporaryDirectory(prefix="quantool-making-")
-    atexit.register(made.cleanup)
-    return Path(made.name)
+    """A folder for the session, which pytest-xdist's processes share: whoever starts them has called this before."""
+    if ROOM not in os.environ:
+        made = tempfile.TemporaryDirectory(prefix="quantool-making-")
+        atexit.register(made.cleanup)
+        os.environ[ROOM] = made.name
+    return Path(os.environ[ROOM])
 
 
-@cache
+def shared(make: Callable[P, T]) -> Callable[P, T]:
+    """Make something once a session for each list of arguments, in whichever process needs it first.
+
+    The others wait for it. Arguments need a ``repr`` that tells them apart, the result is pickled. What fails is tried
+    again by the next.
+    """
+    kept: dict[str, T] = {}
+
+    @wraps(make)
+    def get(*arguments: P.args, **named: P.kwargs) -> T:
+        digest = hashlib.sha256(repr((arguments, named)).encode()).hexdigest()[:16]
+        if digest not in kept:
+            file = room() / f"{make.__module__}.{make.__qualname__}-{digest}.pickle"
+            with file.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not file.exists():
+                    file.write_bytes(pickle.dumps(make(*arguments, **named)))
+                kept[digest] = pickle.loads(file.read_bytes())  # noqa: S301 - our own
+        return kept[digest]
+
+    return get
+
+
+@shared
 def model(name: str) -> Path:
     """``tiny-chat``, ``SMALL``, or a structure of ``structures.py``, written once."""
     if name == "tiny-chat":
@@ -145,22 +175,9 @@ def recorded(output: Path) -> Made:
     return Made(TINY, output, plan, (artifact,))
 
 
+@shared
 def made(name: str) -> Made:
     """Q4_K_M with a computed importance matrix of ``tiny-chat``, ``moe`` or ``SMALL``."""
-    return _made()[name]
-
-
-@cache
-def _made() -> dict[str, Made]:
-    """All of them at once: most of the time is one Python importing torch."""
-    names = ("tiny-chat", SMALL, "moe")
-    for name in names:
-        model(name)  # not in threads: torch's random state is set for it
-    with own_cache(), ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(_make, names), strict=True))
-
-
-def _make(name: str) -> Made:
     root = room() / f"made-{name}"
     wanted = config(
         model(name),
@@ -170,7 +187,8 @@ def _make(name: str) -> Made:
         dataset_path=CALIBRATION,
         calibration_config={"max_tokens": 12 * 512},
     )
-    plan, artifacts = make(wanted)
+    with own_cache():
+        plan, artifacts = make(wanted)
     return Made(model(name), root, plan, tuple(artifacts))
 
 
@@ -202,12 +220,12 @@ NEEDS_MATRIX = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M", "Q2_K_S
 """Levels that llama-quantize refuses to make of ``SMALL`` without an importance matrix."""
 
 
-@cache
+@shared
 def every_level() -> tuple[dict[str, Path], dict[str, Path]]:
     """All levels of ``SMALL`` made without an importance matrix (but those that need one), and with it."""
     one = made(SMALL)
     folder = room() / "levels"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     known = list(toolchain.levels())
     plain = {level: folder / f"{level}.gguf" for level in known if level not in NEEDS_MATRIX}
     weighed = {level: folder / f"{level}-weighed.gguf" for level in known}

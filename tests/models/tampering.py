@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import making
-import structures
+from making import shared
 
 from quantool.config.schema import Config
 from quantool.formats.safetensors import INDEX, check_index
@@ -35,13 +35,7 @@ from quantool.runtime.worker import Report
 from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
 
-WRITERS = {
-    "spm_llama": structures.write_spm_llama,
-    "qwen3": structures.write_qwen3,
-    "gemma3": structures.write_gemma3,
-    "moe": structures.write_moe,
-}
-
+STRUCTURES = ("spm_llama", "qwen3", "gemma3", "moe")
 EMBEDDINGS = ("model.embed_tokens",)
 
 CONVERT = """
@@ -57,21 +51,21 @@ convert_hf_to_gguf.main()
 
 @cache
 def _room() -> Path:
+    """Of this process alone: workspaces."""
     room = tempfile.TemporaryDirectory(prefix="quantool-structures-")
     atexit.register(room.cleanup)
     return Path(room.name)
 
 
-@cache
 def folder_of(name: str) -> Path:
     """The checkpoint of a structure, written once."""
-    return WRITERS[name](_room() / name)
+    return making.model(name)
 
 
-@cache
+@shared
 def gguf_of(name: str, kind: str = "bf16") -> Path:
     """The structure as a GGUF, converted once by llama.cpp's converter."""
-    return convert(folder_of(name), _room() / f"{name}-{kind}.gguf", kind)
+    return convert(folder_of(name), making.room() / f"{name}-{kind}.gguf", kind)
 
 
 def convert(folder: Path, output: Path, kind: str = "bf16") -> Path:
@@ -143,13 +137,13 @@ def edited(original: Path, target: Path, name: str, change: Callable[[Any], None
     return target
 
 
-@cache
+@shared
 def fp8_of(name: str, level: str = "FP8_DYNAMIC") -> tuple[Path, OutputPlan]:
     """The structure as a folder of FP8 weights, made by the method fp8, and what its plan said."""
     wanted = Config.model_validate(
         {
             "model_id": str(folder_of(name)),
-            "output_path": _room() / f"fp8-{name}-{level}",
+            "output_path": making.room() / f"fp8-{name}-{level}",
             "method": "fp8",
             "quant_level": level,
         }
@@ -158,22 +152,22 @@ def fp8_of(name: str, level: str = "FP8_DYNAMIC") -> tuple[Path, OutputPlan]:
     return artifacts[0].folder, plan.outputs[0]
 
 
-@cache
+@shared
 def packed_of(name: str) -> Path:
     """The structure in 4-bit integers with zero points, groups of 128, made by llmcompressor (W4A16_ASYM)."""
     from llmcompressor.entrypoints.model_free import model_free_ptq
 
-    folder = _room() / f"{name}-W4A16-ASYM"
+    folder = making.room() / f"{name}-W4A16-ASYM"
     model_free_ptq(
         str(folder_of(name)), str(folder), scheme="W4A16_ASYM", ignore=["lm_head", *EMBEDDINGS], device="cpu"
     )
     return folder
 
 
-@cache
+@shared
 def autoawq_of(name: str) -> Path:
     """The same in the layout of AutoAWQ."""
-    folder = _room() / f"{name}-awq-W4A16-ASYM"
+    folder = making.room() / f"{name}-awq-W4A16-ASYM"
     shutil.copytree(packed_of(name), folder)
     layers = [one.removesuffix(".weight_packed") for one in check_index(folder) if one.endswith("_packed")]
     convert_to_autoawq(

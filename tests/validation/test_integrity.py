@@ -21,7 +21,7 @@ from quantool.validation import integrity
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", list(tampering.WRITERS))
+@pytest.mark.parametrize("name", tampering.STRUCTURES)
 def test_healthy(name: str) -> None:
     found = findings("integrity", case(name))
     assert not regressions(found)
