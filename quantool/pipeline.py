@@ -86,6 +86,7 @@ def run(
     finished file are read again: one whose size and time are as they were, but not its bytes, is made again.
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
+    judging.checks_of(config)  # one that cannot be loaded is found now, not hours later
     if config.push_to_hub:
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():

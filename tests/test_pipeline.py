@@ -332,6 +332,15 @@ def test_a_gate_that_is_not_met(tmp_path: Path, config_file: Write) -> None:
     assert (tmp_path / "out" / "model-FAKE" / "quantool.json").is_file()
 
 
+def test_a_check_that_cannot_be_loaded_is_found_before_anything_is_made(
+    tmp_path: Path, config_file: Write
+) -> None:
+    settings = '{"checks": ["fakecheck", "wrong"]}'
+    with pytest.raises(ConfigError, match="registered as check 'wrong' but is not one"):
+        run(config_file(), f"validation={settings}")
+    assert done(tmp_path) == []
+
+
 def test_what_nothing_could_judge_has_not_passed(
     tmp_path: Path, config_file: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
