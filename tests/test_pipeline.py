@@ -140,6 +140,18 @@ def test_new_files_are_not_judged_by_the_hashes_of_old_ones(
     assert (tmp_path / "out" / "model-FAKE" / "SHA256SUMS").is_file()
 
 
+def test_another_repository_gets_what_was_made_for_the_first(tmp_path: Path, config_file: Write) -> None:
+    path = config_file(("Q8_0",))
+    first = run(path)
+    done(tmp_path)
+    second = run(path, "repo_id=us/other")
+    assert done(tmp_path) == []
+    assert [report.artifact.folder for report in second.reports] == [tmp_path / "out" / "other"]
+    assert (tmp_path / "out" / "other" / "model-Q8_0.gguf").read_text() == "0.0001\n"
+    publishable(tmp_path / "out" / "other")
+    assert second.reports[0].findings == first.reports[0].findings
+
+
 def test_a_new_level_is_all_that_is_made(tmp_path: Path, config_file: Write) -> None:
     run(config_file(("Q8_0",)))
     done(tmp_path)
