@@ -108,9 +108,9 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:  # noqa: BLE001 - a bug: the user gets one line, who mends it the traceback
             from quantool.unforeseen import written_down
 
-            told = written_down(error)
-            _tell(told)
-            raise typer.Exit(told.exit_code) from None
+            failure = written_down(error)
+            _tell(failure)
+            raise typer.Exit(failure.exit_code) from None
 
     return wrapped
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantool.config.schema import Config
 from quantool.plan.depends import depends_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check
@@ -22,7 +23,7 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
 
     What a check can do for several artifacts at once (``Check.prepare``) is done once for those that it has to judge.
     """
-    checks = _checks(cases)
+    checks = checks_of(cases[0].config) if cases else []
     kept = [
         {check.name: _kept(check, case, artifact) for check in checks}
         for case, artifact in zip(cases, artifacts, strict=True)
@@ -49,7 +50,7 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
 
 def kept_report(case: Case, artifact: Artifact) -> Report | None:
     """The report of an earlier run, when the findings of every check still hold."""
-    results = {check.name: _kept(check, case, artifact) for check in _checks([case])}
+    results = {check.name: _kept(check, case, artifact) for check in checks_of(case.config)}
     found = {name: result for name, result in results.items() if result is not None}
     return _report(case, artifact, found) if len(found) == len(results) else None
 
@@ -59,9 +60,9 @@ def record_path(workspace: Workspace, kind: str, name: str) -> Path:
     return workspace.root / "records" / f"{name.replace('/', '-')}.{kind}.json"
 
 
-def _checks(cases: Sequence[Case]) -> list[Check]:
-    names = [name for case in cases[:1] for name in case.settings.checks or find.names("checks")]
-    return [find.find_check(name) for name in names]
+def checks_of(config: Config) -> list[Check]:
+    """The checks of a configuration; ConfigError or DependencyError for one that cannot be loaded."""
+    return [find.find_check(name) for name in config.validation.checks or find.names("checks")]
 
 
 def _report(case: Case, artifact: Artifact, results: Mapping[str, dict[str, Any]]) -> Report:

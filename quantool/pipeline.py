@@ -38,7 +38,7 @@ from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import Workspace, write_text
+from quantool.runtime.workspace import Workspace, place, write_text
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import forget_scan, recall_scan, scan_source
 
@@ -87,6 +87,7 @@ def run(
     finished file are read again: one whose size and time are as they were, but not its bytes, is made again.
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
+    judging.checks_of(config)  # one that cannot be loaded is found now, not hours later
     if config.push_to_hub:
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
@@ -203,7 +204,10 @@ def _make(
     options = method.options.model_validate(output.options)
     job = Job(config, plan, output, workspace, depends_of(method))
     artifact = method.quantize(job, options, progress)
-    artifact = artifact.model_copy(update={"folder": job.folder})  # a recalled one says where it was
+    if artifact.folder.name != output.repo:  # recalled; it was made for another repository
+        for file in (*artifact.files, *artifact.shared):
+            place(workspace.root / artifact.folder.name / file.name, job.folder / file.name)
+    artifact = artifact.model_copy(update={"folder": job.folder})  # the output folder may have been moved
     write_text(judging.record_path(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
 

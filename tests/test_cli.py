@@ -89,7 +89,8 @@ def test_a_plan(quantool: Command, config_file: Write, tmp_path: Path) -> None:
 
 def test_overrides(quantool: Command, config_file: Write) -> None:
     words = ("--set", "seed=9", "--set", "quantization_config.stem=other", "--set", "quant_level=q8_0")
-    made = Plan.model_validate_json(quantool("plan", config_file(), "--json", *words).out)
+    record = json.loads(quantool("plan", config_file(), "--json", *words).out)
+    made = Plan.model_validate({name: value for name, value in record.items() if name != "machine"})
     assert made.seed == 9
     assert [file.name for output in made.outputs for file in output.files] == ["other-Q8_0.gguf"]
 
@@ -308,17 +309,6 @@ def test_a_killed_run_leaves_no_worker_and_no_half_file(
     assert left == {".model-Q8_0.gguf.part"}
     assert quantool("run", config_file()).code == 0
     assert not (tmp_path / "out" / "model-FAKE" / ".model-Q8_0.gguf.part").exists()
-
-
-def test_a_bug_shows_its_traceback(
-    quantool: Command, config_file: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def bug(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("quantool.pipeline.run", bug)
-    with pytest.raises(ZeroDivisionError):
-        quantool("run", config_file())
 
 
 # --- judging what exists

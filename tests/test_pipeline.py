@@ -140,6 +140,18 @@ def test_new_files_are_not_judged_by_the_hashes_of_old_ones(
     assert (tmp_path / "out" / "model-FAKE" / "SHA256SUMS").is_file()
 
 
+def test_another_repository_gets_what_was_made_for_the_first(tmp_path: Path, config_file: Write) -> None:
+    path = config_file(("Q8_0",))
+    first = run(path)
+    done(tmp_path)
+    second = run(path, "repo_id=us/other")
+    assert done(tmp_path) == []
+    assert [report.artifact.folder for report in second.reports] == [tmp_path / "out" / "other"]
+    assert (tmp_path / "out" / "other" / "model-Q8_0.gguf").read_text() == "0.0001\n"
+    publishable(tmp_path / "out" / "other")
+    assert second.reports[0].findings == first.reports[0].findings
+
+
 def test_a_new_level_is_all_that_is_made(tmp_path: Path, config_file: Write) -> None:
     run(config_file(("Q8_0",)))
     done(tmp_path)
@@ -331,6 +343,15 @@ def test_a_gate_that_is_not_met(tmp_path: Path, config_file: Write) -> None:
     record = json.loads((tmp_path / "out" / "records" / "fake-Q8_0.report.json").read_text())
     assert record["findings"][0]["verdict"] == "REGRESSION"
     assert (tmp_path / "out" / "model-FAKE" / "quantool.json").is_file()
+
+
+def test_a_check_that_cannot_be_loaded_is_found_before_anything_is_made(
+    tmp_path: Path, config_file: Write
+) -> None:
+    settings = '{"checks": ["fakecheck", "wrong"]}'
+    with pytest.raises(ConfigError, match="registered as check 'wrong' but is not one"):
+        run(config_file(), f"validation={settings}")
+    assert done(tmp_path) == []
 
 
 def test_what_nothing_could_judge_has_not_passed(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from functools import partial
 
 from quantool import gates
 from quantool.config.schema import Config, Quantization
-from quantool.errors import ConfigError
+from quantool.errors import ConfigError, DependencyError
 from quantool.plan import disk
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
@@ -104,8 +105,13 @@ def _ask_checks(config: Config, source: Source) -> None:
 
 def _judging(config: Config, source: Source, workspace: Workspace) -> int:
     """Bytes that the checks keep on disk, without those that an earlier run left."""
-    checks = [find.find_check(name) for name in config.validation.checks or find.names("checks")]
-    wanted = sum(check.writes(config, source) for check in checks if check.writes is not None)
+    wanted = 0
+    for name in config.validation.checks or find.names("checks"):
+        with suppress(
+            ConfigError, DependencyError
+        ):  # one that cannot be loaded: a run says so before it starts
+            check = find.find_check(name)
+            wanted += check.writes(config, source) if check.writes is not None else 0
     kept = sum(path.stat().st_size for path in (workspace.work / "reference").glob("*") if path.is_file())
     return max(0, wanted - kept)
 

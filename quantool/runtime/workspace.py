@@ -245,6 +245,16 @@ def written(path: Path) -> Iterator[Path]:
             _remove(part)
 
 
+def place(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
+    if source.is_file():
+        with written(target) as part:
+            try:
+                part.hardlink_to(source)
+            except OSError:
+                shutil.copyfile(source, part)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file so that it appears whole or not at all."""
     with written(path) as part:

@@ -42,6 +42,7 @@ def planned_here(model: Path, **keys: Any) -> tuple[Plan, MachineState]:
         "output_path": model.parent / "out",
         **keys,
     }
+    wanted["validation"] = {"checks": ["fakecheck"]} | wanted.get("validation", {})
     if "quantizations" in wanted:
         del wanted["method"], wanted["quant_level"]
     return pipeline.plan_here(Config.model_validate({"model_id": str(model), **wanted}), QUIET)
@@ -71,8 +72,7 @@ def test_every_level_is_an_output(model: Path) -> None:
 
 def test_stages_and_the_disk_that_they_need(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(10**12, 0, 12345))
-    settings = {"checks": ["fakecheck"]}
-    made, machine = planned_here(model, quantization_config={"bytes": 100}, validation=settings)
+    made, machine = planned_here(model, quantization_config={"bytes": 100})
     assert [(stage.name, stage.writes) for stage in made.stages] == [
         ("download", 0), ("scan", 0), ("fake/Q8_0", 100), ("fake/Q4_K_M", 100), ("judge", 0),
     ]  # fmt: skip

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 
 from quantool.errors import ConfigError, SourceError
+from quantool.runtime import process
 from quantool.texts.corpus import Document
 from quantool.validation._engines import reference
 from quantool.validation._engines import windows as _windows
@@ -169,3 +172,38 @@ def test_decodes_hold_no_more_logits_than_planned(vocabulary: int, layout: Layou
     assert Layout.of(vocabulary, 512) == layout
     covered = [position for piece in layout.pieces(512) for position in piece]
     assert covered == list(_windows.scored(512))
+
+
+FULL = """
+import pathlib, sys
+import numpy as np, torch
+from quantool.errors import DependencyError
+from quantool.runtime.workspace import written
+from quantool.validation._engines import reference
+
+reference.run = lambda model, ids, keep_logits: iter([(len(ids), torch.zeros(len(ids), 8, 4096))])
+try:
+    with written(pathlib.Path(sys.argv[1])) as part:
+        for _ in reference._saved(None, np.zeros((64, 16), np.int32), part):
+            pass
+except DependencyError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_while_the_reference_is_written(tmp_path: Path) -> None:
+    """T13: the file is mapped, so that without room for all of it writing would end the process by SIGBUS."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, str(disk / "a.hidden.npy")],
+            capture_output=True, text=True, check=False, env=process.environment(),
+        )  # fmt: skip
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"cannot write {disk}/a.hidden.npy: No space left on device"
