@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config, Corpus
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
+from quantool.plan import effort
 from quantool.plan.disk import check_disk
 from quantool.plan.make import make_plan
 from quantool.plugins import find
@@ -61,10 +63,12 @@ class Outcome:
 def plan(config: Config, progress: Progress) -> Plan:
     """What ``run`` would do. Weights are neither read nor downloaded, the output folder stays as it is."""
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
-    source = resolve(config, weights=False, progress=progress)
+    with progress.step(f"read the headers of {config.model_id}"):
+        source = resolve(config, weights=False, progress=progress)
     missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
     source = recall_scan(source, workspace)
-    return _checked_plan(config, source, workspace, downloads=sum(missing))
+    with progress.step("work out files, sizes and memory"):
+        return _checked_plan(config, source, workspace, downloads=sum(missing))
 
 
 def run(config: Config, progress: Progress, *, allow_regression: bool = False) -> Outcome:
@@ -79,17 +83,20 @@ def run(config: Config, progress: Progress, *, allow_regression: bool = False) -
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
         made = _planned(config, workspace, progress)
+        progress.expect(effort.steps(made, config))
         if config.disk_bounded:
             reports = _one_by_one(config, made, workspace, progress, allow_regression=allow_regression)
         else:
             reports = _all_at_once(config, made, workspace, progress)
-        folders = pack(made, reports, workspace)
+        with progress.step(effort.PACK):
+            folders = pack(made, reports, workspace)
         write_report(reports, workspace.root, folders, not_run(config, reports))
         outcome = Outcome(made, reports)
         if not config.push_to_hub:
             return outcome
         order = Order(private=private_of(config), allow_regression=allow_regression)
-        done, refused = publish_passed(config, reports, folders, order, progress)
+        with progress.step(effort.PUBLISH):
+            done, refused = publish_passed(config, reports, folders, order, progress)
         return replace(outcome, publications=done, refused=refused)
 
 
@@ -142,15 +149,32 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
 
 def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     """The plan, with the source fetched and looked at."""
-    source = resolve(config, weights=True, progress=progress)
-    source = overlay(source, workspace.work / "source")
-    check_disk(_checked_plan(config, recall_scan(source, workspace), workspace), workspace.root)
-    source = scan_source(source, workspace, progress)
+    with progress.step(f"read {config.model_id}"):
+        source = resolve(config, weights=True, progress=progress)
+        source = overlay(source, workspace.work / "source")
+    with progress.step("work out files, sizes and memory"):
+        check_disk(_checked_plan(config, recall_scan(source, workspace), workspace), workspace.root)
+    with progress.step("scan weights"):
+        source = scan_source(source, workspace, progress)
     made = _checked_plan(config, source, workspace)
+    known = _warned(workspace)
     for note in made.warnings:
-        progress.warn(note)
+        if note not in known:
+            progress.warn(note)
     write_text(workspace.root / "plan.json", made.model_dump_json(indent=1))
     return made
+
+
+def _warned(workspace: Workspace) -> frozenset[str]:
+    """What an earlier run of this folder has warned of: once is enough, and ``plan.json`` keeps it."""
+    try:
+        saved = json.loads((workspace.root / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return frozenset()
+    notes = saved.get("warnings") if isinstance(saved, dict) else None
+    return (
+        frozenset(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else frozenset()
+    )
 
 
 def _checked_plan(config: Config, source: Source, workspace: Workspace, *, downloads: int = 0) -> Plan:
@@ -182,7 +206,8 @@ def _make(
     method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
     job = Job(config, made, output, workspace)
-    artifact = method.quantize(job, options, progress)
+    with progress.step(effort.make_step(output)):
+        artifact = method.quantize(job, options, progress)
     artifact = artifact.model_copy(update={"folder": job.folder})  # a recalled one says where it was
     write_text(_record(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
@@ -218,12 +243,14 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
     names = _checks(cases[0])
     kept = [_known_report(case, artifact) for case, artifact in zip(cases, artifacts, strict=True)]
     missing = [case for case, found in zip(cases, kept, strict=True) if found is None]
-    shared = _prepared(missing, names, progress) if missing else {}
+    with progress.step(effort.COMPARE):
+        shared = _prepared(missing, names, progress) if missing else {}
     reports = []
     for case, artifact, found in zip(cases, artifacts, kept, strict=True):
         report = found
         if report is None:
-            report = _judged(case, names, artifact, shared, progress)
+            with progress.step(effort.judge_step(case.name)):
+                report = _judged(case, names, artifact, shared, progress)
             files = [artifact.folder / file.name for file in artifact.files]
             key = _report_key(case, artifact)
             case.workspace.keep(f"report/{case.name}", key, files, report.model_dump(mode="json"))
@@ -291,7 +318,7 @@ def _judged(
         if (
             getattr(case.settings, name, True) is not None
         ):  # one with a section of its own and none given does nothing
-            progress.say(f"{case.name}: {name}")
+            progress.activity(name)
         started = time.monotonic()
         findings += find.find_check(name).judge(case, progress)
         seconds[name] = time.monotonic() - started + shared.get(name, 0.0)
@@ -338,9 +365,10 @@ def validate(
     """
     workspace = Workspace(config.output_path)
     with workspace.lock():
-        source = resolve(config, weights=True, progress=progress)
-        source = overlay(source, workspace.work / "source")
-        source = scan_source(source, workspace, progress)
+        with progress.step(f"read {config.model_id}"):
+            source = resolve(config, weights=True, progress=progress)
+            source = overlay(source, workspace.work / "source")
+            source = scan_source(source, workspace, progress)
         cases = [
             Case(path, engine, f"given/{path.name}", source, config, gates, workspace, base=base)
             for path, gates in zip((_loaded(one, engine) for one in artifacts), limits, strict=True)

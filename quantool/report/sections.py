@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from quantool.config.schema import Config
@@ -119,7 +119,7 @@ def checks(reports: Sequence[Report]) -> list[str]:
     return [*parts, *(["\n".join(dict.fromkeys(remarks)) + "\n"] if remarks else [])]
 
 
-def _levels(names: Sequence[str], every: Set[str]) -> str:
+def _levels(names: Sequence[str], every: set[str]) -> str:
     """The levels, or that it is all of several."""
     return "all" if len(every) > 1 and set(names) == every else ", ".join(dict.fromkeys(names))
 
