@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
@@ -150,7 +150,8 @@ def run(
     from quantool import pipeline
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    result = pipeline.run(loaded, progress, allow_regression=allow_regression, rehash=rehash)
+    with progress.whole():
+        result = pipeline.run(loaded, progress, allow_regression=allow_regression, rehash=rehash)
     _show(result, progress, as_json=as_json)
     errors: list[QuantoolError] = list(result.refused)
     if result.failed:
@@ -220,7 +221,8 @@ def plan(
     from quantool.report.table import planned
 
     loaded, progress = _load(config, overrides, quiet=quiet)
-    made, machine = pipeline.plan_here(loaded, progress)
+    with progress.whole():
+        made, machine = pipeline.plan_here(loaded, progress)
     for note in made.warnings:
         progress.warn(note)
     if as_json:
@@ -273,7 +275,9 @@ def validate(
         raise ConfigError(f"--base {base} is no file")
     limits = [gates.resolve(one.level, settings.validation.gates) for one, _ in found]
     artifacts = [one for one, _ in found]
-    reports = pipeline.validate(artifacts, engine, settings, limits, Progress(quiet=quiet), base)
+    progress = Progress(quiet=quiet)
+    with progress.whole():
+        reports = pipeline.validate(artifacts, engine, settings, limits, progress, base)
     write_step_summary(reports)
     if as_json:
         records = [report.model_dump(mode="json") | {"verdict": report.verdict()} for report in reports]
@@ -318,40 +322,10 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods, their levels and options; or one of them."""
-    from quantool.plugins import find
+    from quantool.plugins import describe
 
-    entries: dict[str, Any] = {}
-    for known in [name] if name is not None else find.names("methods"):
-        try:
-            method = find.find_method(known)
-            options = {key: field.description for key, field in method.options.model_fields.items()}
-            entries[known] = {"levels": method.levels(), "options": options}
-        except QuantoolError as error:
-            if name is not None:
-                raise
-            entries[known] = {"missing": error.message, "hint": error.hint}
-    if as_json:
-        typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
-        return
-    for known, entry in entries.items():
-        if "missing" in entry:
-            typer.echo(f"{known}: {entry['missing']}. {entry['hint']}\n")
-        else:
-            _list_method(known, entry, explained=name is not None)
-
-
-def _list_method(name: str, entry: dict[str, Any], *, explained: bool) -> None:
-    typer.echo(name)
-    width = max(map(len, entry["levels"]))
-    for level, text in entry["levels"].items():
-        typer.echo(f"  {level.ljust(width)}  {text}".rstrip())
-    if not explained:
-        typer.echo("  options: " + ", ".join(entry["options"]) + "\n")
-        return
-    typer.echo("options")
-    width = max(map(len, entry["options"]), default=0)
-    for option, text in entry["options"].items():
-        typer.echo(f"  {option.ljust(width)}  {text}".rstrip())
+    entries = describe.methods(name)
+    typer.echo(json.dumps(entries, indent=1, ensure_ascii=False) if as_json else describe.as_text(entries))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.config.schema import Config
+from quantool.plan import effort
 from quantool.plan.depends import depends_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check
@@ -29,19 +30,21 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
         for case, artifact in zip(cases, artifacts, strict=True)
     ]
     shared: dict[str, float] = {}
-    for check in checks:
-        waiting = [case for case, known in zip(cases, kept, strict=True) if known[check.name] is None]
-        if check.prepare is not None and waiting:
-            started = time.monotonic()
-            check.prepare(waiting, progress)
-            shared[check.name] = (time.monotonic() - started) / len(waiting)
+    with progress.step(effort.COMPARE):
+        for check in checks:
+            waiting = [case for case, known in zip(cases, kept, strict=True) if known[check.name] is None]
+            if check.prepare is not None and waiting:
+                started = time.monotonic()
+                check.prepare(waiting, progress)
+                shared[check.name] = (time.monotonic() - started) / len(waiting)
     reports = []
     for case, artifact, known in zip(cases, artifacts, kept, strict=True):
-        results = {
-            check.name: known[check.name]
-            or _judged(check, case, artifact, shared.get(check.name, 0.0), progress)
-            for check in checks
-        }
+        with progress.step(effort.judge_step(case.name)):
+            results = {
+                check.name: known[check.name]
+                or _judged(check, case, artifact, shared.get(check.name, 0.0), progress)
+                for check in checks
+            }
         report = _report(case, artifact, results)
         write_text(record_path(case.workspace, "report", case.name), report.model_dump_json(indent=1))
         reports.append(report)
@@ -98,7 +101,7 @@ def _judged(
     if (
         getattr(case.settings, check.name, True) is not None
     ):  # one with an own section does nothing without it
-        progress.say(f"{case.name}: {check.name}")
+        progress.activity(check.name)
     findings = [finding.model_dump(mode="json") for finding in check.judge(case, progress)]
     result = {"findings": findings, "seconds": time.monotonic() - started + prepared}
     files = [artifact.folder / file.name for file in artifact.files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
+from quantool.plan import effort
 from quantool.plan import make as planning
 from quantool.plan.depends import depends_of
 from quantool.plan.disk import check_disk
@@ -70,10 +72,12 @@ def plan_here(config: Config, progress: Progress) -> tuple[Plan, MachineState]:
     Weights are neither read nor downloaded, the output folder stays as it is.
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
-    source = resolve(config, weights=False, progress=progress)
+    with progress.step(f"read the headers of {config.model_id}"):
+        source = resolve(config, weights=False, progress=progress)
     missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
     source = recall_scan(source, workspace)
-    return _checked_plan(config, source, workspace, downloads=sum(missing))
+    with progress.step("work out files, sizes and memory"):
+        return _checked_plan(config, source, workspace, downloads=sum(missing))
 
 
 def run(
@@ -97,17 +101,20 @@ def run(
         if rehash:
             for output in plan.outputs:
                 _drop_damaged(workspace, output, progress)
+        progress.expect(effort.steps(plan, config))
         if config.disk_bounded:
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
             reports = _all_at_once(config, plan, workspace, progress)
-        packed = pack(plan, reports, workspace)
+        with progress.step(effort.PACK):
+            packed = pack(plan, reports, workspace)
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
         result = RunResult(plan, reports)
         if not config.push_to_hub:
             return result
         order = Order(private=private_of(config), allow_regression=allow_regression)
-        done, refused = publish_passed(config, packed, order, progress)
+        with progress.step(effort.PUBLISH):
+            done, refused = publish_passed(config, packed, order, progress)
         return replace(result, publications=done, refused=refused)
 
 
@@ -160,16 +167,33 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
 
 def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     """The plan, with the source fetched and looked at."""
-    source = resolve(config, weights=True, progress=progress)
-    source = overlay(source, workspace.work / "source")
-    _, machine = _checked_plan(config, recall_scan(source, workspace), workspace)
+    with progress.step(f"read {config.model_id}"):
+        source = resolve(config, weights=True, progress=progress)
+        source = overlay(source, workspace.work / "source")
+    with progress.step("work out files, sizes and memory"):
+        _, machine = _checked_plan(config, recall_scan(source, workspace), workspace)
     check_disk(machine, workspace.root)
-    source = scan_source(source, workspace, progress)
+    with progress.step("scan weights"):
+        source = scan_source(source, workspace, progress)
     plan, _ = _checked_plan(config, source, workspace)
+    known = _warned(workspace)
     for note in plan.warnings:
-        progress.warn(note)
+        if note not in known:
+            progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
     return plan
+
+
+def _warned(workspace: Workspace) -> frozenset[str]:
+    """What an earlier run of this folder has warned of: once is enough, and ``plan.json`` keeps it."""
+    try:
+        saved = json.loads((workspace.root / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return frozenset()
+    notes = saved.get("warnings") if isinstance(saved, dict) else None
+    return (
+        frozenset(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else frozenset()
+    )
 
 
 def _checked_plan(
@@ -203,7 +227,8 @@ def _make(
     method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
     job = Job(config, plan, output, workspace, depends_of(method))
-    artifact = method.quantize(job, options, progress)
+    with progress.step(effort.make_step(output)):
+        artifact = method.quantize(job, options, progress)
     if artifact.folder.name != output.repo:  # recalled; it was made for another repository
         for file in (*artifact.files, *artifact.shared):
             place(workspace.root / artifact.folder.name / file.name, job.folder / file.name)
@@ -262,9 +287,10 @@ def validate(
     """
     workspace = Workspace(config.output_path)
     with workspace.lock():
-        source = resolve(config, weights=True, progress=progress)
-        source = overlay(source, workspace.work / "source")
-        source = scan_source(source, workspace, progress)
+        with progress.step(f"read {config.model_id}"):
+            source = resolve(config, weights=True, progress=progress)
+            source = overlay(source, workspace.work / "source")
+            source = scan_source(source, workspace, progress)
         cases = [
             Case(
                 _loaded(one, engine),

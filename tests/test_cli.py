@@ -44,7 +44,13 @@ def test_a_run_prints_the_table_alone(quantool: Command, config_file: Write, tmp
     assert heads.split()[:3] == ["file", "size", "bpw"]
     assert [row.split()[0] for row in rows] == ["model-Q8_0.gguf", "model-Q4_K_M.gguf"]
     assert "warning: this is a fake" in ended.err
-    assert "quantize Q8_0" in ended.err
+    lines = ended.err.splitlines()
+    assert [line.partition(" (")[0] for line in lines if line.startswith("[")] == [
+        "[4/9] make fake/Q8_0", "[5/9] make fake/Q4_K_M", "[6/9] compare with the reference", "[7/9] judge fake/Q8_0",
+        "[8/9] judge fake/Q4_K_M", "[9/9] pack",
+    ]  # fmt: skip
+    assert lines[:3] == [f"read {tmp_path / 'model'}", "work out files, sizes and memory", "scan weights"]
+    assert all(" so far, about " in line for line in lines if line.startswith("["))
     assert f"folder: {tmp_path / 'out' / 'model-FAKE'}" in ended.err
 
 
@@ -102,7 +108,7 @@ def test_the_summary_of_a_github_job(
     quantool("run", config_file(only="Q8_0", divergence=0.5))
     text = (tmp_path / "summary.md").read_text()
     assert "| model-Q4_K_M.gguf |" in text
-    assert "- Q8_0: REGRESSION in fakecheck: mean_kld on text 0.5, limit 0.004" in text
+    assert "- Q8_0: REGRESSION in fakecheck: mean_kld 0.5 on text, limit 0.004" in text
 
 
 def test_a_step_summary_that_cannot_be_written_does_not_keep_the_result(
@@ -113,6 +119,51 @@ def test_a_step_summary_that_cannot_be_written_does_not_keep_the_result(
     assert ended.code == 0
     assert "model-Q4_K_M.gguf" in ended.out
     assert "warning: the table is not in $GITHUB_STEP_SUMMARY: No such file or directory" in ended.err
+
+
+def test_a_plan_says_what_it_does(quantool: Command, config_file: Write, tmp_path: Path) -> None:
+    ended = quantool("plan", config_file())
+    assert ended.err.splitlines()[:2] == [
+        f"read the headers of {tmp_path / 'model'}", "work out files, sizes and memory",
+    ]  # fmt: skip
+    assert all(
+        line.startswith("warning: ") for line in quantool("plan", config_file(), "--quiet").err.splitlines()
+    )
+
+
+def test_a_warning_of_the_plan_is_shown_once_for_an_output_folder(
+    quantool: Command, config_file: Write, tmp_path: Path
+) -> None:
+    path = config_file()
+    assert "warning: this is a fake" in quantool("run", path).err
+    assert "this is a fake" not in quantool("run", path).err
+    assert (
+        "warning: this is a fake" in quantool("run", path, "--set", f"output_path={tmp_path / 'other'}").err
+    )
+    (tmp_path / "out" / "plan.json").write_text('{"warnings": 3}')
+    assert "warning: this is a fake" in quantool("run", path).err
+
+
+def test_the_table_fits_columns(
+    quantool: Command, config_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file()
+    assert "SHA-256" in quantool("run", path).out
+    for width in (160, 120, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        out = quantool("run", path).out
+        assert max(map(len, out.splitlines())) <= width
+    assert "SHA-256" not in out
+
+
+def test_one_method(quantool: Command, plugin: Path) -> None:
+    ended = quantool("methods", "fake")
+    assert ended.out.splitlines()[:4] == ["fake", "  Q8_0    eight bits", "  Q4_K_M  four bits", "options"]
+    assert "  divergence  What the check will measure." in ended.out
+    assert list(json.loads(quantool("methods", "fake", "--json").out)) == ["fake"]
+    wrong = quantool("methods", "fakee")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "did you mean fake?" in wrong.err
 
 
 def test_methods(quantool: Command, plugin: Path) -> None:
@@ -265,7 +316,7 @@ def test_5_a_gate_that_is_not_met(quantool: Command, config_file: Write, tmp_pat
     ended = quantool("run", config_file(only="Q8_0", divergence=0.5))
     assert ended.code == 5
     assert [line.split()[-2] for line in ended.out.splitlines()[1:]] == ["REGRESSION", "PASS"]
-    assert "Q8_0: REGRESSION in fakecheck: mean_kld on text 0.5, limit 0.004. a fake" in ended.err
+    assert "Q8_0: REGRESSION in fakecheck: mean_kld 0.5 on text, limit 0.004\n" in ended.err
     assert "error: 1 of 2 artifacts did not pass" in ended.err
     record = json.loads((tmp_path / "out" / "records" / "fake-Q8_0.report.json").read_text())
     assert record["findings"][0]["measured"] == 0.5
@@ -418,7 +469,7 @@ def test_validate_end_to_end(quantool: Command, config_file: Write, tmp_path: Pa
     )  # fmt: skip
     assert ended.code == 5
     assert ended.out.splitlines()[1].startswith("a-Q8_0.gguf")
-    assert "Q8_0: REGRESSION in fakecheck: mean_kld on text 9, limit 0.004. a fake\n" in ended.err
+    assert "Q8_0: REGRESSION in fakecheck: mean_kld 9 on text, limit 0.004\n" in ended.err
     assert f"{tmp_path / 'a-Q8_0.gguf'} did not pass" in ended.err
 
 

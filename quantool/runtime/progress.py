@@ -1,22 +1,28 @@
 """What the user sees while it runs, all on standard error.
 
-On a terminal one bar per long stage, with amount, speed and time left; elsewhere (CI) plain lines; nothing with
-``quiet``. Standard output is left to the result.
+On a terminal one live line for the whole run (step k of n, what it does, time left); elsewhere (CI) one line a step and
+one a minute in long ones; nothing with ``quiet``. Outside a run (``Progress.whole``) each long stage has a bar of its own.
+Standard output is left to the result.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    from rich.progress import Task, TaskID
+    from rich.text import Text
 
 PLAIN_LINE_SECONDS = 15.0
+STEP_LINE_SECONDS = 60.0
+LEARNT_SECONDS = 5.0
+"""So much of the estimate must be behind a run before its own speed corrects the rest."""
 
 
 class Bar(Protocol):
@@ -26,26 +32,160 @@ class Bar(Protocol):
         """Say that ``done`` of ``total`` units are done."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step that a run will take, and the seconds it may need; an estimate, which the run's own speed corrects."""
+
+    name: str
+    seconds: float
+
+
+@dataclass
+class Course:
+    """How far a whole run is: steps behind it, the one that it takes, those that remain."""
+
+    remaining: list[Step] = field(default_factory=list)
+    name: str = ""
+    estimate: float = 0.0
+    activity: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+    finished: int = 0
+    began: float = field(default_factory=lambda: time.monotonic())  # noqa: PLW0108 - looked up when it is called
+    step_began: float = 0.0
+    bar_began: float = 0.0
+    estimated: float = 0.0
+    """Seconds that finished steps of ``took`` seconds were estimated to need."""
+    took: float = 0.0
+    planned: bool = False
+
+    def begin(self, name: str) -> None:
+        """Take the step of this name; one that nobody expected counts as well."""
+        expected = next((step for step in self.remaining if step.name == name), None)
+        if expected is not None:
+            self.remaining.remove(expected)
+        self.name, self.estimate = name, expected.seconds if expected else 0.0
+        self.activity, self.done, self.total = "", 0.0, 0.0
+        self.step_began = time.monotonic()
+
+    def end(self) -> None:
+        """The step is done."""
+        self.finished += 1
+        if self.estimate:
+            self.estimated += self.estimate
+            self.took += time.monotonic() - self.step_began
+        self.name, self.estimate = "", 0.0
+
+    def label(self) -> str:
+        """``[3/14] ``; nothing while nobody knows how many steps there are."""
+        number = self.finished + bool(self.name)
+        return f"[{number}/{number + len(self.remaining)}] " if self.planned else ""
+
+    def share(self) -> str:
+        """How much of the current stage is done: ``1.2/2.4 GB`` or ``30/240 tok``."""
+        if not self.total:
+            return ""
+        if self.unit == "B":
+            return f"{amount(self.done, 'B')}/{amount(self.total, 'B')}"
+        return f"{self.done:.0f}/{self.total:.0f} {self.unit}".rstrip()
+
+    def left(self) -> float | None:
+        """Seconds to the end, estimated; None while there is no estimate."""
+        if not self.planned:
+            return None
+        now = time.monotonic()
+        pace = self.took / self.estimated if self.estimated > LEARNT_SECONDS else 1.0
+        current = max(self.estimate * pace - (now - self.step_began), 0.0) if self.name else 0.0
+        if self.total and self.done:
+            current = max(current, (now - self.bar_began) * (self.total - self.done) / self.done)
+        return current + pace * sum(step.seconds for step in self.remaining)
+
+    def times(self) -> str:
+        """What a plain line says behind the step; nothing while there is no estimate."""
+        so_far = span(time.monotonic() - self.began)
+        return f" ({so_far} so far, {self.left_text()})" if self.planned else ""
+
+    def left_text(self) -> str:
+        """``about 3 min left``; nothing when there is no estimate."""
+        left = self.left()
+        return "" if left is None else f"about {span(left)} left"
+
+
 class Progress:
-    """Where stages announce themselves. ``verbosity``: 0 quiet, 1 normal."""
+    """Where stages announce themselves."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.terminal = not quiet and sys.stderr.isatty()
+        self._course: Course | None = None
+        self._live: RichProgress | None = None
 
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)  # noqa: T201
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """Print a warning; shown even when quiet."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
+        if self._live is not None:  # above the live line
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Show one line for all that is done inside, in ``step``s."""
+        self._course = Course()
+        try:
+            if self.terminal:
+                with _live_line(self._course) as self._live:
+                    yield
+            else:
+                yield
+        finally:
+            self._live, course, self._course = None, self._course, None
+        if course.planned:
+            self.say(f"done in {span(time.monotonic() - course.began)}")
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        """Say what steps are still to come."""
+        if self._course is not None:
+            self._course.remaining, self._course.planned = list(steps), True
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Take a step of a whole run; outside of one this does nothing."""
+        course = self._course
+        if course is None:
+            yield
+            return
+        course.begin(name)
+        if self._live is None:
+            self.say(f"{course.label()}{name}{course.times()}")
+        yield
+        course.end()
+
+    def activity(self, text: str) -> None:
+        """Say what the current step does; shown on the live line alone."""
+        if self._course is not None:
+            self._course.activity, self._course.total = text, 0.0
 
     @contextmanager
     def bar(self, label: str, unit: str = "") -> Iterator[Bar]:
-        """Show a stage: ``unit`` is ``"B"`` for bytes, ``"tok"`` for tokens, or empty. Says the time it took."""
+        """Show a stage: ``unit`` is ``"B"`` for bytes, ``"tok"`` for tokens, or empty.
+
+        Within a whole run it moves that line; by itself it says the time it took.
+        """
         started = time.monotonic()
+        if self._course is not None:
+            before = self._course.activity
+            yield _StepBar(self, self._course, label, unit, started)
+            self.activity(before)
+            return
         if self.terminal:
             with _rich(unit) as shown:
                 task = shown.add_task(label, total=None, count="")
@@ -54,6 +194,27 @@ class Progress:
             self.say(f"{label} …")
             yield _PlainBar(self, label, unit, started)
         self.say(f"{label}: {time.monotonic() - started:.1f} s")
+
+
+class _StepBar:
+    """A stage within a step: the live line shows it, plain output says it once a minute."""
+
+    def __init__(self, progress: Progress, course: Course, label: str, unit: str, started: float) -> None:
+        self._progress = progress
+        self._course = course
+        self._label = label
+        self._last = started
+        course.activity, course.unit, course.bar_began = label, unit, started
+        course.done = course.total = 0.0
+
+    def move(self, done: float, total: float) -> None:
+        course, now = self._course, time.monotonic()
+        course.done, course.total = done, total
+        if self._progress.terminal or now - self._last < STEP_LINE_SECONDS or not total or not done:
+            return
+        self._last = now
+        left = ", ".join(filter(None, (f"{100 * done / total:.0f} %", course.left_text())))
+        self._progress.say(f"{course.label()}{course.name}: {self._label} {left}")
 
 
 class _RichBar:
@@ -107,6 +268,42 @@ def _rich(unit: str) -> RichProgress:
         console=Console(stderr=True),
         transient=True,
     )
+
+
+def _live_line(course: Course) -> RichProgress:
+    """The line of a whole run: the step and what it does, how much of that, and the time left, which ticks by itself."""
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn, SpinnerColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Described(ProgressColumn):
+        def render(self, task: Task) -> Text:  # noqa: ARG002
+            return Text(f"{course.label()}{' · '.join(filter(None, (course.name, course.activity)))}")
+
+    class Measured(ProgressColumn):
+        def render(self, task: Task) -> Text:  # noqa: ARG002
+            return Text("  ".join(filter(None, (course.share(), course.left_text()))))
+
+    shown = Progress(
+        SpinnerColumn(),
+        Described(Column(no_wrap=True, overflow="ellipsis")),
+        Measured(Column(no_wrap=True)),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    shown.add_task("", total=None)
+    return shown
+
+
+def span(seconds: float) -> str:
+    """A time as people say it: ``41 s``, ``3 min``, ``1 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def amount(value: float, unit: str) -> str:

@@ -5,12 +5,13 @@ import re
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 
-from quantool.runtime.progress import Progress, amount
+from quantool.runtime.progress import Progress, Step, amount, span
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,78 @@ def test_a_stage_that_fails_does_not_say_that_it_took_its_time(capsys: pytest.Ca
     assert capsys.readouterr().err == "x …\n"
 
 
+STEPS = [Step("make a", 10), Step("make b", 20), Step("judge a", 30)]
+
+
+def test_one_line_a_step_without_a_terminal(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress()
+    with shown.whole():
+        with shown.step("read the checkpoint"):
+            clock[0] += 4
+        shown.expect(STEPS)
+        with shown.step("make a"), shown.bar("quantize a", "B") as bar:
+            bar.move(1, 2)
+            clock[0] += 20  # twice the estimate: the rest is expected to take twice its own
+        with shown.step("make b"):
+            shown.activity("a check")
+            clock[0] += 40
+        with shown.step("judge a"), shown.bar("score", "tok") as bar:
+            clock[0] += 61
+            bar.move(10, 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "read the checkpoint",
+        "[2/4] make a (4 s so far, about 60 s left)",
+        "[3/4] make b (24 s so far, about 2 min left)",
+        "[4/4] judge a (64 s so far, about 60 s left)",
+        "[4/4] judge a: score 50 %, about 61 s left",
+        "done in 2 min",
+    ]
+
+
+def test_a_step_that_nobody_expected_counts_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress()
+    with shown.whole():
+        shown.expect(STEPS[:1])
+        for name in ("make again", "make a"):
+            with shown.step(name):
+                pass
+    assert [line.split(" (")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "[1/2] make again", "[2/2] make a", "done in 0 s",
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress()
+    with pytest.raises(ValueError, match="no"), shown.whole(), shown.step("make a"):
+        raise ValueError("no")
+    assert "done" not in capsys.readouterr().err
+    shown.say("after")
+    assert capsys.readouterr().err == "after\n"
+
+
+def test_a_quiet_run_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress(quiet=True)
+    with shown.whole(), shown.step("make a"), shown.bar("quantize"):
+        shown.activity("a check")
+        shown.warn("two")
+    assert capsys.readouterr() == ("", "warning: two\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (5340, "89 min"),
+        (5400, "1 h 30 min"),
+        (86400, "24 h 0 min"),
+    ],
+)
+def test_spans(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
 def on_terminal(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> str:
     """What ``action`` shows when standard error is a terminal of 100 columns."""
     read_end, write_end = pty.openpty()
@@ -150,3 +223,30 @@ def test_a_stage_that_never_moves_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
 
 def test_quiet_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_terminal(monkeypatch, stage("scan", "B", (1, 2), quiet=True)) == "warning: end\r\n"
+
+
+def test_a_whole_run_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        shown = Progress()
+        with shown.whole():
+            shown.expect(STEPS)
+            with shown.step("make a"), shown.bar("quantize a", "B") as bar:
+                bar.move(5_000_000, 20_000_000)
+                time.sleep(0.3)
+                shown.warn("a thing")
+            with shown.step("make b"):
+                shown.activity("a check")
+                time.sleep(0.3)
+
+    text = on_terminal(monkeypatch, run)
+    assert "[1/3] make a · quantize a" in text
+    assert "5.0 MB/20.0 MB  about " in text
+    assert "[2/3] make b · a check" in text
+    assert "warning: a thing" in text
+    kept = [
+        re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line.rpartition("\x1b[2K")[2]) for line in text.splitlines()
+    ]
+    spinning = re.compile("[\u2800-\u28ff]")
+    *above, last = [line.strip() for line in kept if line.strip() and not spinning.search(line)]
+    assert above == ["warning: a thing"]
+    assert re.fullmatch(r"done in \d+ s", last)
