@@ -97,11 +97,11 @@ def run(
     with workspace.lock():
         if rehash:
             forget_scan(workspace)
-        plan = _planned(config, workspace, progress)
+        plan, machine = _planned(config, workspace, progress)
         if rehash:
             for output in plan.outputs:
                 _drop_damaged(workspace, output, progress)
-        progress.expect(effort.steps(plan, config))
+        progress.expect(effort.steps(plan, machine, config))
         if config.disk_bounded:
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
@@ -161,11 +161,11 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     """The artifacts alone, not judged and not to be published: what a benchmark of the methods needs."""
     workspace = Workspace(config.output_path)
     with workspace.lock():
-        plan = _planned(config, workspace, progress)
+        plan, _ = _planned(config, workspace, progress)
         return tuple(_make(config, plan, output, workspace, progress) for output in plan.outputs)
 
 
-def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
+def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[Plan, MachineState]:
     """The plan, with the source fetched and looked at."""
     with progress.step(f"read {config.model_id}"):
         source = resolve(config, weights=True, progress=progress)
@@ -175,13 +175,13 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> Plan:
     check_disk(machine, workspace.root)
     with progress.step("scan weights"):
         source = scan_source(source, workspace, progress)
-    plan, _ = _checked_plan(config, source, workspace)
+    plan, machine = _checked_plan(config, source, workspace)
     known = _warned(workspace)
     for note in plan.warnings:
         if note not in known:
             progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
-    return plan
+    return plan, machine
 
 
 def _warned(workspace: Workspace) -> frozenset[str]:
