@@ -154,7 +154,7 @@ class _Parquet:
         self.field = field
         try:
             self.file = parquet.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8, too
             raise ConfigError(f"{path} is not a parquet file: {_first_line(error)}") from error
 
     def count(self) -> int:
@@ -167,7 +167,7 @@ class _Parquet:
             try:
                 for batch in self.file.iter_batches(batch_size=256):
                     yield from map(_without_nulls, batch.to_pylist())
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise ConfigError(f"{self.path} is damaged: {_first_line(error)}") from error
 
         return _picked(every(), wanted)

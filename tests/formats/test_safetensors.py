@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from quantool.errors import SourceError
@@ -91,6 +95,25 @@ def test_a_header_that_is_not_sane_is_refused(tmp_path: Path, header: Any, data:
     with pytest.raises(SourceError, match=said) as caught:
         read_headers([file])
     assert str(file) in caught.value.message
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 4, -1, 2**63, 10**38, 0.5, True, None, "1"])
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F16", "F4", "Q9", 3]),
+        "shape": st.lists(NUMBERS, max_size=3) | NUMBERS,
+        "data_offsets": st.lists(NUMBERS, max_size=3),
+    }
+)
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRIES | NUMBERS), st.binary(max_size=8))
+def test_any_header_is_sound_or_a_source_error(header: Any, data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(SourceError):
+        for tensor in read_headers([raw(Path(folder) / "a.safetensors", header, data)]).values():
+            assert 0 <= tensor.start <= tensor.end
+            assert tensor.elements * 16 >= tensor.bytes * 4
 
 
 @pytest.mark.parametrize("header", [{}, {"__metadata__": {"format": "pt"}}, {"a": entry(0, 0, 0, 4)}])

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantool.records import ModelCard
 from quantool.source.model_card import model_card
@@ -66,3 +69,18 @@ def test_a_card_that_says_nothing(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert model_card(tmp_path) == (ModelCard(), [])
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["license: ", "tags: ", "language: ", "- a", "[a, ", "]", "{b: 1}", "no", "\n", "2024-13-45", "&x", "*x", "\t", "~", "\x07", "---"]),
+        max_size=12,
+    ).map("".join)
+)  # fmt: skip
+def test_any_front_matter_is_a_card_or_a_note(front: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "README.md").write_text(f"---\n{front}\n---\n# Title\n")
+        card, notes = model_card(Path(folder))
+    assert ModelCard.model_validate_json(card.model_dump_json()) == card
+    assert all("\n" not in note for note in notes)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantool.errors import SourceError
 from quantool.formats.safetensors import check_index
@@ -222,3 +227,43 @@ def test_code_of_the_checkpoint(tmp_path: Path) -> None:
     assert "not used" in read_configuration(tmp_path, trust_remote_code=False)[1][0]
     write_checkpoint(tmp_path, model_type="own", auto_map={"AutoConfig": "x.X"})
     assert read_configuration(tmp_path, trust_remote_code=True)[1] == []
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 10**20)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["llama", "gemma3_text"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["id", "content", "model_type", "hidden_size"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+KEYS = st.sampled_from(
+    [*CONFIG, "head_dim", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "text_config", "auto_map",
+     "quantization_config", "attribute_map"]
+)  # fmt: skip
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, min_size=1, max_size=3), st.booleans())
+def test_any_configuration_has_facts_or_a_source_error(config: dict[str, Any], windowed: bool) -> None:
+    sliding = {"sliding_window": 16, "use_sliding_window": True} if windowed else {}
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(SourceError):
+        found, _ = facts(Path(folder), {"eos_token_id": config.get("eos_token_id")}, **{**sliding, **config})
+        assert found.vocabulary > max(found.eos_token_ids, default=0) or "eos_token_id" not in config
+        found.model_dump_json()
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(VALUES, VALUES)
+def test_any_list_of_added_tokens_is_read_or_a_source_error(listed: Any, decoder: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(SourceError):
+            special_tokens(Path(folder), {"added_tokens_decoder": decoder})
+        (Path(folder) / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}), encoding="utf-8")
+        with contextlib.suppress(SourceError):
+            special_tokens(Path(folder), {})

@@ -222,6 +222,17 @@ def test_any_lines_are_documents_or_a_config_error(rows: list[bytes]) -> None:
     json.dumps([document.messages for document in documents], ensure_ascii=False).encode()
 
 
+def test_a_parquet_column_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["uno"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"text", b"\xc6ext"))
+    with pytest.raises(ConfigError, match=r"a\.parquet is not a parquet file: .*can't decode"):
+        read(path)
+
+
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=6), st.booleans())
 def test_a_damaged_parquet_file_is_a_config_error(place: int, patch: bytes, cut: bool) -> None:
