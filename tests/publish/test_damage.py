@@ -270,7 +270,12 @@ def test_a_run_reads_large_files_once_to_send_them(
     """They were hashed when they were made; the client hashes what it sends."""
     read: list[str] = []
     monkeypatch.setattr(packed_folder, "HEAVY", 1)
-    monkeypatch.setattr(packed_folder, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(packed_folder, "sha256_of", noted)
     assert quantool(write_job(tmp_path, {"repo_id": REPO, "push_to_hub": True})).code == 0
     assert read == ["SHA256SUMS"]
     read.clear()
