@@ -187,6 +187,13 @@ def publish(
     tag: Annotated[str | None, typer.Option(help="Tag of the commit, set once it is verified.")] = None,
     collection: Annotated[str | None, typer.Option(help="Slug of a collection to add it to.")] = None,
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    connect_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to wait for a connection; default: as configured, else 10.")
+    ] = None,
+    read_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that the Hub may be silent; default: as configured, else 60."),
+    ] = None,
     allow_regression: AllowRegression = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -198,8 +205,9 @@ def publish(
     order = delivery.Order(repo_id, private, None, allow_regression)
     given = {
         "mode": mode, "revision": revision, "tag": tag, "collection": collection, "commit_message": message,
+        "connect_timeout": connect_timeout, "read_timeout": read_timeout,
     }  # fmt: skip
-    made = delivery.publish_folder(folder, delivery.overridden(folder, order, given), Progress(quiet=quiet))
+    made = delivery.publish_folder(folder, order, given, Progress(quiet=quiet))
     typer.echo(made.model_dump_json(indent=1) if as_json else _published(made))
     if made.allow_regression:
         raise GateError("what is published did not all pass", hint=f"findings: {folder / 'README.md'}")

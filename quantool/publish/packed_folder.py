@@ -84,6 +84,13 @@ class OutgoingFile:
 
     record: FileRecord
     content: bytes | None = None
+    path: Path | None = None
+    """Where a large one lies; None when it was uploaded and deleted."""
+
+    def git_hash(self) -> str | None:
+        """The name that git gives its content (gitformat-loose: SHA-1 over a header and the bytes)."""
+        content = self.path.read_bytes() if self.content is None and self.path is not None else self.content
+        return None if content is None else git_hash(content)
 
     @property
     def name(self) -> str:
@@ -94,6 +101,11 @@ class OutgoingFile:
     def is_heavy(self) -> bool:
         """Whether it is sent alone, to the Hub's storage of large files."""
         return self.record.bytes >= HEAVY or self.name.endswith(HEAVY_ENDS)
+
+
+def git_hash(content: bytes) -> str:
+    """The name that git gives a file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def read_packed_folder(folder: Path) -> PackedFolder:
@@ -165,29 +177,22 @@ def outgoing_files(packed: PackedFolder, progress: Progress, *, hash_large: bool
     folder that may have lain about. Those that a run has just made are not, as each is hashed when it is sent.
     """
     require_complete(packed)
-    folder = packed.folder
+    folder, names, files = packed.folder, [*sorted(packed.sums), SUMS], []
     judged = {file.name: file for report in packed.reports for file in report.artifact.files}
-    files: list[OutgoingFile] = []
+    total = sum(file.bytes for file in judged.values())  # the others are small beside them
     with progress.bar(f"check {folder.name}", "B") as bar:
-        names = [*sorted(packed.sums), SUMS]
-        sizes = {
-            name: judged[name].bytes if name in packed.uploaded else (folder / name).stat().st_size
-            for name in names
-        }
-        for number, name in enumerate(names):
-            digest, content = packed.sums.get(name), None
+        done = 0
+        for name in names:
             if name in packed.uploaded:
-                digest = judged[name].sha256
-            elif sizes[name] < HEAVY:
-                content = (folder / name).read_bytes()
-                digest = hashlib.sha256(content).hexdigest()
-            elif hash_large or digest is None:
-                digest = sha256_of(folder / name)
-            size = sizes[name] if content is None else len(content)
-            files.append(OutgoingFile(FileRecord(name=name, bytes=size, sha256=digest), content))
-            bar.move(sum(sizes[name] for name in names[: number + 1]), sum(sizes.values()))
+                file = OutgoingFile(judged[name])
+            else:
+                file = _outgoing_file(folder / name, name, None if hash_large else packed.sums.get(name))
+            files.append(file)
+            done += file.record.bytes
+            bar.move(min(done, total), total)
+    sums = packed.sums
     if changed := [
-        file.name for file in files if file.record.sha256 != packed.sums.get(file.name, file.record.sha256)
+        file.name for file in files if file.record.sha256 != sums.get(file.name, file.record.sha256)
     ]:
         raise PublicationError(
             f"{folder}: not what was judged, the content differs from {SUMS}: {', '.join(changed)}",
@@ -197,6 +202,16 @@ def outgoing_files(packed: PackedFolder, progress: Progress, *, hash_large: bool
     if others := sorted(there - set(names)):
         progress.warn(f"{folder}: not published, no record names them: {', '.join(others)}")
     return tuple(files)
+
+
+def _outgoing_file(path: Path, name: str, known: str | None) -> OutgoingFile:
+    """A small file with its content, a large one with the hash that is ``known`` of it, else with that of its bytes."""
+    size = path.stat().st_size
+    if size >= HEAVY:
+        return OutgoingFile(FileRecord(name=name, bytes=size, sha256=known or sha256_of(path)), path=path)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return OutgoingFile(FileRecord(name=name, bytes=len(content), sha256=digest), content)
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> Publish:

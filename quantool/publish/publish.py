@@ -67,15 +67,20 @@ def publish_passed(
     return tuple(done), tuple(refused)
 
 
-def publish_folder(folder: Path, order: Order, progress: Progress) -> Publication:
-    """Publish a folder that a run packed."""
+def publish_folder(
+    folder: Path, order: Order, given: Mapping[str, str | float | None], progress: Progress
+) -> Publication:
+    """Publish a folder that a run packed.
+
+    ``given`` are keys of ``publish`` from the command line; they take the place of what the run's configuration said.
+    """
     packed = read_packed_folder(folder.absolute())
     require_publishable(packed, allow_regression=order.allow_regression)
     order = replace(
         order,
         repo_id=destination(packed, order.repo_id),
         private=packed.private if order.private is None else order.private,
-        settings=order.settings or packed.settings,
+        settings=_overridden(packed.settings, given),
     )
     workspace = Workspace(packed.folder.parent)
     require_complete(_with_uploads(packed, order, workspace))
@@ -84,13 +89,10 @@ def publish_folder(folder: Path, order: Order, progress: Progress) -> Publicatio
         return _deliver(packed, order, progress, hash_large=True)
 
 
-def overridden(folder: Path, order: Order, given: Mapping[str, str | None]) -> Order:
-    """The order with what was given on the command line in the place of what the folder's configuration said.
-
-    Raises ConfigError for settings that cannot be.
-    """
+def _overridden(settings: Publish, given: Mapping[str, str | float | None]) -> Publish:
+    """The settings with those of the command line over them; ConfigError for some that cannot be."""
     from_command_line = {key: value for key, value in given.items() if value is not None}
-    before = read_packed_folder(folder.absolute()).settings.model_dump(exclude_unset=True)
+    before = settings.model_dump(exclude_unset=True)
     if from_command_line.get("mode") == "pull_request":  # tag and collection follow the merge
         before = {key: value for key, value in before.items() if key not in AFTER_MERGE}
     try:
@@ -98,11 +100,12 @@ def overridden(folder: Path, order: Order, given: Mapping[str, str | None]) -> O
     except ValidationError as error:
         keys = ", ".join(f"{entry['loc'][0]} {entry['input']!r}" for entry in error.errors())
         raise ConfigError(
-            f"cannot publish like this: {keys}", hint="mode is commit or pull_request; no value is empty"
+            f"cannot publish like this: {keys}",
+            hint="mode is commit or pull_request; no value is empty; time-outs are seconds up to 3600",
         ) from error
     if settings.mode == "pull_request" and (late := [key for key in AFTER_MERGE if getattr(settings, key)]):
         raise ConfigError(f"{' and '.join(late)}: {NOT_YET}")
-    return replace(order, settings=settings)
+    return settings
 
 
 def _with_uploads(packed: PackedFolder, order: Order, workspace: Workspace) -> PackedFolder:

@@ -17,8 +17,9 @@ from quantool.publish.commit import (
     post_commit,
     small_file,
 )
+from quantool.publish.packed_folder import git_hash
 from quantool.publish.refs import head
-from quantool.publish.verify import git_hash, identity, list_files, looks
+from quantool.publish.verify import identity, list_files, looks
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

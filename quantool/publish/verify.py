@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,18 +71,13 @@ def identity(entry: RepoFile | None) -> tuple[int, str] | None:
     return entry.size, entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
 
 
-def git_hash(content: bytes) -> str:
-    """The name that git gives a file's content (gitformat-loose: SHA-1 over a header and the bytes)."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
 def is_same(entry: RepoFile | None, file: OutgoingFile) -> bool:
     """Whether the Hub's file has the size and the hash of the bytes to send."""
     if entry is None or entry.size != file.record.bytes:
         return False
     if entry.lfs is not None:
         return entry.lfs.sha256 == file.record.sha256
-    return file.content is not None and entry.blob_id == git_hash(file.content)
+    return entry.blob_id == file.git_hash()
 
 
 def compare(

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from quantool import pipeline
 from quantool.errors import PublicationError
 from quantool.hub import client
 from quantool.hub.client import Patience, limit_waiting, publishing
-from quantool.publish import refs
+from quantool.publish import packed_folder, refs
+from quantool.publish.package import pack
 from quantool.publish.permissions import connect
 from quantool.records import sha256_of
-from tests.loopback import ALWAYS, GGUFS, OTHERS, REPO, content, edit
+from tests.loopback import ALWAYS, GGUFS, OTHERS, REPO, content, edit, write_job
 from tests.loopback_hub import Fault, Repository, entry, sha256
 from tests.publish.campaign import ODD, Trial, run, spread
 from tests.pushing import WritableHub
@@ -52,10 +54,9 @@ def test_a_hub_that_takes_a_request_and_never_answers(
     publish: Run, folder: Path, hub: WritableHub, there: Repository, on: str
 ) -> None:
     before = dict(there.files)
-    edit(folder, lambda record: record["plan"]["config"].update(publish={"read_timeout": 1.5}))
     hub.faults = [Fault(on, "silence", times=ALWAYS)]
     started = time.monotonic()
-    ended = publish()
+    ended = publish("--read-timeout", "1.5")
     assert time.monotonic() - started < 60
     assert (ended.code, "no answer within 1.5 s" in ended.err) == (6, True), ended.err
     assert "publish.read_timeout" in ended.err or "that only verifies" in ended.err
@@ -261,6 +262,42 @@ def test_a_small_file_that_is_edited_while_uploading(
     assert there.files.items() >= judged.items()
     sums = {line[66:]: line[:64] for line in there.files["SHA256SUMS"].decode().splitlines()}
     assert {path: sha256(there.files[path]) for path in sums} == sums
+
+
+def test_a_run_reads_large_files_once_to_send_them(
+    tmp_path: Path, plugin: Path, quantool: Run, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were hashed when they were made; the client hashes what it sends."""
+    read: list[str] = []
+    monkeypatch.setattr(packed_folder, "HEAVY", 1)
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(packed_folder, "sha256_of", noted)
+    assert quantool(write_job(tmp_path, {"repo_id": REPO, "push_to_hub": True})).code == 0
+    assert read == ["SHA256SUMS"]
+    read.clear()
+    assert quantool("publish", tmp_path / "out" / "model-FAKE").code == 0
+    assert set(GGUFS) < set(read)
+
+
+def test_a_large_file_that_is_edited_after_a_run_made_it(
+    tmp_path: Path, plugin: Path, quantool: Run, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_folder, "HEAVY", 1)
+
+    def edited(*arguments: Any) -> Any:
+        folders = pack(*arguments)
+        (folders[0].folder / GGUFS[0]).write_bytes(b"edited")
+        return folders
+
+    monkeypatch.setattr(pipeline, "pack", edited)
+    ended = quantool(write_job(tmp_path, {"repo_id": REPO, "push_to_hub": True}))
+    assert (ended.code, f"{GGUFS[0]} was changed after it was judged" in ended.err) == (6, True), ended.err
+    assert "--rehash" in ended.err
+    assert set(hub.repositories[REPO].files) == {".gitattributes"}
 
 
 # ---- other JSON (T15)

@@ -352,7 +352,14 @@ def test_the_command_line_overrides_what_the_configuration_said(
     assert b'"Said here"' in hub.sent("POST", "/commit/main")[0].body
 
 
-@pytest.mark.parametrize(("words", "said"), [(("--mode", "push"), "mode 'push'"), (("--tag", ""), "tag ''")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--mode", "push"), "mode 'push'"),
+        (("--tag", ""), "tag ''"),
+        (("--read-timeout", "0"), "read_timeout 0.0"),
+    ],
+)
 def test_settings_that_cannot_be(publish: Run, hub: WritableHub, words: tuple[str, ...], said: str) -> None:
     ended = publish(*words)
     assert (ended.code, said in ended.err) == (2, True), ended.err
