@@ -33,10 +33,6 @@ class Privacy(StrEnum):
 
 MachinePath = Annotated[Path, Privacy.DROPPED]
 """A folder of this machine."""
-MachineState = Annotated[bool, Privacy.DROPPED]
-"""How far a run is."""
-MachineBytes = Annotated[int, Privacy.DROPPED]
-"""A size that depends on what this machine has and has done."""
 NameOrPath = Annotated[str, Privacy.NAMED]
 """A name that stands everywhere (an id on the Hub), or a path of this machine."""
 
@@ -179,7 +175,7 @@ class OutputPlan(Record):
     bits_per_weight: float | None
     peak_ram: int
     gates: Gates
-    done: MachineState = False
+    done: Annotated[bool, Privacy.DROPPED] = False
     """Whether an earlier run left it finished."""
     needs: tuple[str, ...] = ()
     """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
@@ -191,7 +187,7 @@ class StagePlan(Record):
     name: str
     writes: int
     peak_ram: int
-    done: MachineState
+    done: Annotated[bool, Privacy.DROPPED]
 
 
 class Plan(Record):
@@ -201,8 +197,8 @@ class Plan(Record):
     source: Source
     outputs: tuple[OutputPlan, ...]
     stages: tuple[StagePlan, ...]
-    peak_disk: MachineBytes
-    free_disk: MachineBytes
+    peak_disk: Annotated[int, Privacy.DROPPED]
+    free_disk: Annotated[int, Privacy.DROPPED]
     seed: int
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
