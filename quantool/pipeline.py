@@ -83,7 +83,7 @@ def run(config: Config, progress: Progress, *, allow_regression: bool = False) -
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
         made = _planned(config, workspace, progress)
-        progress.expect(effort.steps(made, config))
+        progress.expect(effort.steps(made, config, {stage.name for stage in made.stages if stage.done}))
         if config.disk_bounded:
             reports = _one_by_one(config, made, workspace, progress, allow_regression=allow_regression)
         else:

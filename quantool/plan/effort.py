@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 from quantool.config.schema import Config
 from quantool.records import OutputPlan, Plan
 from quantool.runtime.progress import Step
@@ -31,15 +33,15 @@ def judge_step(case: str) -> str:
     return f"judge {case}"
 
 
-def steps(plan: Plan, config: Config) -> tuple[Step, ...]:
-    """What a run of ``plan`` still does, in order; what is done already takes no time."""
+def steps(plan: Plan, config: Config, done: AbstractSet[str]) -> tuple[Step, ...]:
+    """What a run of ``plan`` does, in order; stages and outputs that are ``done`` already take no time."""
     shared = [stage for stage in plan.stages if stage.name not in {output.id for output in plan.outputs}]
     waiting = sum(
-        stage.writes for stage in shared if not stage.done and stage.name not in ("download", "judge")
+        stage.writes for stage in shared if stage.name not in done and stage.name not in ("download", "judge")
     )
-    first = next((output.id for output in plan.outputs if not output.done), None)
+    first = next((output.id for output in plan.outputs if output.id not in done), None)
     made = {
-        output.id: _making(plan, config, output)
+        output.id: (0.0 if output.id in done else _making(plan, config, output))
         + (START + waiting / BYTES if output.id == first and waiting else 0)
         for output in plan.outputs
     }
@@ -62,8 +64,6 @@ def steps(plan: Plan, config: Config) -> tuple[Step, ...]:
 
 
 def _making(plan: Plan, config: Config, output: OutputPlan) -> float:
-    if output.done:
-        return 0.0
     written = sum(file.bytes for file in output.files)
     calibrated = config.dataset_path is not None or config.dataset_id is not None
     tokens = CALIBRATION * config.sample_size if calibrated and output.engine != "llama.cpp" else 0
