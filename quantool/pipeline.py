@@ -101,7 +101,7 @@ def run(
         if rehash:
             for output in plan.outputs:
                 _drop_damaged(workspace, output, progress)
-        progress.expect(effort.steps(plan, machine, config))
+        progress.expect(effort.steps(plan, config, {*machine.done}))
         if config.disk_bounded:
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:

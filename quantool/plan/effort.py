@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 from quantool.config.schema import Config
-from quantool.records import MachineState, OutputPlan, Plan
+from quantool.records import OutputPlan, Plan
 from quantool.runtime.progress import Step
 
 # Orders of magnitude of two server cores; only their relation counts once a few steps are behind.
@@ -31,17 +33,15 @@ def judge_step(case: str) -> str:
     return f"judge {case}"
 
 
-def steps(plan: Plan, machine: MachineState, config: Config) -> tuple[Step, ...]:
-    """What a run of ``plan`` still does, in order; what is done already takes no time."""
+def steps(plan: Plan, config: Config, done: AbstractSet[str]) -> tuple[Step, ...]:
+    """What a run of ``plan`` does, in order; stages and outputs that are ``done`` already take no time."""
     shared = [stage for stage in plan.stages if stage.name not in {output.id for output in plan.outputs}]
     waiting = sum(
-        stage.writes
-        for stage in shared
-        if stage.name not in machine.done and stage.name not in ("download", "judge")
+        stage.writes for stage in shared if stage.name not in done and stage.name not in ("download", "judge")
     )
-    first = next((output.id for output in plan.outputs if output.id not in machine.done), None)
+    first = next((output.id for output in plan.outputs if output.id not in done), None)
     made = {
-        output.id: (0.0 if output.id in machine.done else _making(plan, config, output))
+        output.id: (0.0 if output.id in done else _making(plan, config, output))
         + (START + waiting / BYTES if output.id == first and waiting else 0)
         for output in plan.outputs
     }

@@ -61,10 +61,12 @@ class Course:
     planned: bool = False
 
     def begin(self, name: str) -> None:
-        """Take the step of this name; one that nobody expected counts as well."""
-        expected = next((step for step in self.remaining if step.name == name), None)
-        if expected is not None:
-            self.remaining.remove(expected)
+        """Take the step of this name; one that nobody expected counts as well, those before it needed not be taken."""
+        place = next((i for i, step in enumerate(self.remaining) if step.name == name), None)
+        expected = None
+        if place is not None:
+            expected, self.finished = self.remaining[place], self.finished + place
+            self.remaining = self.remaining[place + 1 :]
         self.name, self.estimate = name, expected.seconds if expected else 0.0
         self.activity, self.done, self.total = "", 0.0, 0.0
         self.step_began = time.monotonic()

@@ -137,6 +137,15 @@ def test_a_step_that_nobody_expected_counts_as_well(capsys: pytest.CaptureFixtur
     ]  # fmt: skip
 
 
+def test_steps_that_need_not_be_taken_count_as_done(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress()
+    with shown.whole():
+        shown.expect(STEPS)
+        with shown.step("judge a"):
+            pass
+    assert capsys.readouterr().err.startswith("[3/3] judge a (0 s so far, about 30 s left)\n")
+
+
 def test_a_run_that_fails_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress()
     with pytest.raises(ValueError, match="no"), shown.whole(), shown.step("make a"):
