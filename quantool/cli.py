@@ -49,10 +49,7 @@ AllowRegression = Annotated[
 ]
 Rehash = Annotated[
     bool,
-    typer.Option(
-        "--rehash",
-        help="Read the checkpoint and every finished file again and compare their hashes, not only size and time.",
-    ),
+    typer.Option("--rehash", help="Compare finished files and checkpoint by hash, not by size and time."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 Quiet = Annotated[
@@ -270,7 +267,7 @@ def validate(
 ) -> None:
     """Judge artifacts that exist, whoever made them: a file, or all those of a downloaded repository."""
     from quantool import gates, pipeline
-    from quantool.given_artifacts import artifacts_of
+    from quantool.given_artifacts import artifacts_of, engine_for
     from quantool.records import Verdict
     from quantool.report.finding_text import failures
     from quantool.report.table import table, terminal_width, write_step_summary
@@ -278,7 +275,7 @@ def validate(
 
     settings = _validation_config(config, overrides, reference, output)
     found = artifacts_of(artifact, level)
-    engine = _engine(engine, found[0][1])
+    engine = engine_for(engine, found[0][1])
     if base is not None and not base.is_file():
         raise ConfigError(f"--base {base} is no file")
     limits = [gates.resolve(one.level, settings.validation.gates) for one, _ in found]
@@ -295,14 +292,6 @@ def validate(
     if any(report.verdict() is not Verdict.PASS for report in reports):
         _complain("\n".join(failures(reports)) or "nothing could be judged")
         raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")
-
-
-def _engine(asked: str | None, native: str) -> str:
-    """The engine to judge with: what the artifact is made for, or vLLM in the place of transformers."""
-    fitting = [native, "vllm"] if native == "transformers" else [native]
-    if asked is not None and asked not in fitting:
-        raise ConfigError(f"--engine {asked} cannot load this artifact; {' and '.join(fitting)} can")
-    return asked or native
 
 
 def _validation_config(

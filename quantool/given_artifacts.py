@@ -43,6 +43,14 @@ def _is_model(file: Path) -> bool:
     return not any(part in file.name for part in NO_MODELS) and (shard is None or int(shard["number"]) == 1)
 
 
+def engine_for(asked: str | None, native: str) -> str:
+    """The engine to judge with: what the artifact is made for, or vLLM in the place of transformers."""
+    fitting = [native, "vllm"] if native == "transformers" else [native]
+    if asked is not None and asked not in fitting:
+        raise ConfigError(f"--engine {asked} cannot load this artifact; {' and '.join(fitting)} can")
+    return asked or native
+
+
 def artifact_of(path: Path, level: str | None = None) -> tuple[Artifact, str]:
     """The artifact at ``path`` and its engine: a GGUF file, the first shard of one, or a folder for transformers.
 

@@ -18,7 +18,7 @@ from quantool.runtime.versions import version_of
 Entry = TypeVar("Entry")
 
 EVERY_FIELD = "*"
-NO_EFFECT = frozenset(
+UNCOUNTED = frozenset(
     {
         "model_id", "revision", "tokenizer_name",  # the checkpoint counts by its files
         "method", "quant_level", "quantization_config", "quantizations",  # so does the artifact
@@ -120,7 +120,7 @@ def own_files(files: Iterable[FileRecord]) -> list[FileRecord]:
 def value(config: Config, name: str) -> Any:
     """What a configuration says under a dotted key; None for an entry that a table does not have."""
     if name == EVERY_FIELD:
-        return config.model_dump(mode="json", exclude=set(NO_EFFECT))
+        return config.model_dump(mode="json", exclude=set(UNCOUNTED))
     found: Any = config
     for part in name.split("."):
         if found is None:
