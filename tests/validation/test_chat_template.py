@@ -366,7 +366,9 @@ def test_a_template_that_does_not_end_is_an_error_of_the_source(
     monkeypatch.setattr(limits.limit, "__defaults__", (0, 1, limits.BYTES))
     monkeypatch.setattr(hf_tokenizer, "load_tokenizer", lambda *_, **__: Rendering(template))
     with pytest.raises(SourceError, match=reason):
-        hf_tokenizer.render({"folder": "", "trust_remote_code": False, "conversations": [CHAT]}, max)
+        hf_tokenizer.render(
+            {"folder": "", "trust_remote_code": False, "conversations": [CHAT]}, lambda *_: None
+        )
 
 
 @pytest.mark.parametrize(
@@ -382,7 +384,7 @@ def test_a_template_that_breaks_is_refused(monkeypatch: pytest.MonkeyPatch, temp
     monkeypatch.setattr(hf_tokenizer, "load_tokenizer", lambda *_, **__: Rendering(template))
     monkeypatch.setattr(hf_tokenizer, "describe", lambda _: {})
     asked = {"folder": "", "trust_remote_code": False, "conversations": [CHAT]}
-    (answer,) = hf_tokenizer.render(asked, max)["answers"]
+    (answer,) = hf_tokenizer.render(asked, lambda *_: None)["answers"]
     assert answer["accepted"] == []
     assert "Error: " in answer["error"]
 
