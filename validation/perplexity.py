@@ -48,7 +48,19 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
             blame = conversion_loss.blame(base, damages[0])
             found = [_blaming(finding, blame) for finding in found] + damages
         findings += found
-    return findings + _kernels(scored) + _undivided(case, scored)
+    return [*findings, _arithmetic(known), *_kernels(scored), *_undivided(case, scored)]
+
+
+def _arithmetic(known: Sequence[Reference]) -> Finding:
+    """What the reference was computed in: a processor without bfloat16 computes in float32."""
+    used = ", ".join(sorted({reference.arithmetic for reference in known}))
+    return Finding(
+        check=NAME,
+        metric="arithmetic",
+        verdict=Verdict.PASS,
+        measured=used,
+        detail=f"the reference was computed in {used}",
+    )
 
 
 def _kernels(scored: Outcome) -> list[Finding]:

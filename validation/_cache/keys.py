@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from quantool import __version__
+from quantool.runtime.arithmetic import native
 
 Stamp = list[tuple[str, int, int]]
 
@@ -28,8 +29,12 @@ def stamp(artifact: Path) -> Stamp:
 
 
 def versions(libraries: Iterable[str]) -> list[str]:
-    """Quantool's version and those of ``libraries``; empty for one that is missing, which opening the engine reports."""
-    found = [__version__]
+    """Quantool's version, those of ``libraries``, and torch's arithmetic here where it computes.
+
+    Empty for a library that is missing, which opening the engine reports.
+    """
+    libraries = tuple(libraries)
+    found = [__version__, *(native() if {"torch", "transformers"} & set(libraries) else ())]
     for library in libraries:
         try:
             found.append(version(library))

@@ -19,7 +19,7 @@ from quantool.config.schema import Corpus
 from quantool.errors import DependencyError, SourceError
 from quantool.plugins.contract import Case
 from quantool.records import fingerprint
-from quantool.runtime import process
+from quantool.runtime import arithmetic, process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import written
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""How a checkpoint is run: as it is stored, anything else (FP8) in bfloat16."""
+"""How a checkpoint is loaded: as it is stored, anything else (FP8) in bfloat16. See ``runtime.arithmetic`` for how it is run."""
 
 BATCH_TOKENS = 2048
 VERIFIED_POSITIONS = 32
@@ -49,6 +49,8 @@ class Reference:
     hidden: Path
     head: HeadPlan
     key: str
+    arithmetic: str
+    """The dtype that its model computed in."""
 
 
 def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Reference, ...]:
@@ -62,7 +64,13 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     origin = identity(source)
     keys = {
         part.corpus.name: fingerprint(
-            origin, part.sha256, settings.context, __version__, version("torch"), version("transformers")
+            origin,
+            part.sha256,
+            settings.context,
+            __version__,
+            version("torch"),
+            version("transformers"),
+            arithmetic.native(),
         )
         for part in cut
     }
@@ -100,6 +108,7 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
             _file(case, part.corpus),
             HeadPlan.of(heads[part.corpus.name]["head"]),
             keys[part.corpus.name],
+            heads[part.corpus.name]["arithmetic"],
         )
         for part in cut
     )
@@ -130,7 +139,7 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
             for count in _saved(model, ids, part):
                 report(done + count, total)
         done += ids.size
-    return {"head": plan.fields()}
+    return {"head": plan.fields(), "arithmetic": str(model.dtype).removeprefix("torch.")}
 
 
 def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
@@ -172,7 +181,7 @@ def tensor(part: Any) -> Tensor:
 
 
 def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
-    """A causal language model of ``folder``, every weight from its files, ready to run.
+    """A causal language model of ``folder``, every weight from its files, ready to run (on a CPU see ``arithmetic.widen``).
 
     Raises SourceError when transformers does not know it or a weight is missing (which transformers would fill with
     random numbers), DependencyError when the device is not there.
@@ -197,6 +206,8 @@ def load(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
     if absent:
         raise SourceError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(absent[:5])}")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if not on_gpu:
+        arithmetic.widen(model)
     return model.eval().to("cuda" if on_gpu else "cpu")
 
 
