@@ -76,7 +76,13 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
             blame = conversion_loss.blame(base, losses[0])
             found = [_blaming(finding, blame) for finding in found] + losses
         findings += found
-    return findings + _kernels(result) + _undivided(case, result)
+    return [*findings, _arithmetic(known), *_kernels(result), *_undivided(case, result)]
+
+
+def _arithmetic(known: Sequence[Reference]) -> Finding:
+    """What the reference was computed in: a processor without bfloat16 computes in float32."""
+    used = ", ".join(sorted({reference.arithmetic for reference in known}))
+    return BUILD.fact("arithmetic", used, note=f"the reference was computed in {used}")
 
 
 def _kernels(result: ArtifactScores) -> list[Finding]:

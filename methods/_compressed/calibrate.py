@@ -6,7 +6,7 @@ AWQ: Lin et al., arXiv 2306.00978. GPTQ: Frantar et al., arXiv 2210.17323. Smoot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -20,9 +20,12 @@ from quantool.methods._compressed.torch_setup import (
     seed_everything,
     write_config,
 )
+from quantool.runtime.arithmetic import widen
 from quantool.runtime.worker import Report, preloaded
+from quantool.runtime.workspace import written
 
 if TYPE_CHECKING:
+    import torch
     from llmcompressor.modifiers import Modifier
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +39,8 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
     ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
-    ``max_seq_length``, ``device``, ``seed``. Writes weights, index, config.json and recipe.yaml. Result: ``device``, ``peak_rss``, ``peak_cuda`` (bytes),
+    ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written). Writes
+    weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
     ``samples``, ``tokens``. Progress is counted in decoder layers.
     """
     device = choose_device(request["device"])
@@ -50,7 +54,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(request["source"], trust_remote_code=trust)
     samples = _samples(request, tokenizer)
     try:
-        _run(request, samples, tokenizer, report)
+        arithmetic = _run(request, samples, tokenizer, report)
     except torch.OutOfMemoryError as error:
         raise QuantizationError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
@@ -68,7 +72,13 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
             hint="a level without calibration (FP8_DYNAMIC, FP8_BLOCK) works on the files alone",
         ) from error
     tokens = sum(len(sample) for sample in samples)
-    return {"device": device, "samples": len(samples), "tokens": tokens, **peak_memory()}
+    return {
+        "device": device,
+        "arithmetic": arithmetic,
+        "samples": len(samples),
+        "tokens": tokens,
+        **peak_memory(),
+    }
 
 
 def _samples(request: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -114,11 +124,16 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _run(
     request: dict[str, Any], samples: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, report: Report
-) -> None:
+) -> str:
+    """Calibrate and save; the name of the dtype that the model computed in."""
+    import torch
     from datasets import Dataset
     from llmcompressor.entrypoints.oneshot import oneshot
 
     model = _load(request)
+    stored = model.dtype
+    if not torch.cuda.is_available():
+        widen(model)
     recipe = _recipe(request, model)
     data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]})
     with _counted(report, model.config.get_text_config().num_hidden_layers + 1):
@@ -132,11 +147,39 @@ def _run(
             shuffle_calibration_samples=False,
             pipeline="sequential",
         )
-    output = Path(request["output"])
+    output, used = Path(request["output"]), model.dtype
+    if used != stored:
+        _round_scales(model, stored)
     model.save_pretrained(output, save_compressed=True, max_shard_size=SHARD)
+    if used != stored:
+        _narrow(output, request["dtypes"])
     # The source's own file is published, or none; transformers writes one even where there was none.
     (output / "generation_config.json").unlink(missing_ok=True)
     write_config(Path(request["source"]), output)
+    return str(used).removeprefix("torch.")
+
+
+def _round_scales(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the scales of a model in float32 the values that they are written with, for which its weights are rounded."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _narrow(folder: Path, dtypes: Mapping[str, str]) -> None:
+    """Write the float32 tensors of a saved checkpoint in the dtype that was planned for them, shard by shard."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        narrowed = {
+            name: tensor.to(kinds[dtypes.get(name, "F32")]) if tensor.dtype == torch.float32 else tensor
+            for name, tensor in tensors.items()
+        }
+        with written(path) as part:
+            save_file(narrowed, part, metadata={"format": "pt"})
 
 
 def _load(request: dict[str, Any]) -> PreTrainedModel:

@@ -130,15 +130,17 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
         "ignore": list(task.selection.ignore),
         "device": job.config.device or "auto",
     }
+    located = headers(source)
     if task.calibrated:
+        plain = replace(task, autoawq=False)  # that layout is converted from this one
         return calibrate.quantize, request | {
+            "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
             "options": options.model_dump(mode="json"),
             "max_seq_length": max_seq_length(job.config),
             "seed": job.plan.seed,
         }
-    located = headers(source)
     return stream.quantize, request | {
         "shards": sorted({tensor.file for tensor in located.values()}),
         "layers": [layer.name for layer in task.selection.layers],

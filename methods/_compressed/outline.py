@@ -40,6 +40,7 @@ from quantool.records import (
     PlannedFile,
     Source,
 )
+from quantool.runtime.arithmetic import native
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
@@ -320,10 +321,19 @@ def _peak_ram(
         return GIB + workers(options, located) * 32 * SLICE
     facts = source.facts
     model = sum(tensor.bytes for tensor in located.values())
+    if _widened(task, config, source):
+        model = max(model, 4 * facts.parameters)
     layer = 4 * facts.parameters // facts.layers
     tokens = config.sample_size * max_seq_length(config)
     kept = {"awq": 4, "gptq": 2, "rtn": 2}[task.recipe.algorithm]
     return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
+
+
+def _widened(task: Task, config: Config, source: Source) -> bool:
+    """Whether calibration computes in another type than the checkpoint's (``arithmetic.widen``)."""
+    own = {"BF16": "bfloat16", "F16": "float16"}.get(source.facts.dtype)
+    on_cpu = config.device == "cpu" or not capabilities()
+    return task.calibrated and on_cpu and own is not None and own not in native()
 
 
 def workers(options: Any, located: Mapping[str, TensorHeader]) -> int:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from quantool.config.schema import Config
 from quantool.records import FileRecord, Source, fingerprint
+from quantool.runtime.arithmetic import native
 from quantool.runtime.versions import version_of
 
 Entry = TypeVar("Entry")
@@ -78,9 +79,10 @@ class Depends:
         return all(identity is not None for given in self.inputs for _, identity in given(config))
 
     def versions(self, engine: str = "") -> dict[str, str]:
-        """Quantool's version and those of the libraries; empty for one that is not installed."""
+        """Quantool's version, those of the libraries (empty for a missing one), and torch's arithmetic where it computes."""
         names = ("quantool", *self.libraries, *(ENGINES.get(engine, ()) if self.engine else ()))
-        return {name: version_of(name) for name in names}
+        found = {name: version_of(name) for name in names}
+        return found | ({"arithmetic": ", ".join(native())} if "torch" in found else {})
 
 
 UNDECLARED = Depends(fields=(EVERY_FIELD,))

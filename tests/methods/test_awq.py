@@ -68,6 +68,29 @@ def test_transformers_loads_it_and_it_answers_alike(
     assert agreement(logits(llama), logits(asymmetric.folder)) > 0.9
 
 
+def test_without_bfloat16_instructions_it_is_calibrated_in_float32(
+    llama: Path,
+    asymmetric: Artifact,
+    made: Made,
+    logits: Callable[[Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same tensors in the same types and sizes, and as near to the source."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    plain = made(llama, tmp_path, "awq", "W4A16_ASYM", quantization_config=QUICK)
+    assert plain.details["arithmetic"] == "float32"
+    kinds = [
+        {name: (tensor.dtype, tensor.shape) for name, tensor in check_index(artifact.folder).items()}
+        for artifact in (plain, asymmetric)
+    ]
+    assert kinds[0] == kinds[1]
+    assert {file.name: file.bytes for file in plain.files} == {
+        file.name: file.bytes for file in asymmetric.files
+    }
+    assert agreement(logits(llama), logits(plain.folder)) > 0.9
+
+
 @pytest.fixture(scope="module")
 def converted(llama: Path, asymmetric: Artifact, made: Made) -> Artifact:
     """The same level in the AutoAWQ layout, in the same output folder."""

@@ -15,6 +15,7 @@ from quantool.plugins.contract import Case
 from quantool.plugins.find import find_check
 from quantool.records import Artifact, Finding, Gates, Report, Verdict
 from quantool.runtime import process
+from quantool.runtime.arithmetic import native
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Workspace
@@ -132,6 +133,7 @@ def test_a_faithful_gguf_passes(model: Path, gguf: Path, text: Path, shared: Wor
     untold = found.pop("conversion_kld")
     assert untold.verdict is Verdict.SKIPPED
     assert "--base" in untold.detail
+    assert found.pop("arithmetic").measured == ("bfloat16" if "bfloat16" in native() else "float32")
     assert {finding.verdict for finding in found.values()} == {Verdict.PASS}
     assert float(found["mean_kld"].measured or 1) < 1e-3
     assert found["perplexity"].measured == pytest.approx(found["perplexity"].reference, rel=5e-3)

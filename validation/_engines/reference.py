@@ -18,7 +18,7 @@ from quantool.config.schema import Corpus
 from quantool.errors import DependencyError, SourceError
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends
-from quantool.runtime import process
+from quantool.runtime import arithmetic, process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import Stage, written
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""How a checkpoint is run: as it is stored, anything else (FP8) in bfloat16."""
+"""How a checkpoint is loaded: as it is stored, anything else (FP8) in bfloat16. See ``runtime.arithmetic`` for how it is run."""
 
 REFERENCE = Depends(fields=("validation.context", "device"), libraries=("torch", "transformers"))
 """Hidden states on windows, which count by their hash."""
@@ -49,6 +49,8 @@ class Reference:
     hidden: Path
     head: HeadPlan
     key: str
+    arithmetic: str
+    """The dtype that its model computed in."""
 
 
 def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Reference, ...]:
@@ -84,7 +86,7 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
 
     heads = case.workspace.together(stages, produce)
     return tuple(
-        Reference(part, stage.files[0], HeadPlan.of(head["head"]), str(stage.key))
+        Reference(part, stage.files[0], HeadPlan.of(head["head"]), str(stage.key), head["arithmetic"])
         for part, stage, head in zip(cut, stages, heads, strict=True)
     )
 
@@ -114,7 +116,7 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
             for count in _saved(model, ids, part):
                 report(done + count, total)
         done += ids.size
-    return {"head": plan.fields()}
+    return {"head": plan.fields(), "arithmetic": str(model.dtype).removeprefix("torch.")}
 
 
 def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
@@ -158,7 +160,7 @@ def as_tensor(part: Any) -> Tensor:
 
 
 def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
-    """A causal language model of ``folder``, every weight from its files, ready to run.
+    """A causal language model of ``folder``, every weight from its files, ready to run (on a CPU see ``arithmetic.widen``).
 
     Raises SourceError when transformers does not know it or a weight is missing (which transformers would fill with
     random numbers), DependencyError when the device is not there.
@@ -183,6 +185,8 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
     if absent:
         raise SourceError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(absent[:5])}")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if not on_gpu:
+        arithmetic.widen(model)
     return model.eval().to("cuda" if on_gpu else "cpu")
 
 

@@ -127,3 +127,26 @@ def test_config_without_quantization_is_an_error(llama: Path, tmp_path: Path) ->
     (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
     with pytest.raises(QuantizationError, match="without quantization_config"):
         torch_setup.write_config(llama, tmp_path)
+
+
+def test_what_float32_computed_is_written_as_planned(tmp_path: Path) -> None:
+    """Scales have their written value before the weights are rounded for them; a float32 that was planned stays."""
+    from safetensors.torch import load_file, save_file
+
+    model: Any = torch.nn.Linear(2, 2, bias=False)
+    model.register_parameter("weight_scale", torch.nn.Parameter(torch.tensor([0.1, 0.3])))
+    calibrate._round_scales(model, torch.bfloat16)
+    assert model.weight_scale.dtype == torch.float32
+    assert torch.equal(model.weight_scale.to(torch.bfloat16).float(), model.weight_scale)
+    planned = {"scale": "BF16", "router": "F32", "half": "F16", "packed": "I32"}
+    tensors = {name: torch.full((2,), 0.1) for name in planned} | {"packed": torch.ones(2, dtype=torch.int32)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    calibrate._narrow(tmp_path, planned)
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in found.items()} == {
+        "scale": "bfloat16",
+        "router": "float32",
+        "half": "float16",
+        "packed": "int32",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

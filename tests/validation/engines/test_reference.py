@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quantool.errors import ConfigError, SourceError
-from quantool.runtime import process
+from quantool.runtime import arithmetic, process
 from quantool.texts.corpus import Document
 from quantool.validation._engines import reference
 from quantool.validation._engines import windows as _windows
@@ -207,3 +207,38 @@ def test_a_disk_that_is_full_while_the_reference_is_written(tmp_path: Path) -> N
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"cannot write {disk}/a.hidden.npy: No space left on device"
+
+
+def test_a_processor_without_bfloat16_computes_in_float32(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights; float32 differs from what they give in float64 by less than bfloat16 does."""
+    import torch
+
+    np.save(tmp_path / "w.npy", ids())
+    request = {
+        "folder": str(folder),
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "trust_remote_code": False,
+        "windows": [str(tmp_path / "w.npy")],
+        "outputs": [str(tmp_path / "h.npy")],
+    }
+    states, used = {}, {}
+    for limit in ("AVX2", "DEFAULT"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        if limit == "DEFAULT":
+            monkeypatch.setattr(arithmetic, "native", lambda: ("bfloat16",))
+        used[limit] = reference.capture(request, lambda *_: None)["arithmetic"]
+        states[limit] = reference.tensor(reference.recalled(tmp_path / "h.npy"))
+    assert used == {"AVX2": "float32", "DEFAULT": "bfloat16"}
+    assert {kind: values.dtype for kind, values in states.items()} == {
+        "AVX2": torch.float32,
+        "DEFAULT": torch.bfloat16,
+    }
+    exact = loaded(folder).double()
+    with torch.no_grad(), reference.tapped(exact, _windows.scored(32), keep_logits=False) as seen:
+        exact(input_ids=torch.from_numpy(ids()).long(), use_cache=False)
+    off = {kind: float((values.double() - seen[0]).abs().max()) for kind, values in states.items()}
+    assert off["AVX2"] < 1e-4
+    assert off["AVX2"] < off["DEFAULT"] / 50
