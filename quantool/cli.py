@@ -105,9 +105,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except Exception as error:  # noqa: BLE001 - a bug: the user gets one line, who mends it the traceback
             from quantool.unforeseen import written_down
 
-            failure = written_down(error)
-            _tell(failure)
-            raise typer.Exit(failure.exit_code) from None
+            _tell(written_down(error))
+            raise typer.Exit(QuantoolError.exit_code) from None
 
     return wrapped
 
