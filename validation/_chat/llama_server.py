@@ -45,6 +45,8 @@ START_SECONDS = (
 )
 ANSWER_SECONDS = 600.0  # the processor time is what bounds a template; on a busy machine that takes a while
 VERSION_SECONDS = 120.0
+START_LIMITS = (60, 8 << 30)
+"""Processor time and memory of a start, in which the server tries the template; weights are mapped and do not count."""
 LATER_SECONDS = 3600  # of processor time, for what follows the last template
 HOST = "127.0.0.1"
 LISTENING = re.compile(rb"listening on (http://[0-9.]+:[0-9]+)")
@@ -208,6 +210,7 @@ def _serve_wheel(request: dict[str, Any]) -> Iterator[tuple[str, int]]:
     parameters.fit_params = False
     parameters.offline = True
     parameters.ui = False
+    limit(0, *START_LIMITS)
     try:
         server = xllamacpp.Server(parameters)
     except (RuntimeError, ValueError) as error:
@@ -232,6 +235,7 @@ def _serve_binary(request: dict[str, Any]) -> Iterator[tuple[str, int]]:
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
+        limit(child.pid, *START_LIMITS)
         try:
             yield _await(child, Path(output.name)), child.pid
         finally:
