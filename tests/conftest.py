@@ -147,7 +147,7 @@ def begin() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         child.communicate()
 
 
-def wait_for(path: Path, seconds: float = 20.0) -> str:
+def wait_for(path: Path, seconds: float = 120.0) -> str:
     """The content of a file that another process writes."""
     until = time.monotonic() + seconds
     while not path.is_file():
