@@ -156,7 +156,7 @@ def wait_for(path: Path, seconds: float = 120.0) -> str:
     return path.read_text()
 
 
-def dies(pid: int, seconds: float = 1.0) -> bool:
+def dies(pid: int, seconds: float = 5.0) -> bool:
     """Whether the process is gone (or only waits to be reaped) within ``seconds``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
