@@ -151,7 +151,7 @@ def begin() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         child.communicate()
 
 
-def wait_for(path: Path, seconds: float = 20.0) -> str:
+def wait_for(path: Path, seconds: float = 120.0) -> str:
     """The content of a file that another process writes."""
     until = time.monotonic() + seconds
     while not path.is_file():
@@ -160,7 +160,7 @@ def wait_for(path: Path, seconds: float = 20.0) -> str:
     return path.read_text()
 
 
-def dies(pid: int, seconds: float = 1.0) -> bool:
+def dies(pid: int, seconds: float = 5.0) -> bool:
     """Whether the process is gone (or only waits to be reaped) within ``seconds``."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
