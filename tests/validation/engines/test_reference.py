@@ -230,7 +230,7 @@ def test_a_processor_without_bfloat16_computes_in_float32(
         if limit == "DEFAULT":
             monkeypatch.setattr(arithmetic, "native", lambda: ("bfloat16",))
         used[limit] = reference.capture(request, lambda *_: None)["arithmetic"]
-        states[limit] = reference.tensor(reference.recalled(tmp_path / "h.npy"))
+        states[limit] = reference.as_tensor(reference.read_hidden(tmp_path / "h.npy"))
     assert used == {"AVX2": "float32", "DEFAULT": "bfloat16"}
     assert {kind: values.dtype for kind, values in states.items()} == {
         "AVX2": torch.float32,
