@@ -8,13 +8,14 @@ from pathlib import Path
 
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.gguf_header import SHARD, GgufHeader, read_shards
-from quantool.formats.json_file import brief, read_json
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import check_index
 from quantool.records import Artifact, FileRecord, sha256_of
 
 # docs/gguf.md of ggml: ...-<Encoding>[-00001-of-00009].gguf
 ENCODING = re.compile(r"(?:^|[-._])(?P<level>[A-Za-z]{0,5}\d?[A-Za-z]*\d+(?:_[A-Za-z0-9]+)*)$")
 RECORD = "quantool.json"
+MOST_TEXT = 200
 NO_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")  # common/download.cpp
 
 
@@ -87,8 +88,10 @@ def _recorded(folder: Path, names: list[str]) -> str | None:
         made = [report["artifact"] for report in read_json(record)["reports"]]
         levels = [str(one["level"]) for one in made if {*names} <= {file["name"] for file in one["files"]}]
     except (SourceError, ValueError, LookupError, TypeError, AttributeError) as error:
+        unread = isinstance(error, SourceError)  # it names the file
+        reason = str(error).removeprefix(f"{record}: ") if unread else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{record} is damaged ({type(error).__name__}: {brief(str(error), 200)})",
+            f"{record} is damaged ({reason[:MOST_TEXT]})",
             hint="download it again, or remove it: levels are then read from names",
         ) from error
     return levels[0] if levels else None
