@@ -317,7 +317,7 @@ def main() -> int:
             number += 1
             known = len(tally.faults)
             count = chain(
-                file, undisturbed, folder / f"run-{number}", cache, tally, dice, kills=left, span=seconds / 2
+                file, undisturbed, folder / f"run-{number}", cache, tally, dice, kills=left, span=seconds / 3
             )
             left -= count
             print(f"run {number}: {count} kills", *tally.faults[known:], sep="\n  ", flush=True)
