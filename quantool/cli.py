@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantool.errors import INTERRUPTED, ConfigError, DependencyError, GateError, QuantoolError, nearest
+from quantool.console import complain, interrupt, publication_line, reported, show_error, show_run
+from quantool.errors import ConfigError, GateError, QuantoolError, nearest
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config
-    from quantool.pipeline import RunResult
-    from quantool.records import Publication
     from quantool.runtime.progress import Progress
 
 app = typer.Typer(
@@ -32,7 +29,6 @@ app = typer.Typer(
 chain = typer.Typer(help="The parts of llama.cpp that no Python package installs.", no_args_is_help=True)
 app.add_typer(chain, name="toolchain")
 
-P = ParamSpec("P")
 COMMANDS = ("run", "plan", "validate", "publish", "methods", "schema", "doctor", "toolchain")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
@@ -59,7 +55,7 @@ Quiet = Annotated[
 
 def main() -> None:
     """Run the command line; a first argument that is no command is taken for a configuration to run."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     if sys.stderr is None:  # closed by the caller (`2>&-`): there is nobody to tell
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     arguments = sys.argv[1:]
@@ -73,52 +69,8 @@ def main() -> None:
 def _refuse_misspelled(word: str) -> None:
     """Exit with the nearest command when ``word`` looks like one and is no file."""
     if word.isidentifier() and not Path(word).exists() and (hint := nearest(word, list(COMMANDS))):
-        _tell(ConfigError(f"{word} is neither a command nor a file", hint=hint))
+        show_error(ConfigError(f"{word} is neither a command nor a file", hint=hint))
         sys.exit(ConfigError.exit_code)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn quantool's errors into a message and their exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except QuantoolError as error:
-            _tell(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            _complain("interrupted; finished stages are kept, run the same command again to go on")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:  # `| head`: typer ends without a word
-            raise
-        except OSError as error:
-            place = f": {error.filename}" if error.filename else ""
-            _complain(f"error: {error.strerror or error}{place}")
-            raise typer.Exit(DependencyError.exit_code) from None
-        except typer.Exit:
-            raise
-        except Exception as error:  # noqa: BLE001 - a bug: the user gets one line, who mends it the traceback
-            from quantool.unforeseen import written_down
-
-            _tell(written_down(error))
-            raise typer.Exit(QuantoolError.exit_code) from None
-
-    return wrapped
-
-
-def _tell(error: QuantoolError) -> None:
-    _complain(f"error: {error.message}")
-    if error.hint:
-        _complain(f"hint: {error.hint}")
-
-
-def _complain(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -148,7 +100,7 @@ def run(
     loaded, progress = _load(config, overrides, quiet=quiet)
     with progress.whole():
         result = pipeline.run(loaded, progress, allow_regression=allow_regression, rehash=rehash)
-    _show(result, progress, as_json=as_json)
+    show_run(result, progress, as_json=as_json)
     errors: list[QuantoolError] = list(result.refused)
     if result.failed:
         failed = GateError(
@@ -157,7 +109,7 @@ def run(
         )
         errors.insert(0, failed)
     for error in errors[1:]:
-        _tell(error)
+        show_error(error)
     if errors:
         raise errors[0]
 
@@ -204,15 +156,9 @@ def publish(
         "connect_timeout": connect_timeout, "read_timeout": read_timeout,
     }  # fmt: skip
     made = delivery.publish_folder(folder, order, given, Progress(quiet=quiet))
-    typer.echo(made.model_dump_json(indent=1) if as_json else _published(made))
+    typer.echo(made.model_dump_json(indent=1) if as_json else publication_line(made))
     if made.allow_regression:
         raise GateError("what is published did not all pass", hint=f"findings: {folder / 'README.md'}")
-
-
-def _published(made: Publication) -> str:
-    sent = f"{len(made.sent)} of {len(made.files)} files sent" if made.sent else "nothing was new"
-    tag = f", tagged {made.tag}" if made.tag else ""
-    return f"{made.url}: {sent}, all compared{tag}"
 
 
 @app.command()
@@ -266,19 +212,19 @@ def validate(
 ) -> None:
     """Judge artifacts that exist, whoever made them: a file, or all those of a downloaded repository."""
     from quantool import gates, pipeline
-    from quantool.given_artifacts import artifacts_of, engine_for
+    from quantool.given_artifacts import artifacts_of, engine_for, settings_for
     from quantool.records import Verdict
     from quantool.report.finding_text import failures
     from quantool.report.table import table, terminal_width, write_step_summary
     from quantool.runtime.progress import Progress
 
-    settings = _validation_config(config, overrides, reference, output)
-    found = artifacts_of(artifact, level)
-    engine = engine_for(engine, found[0][1])
+    settings = settings_for(config, overrides, reference, output)
+    given = artifacts_of(artifact, level)
+    engine = engine_for(engine, given[0][1])
     if base is not None and not base.is_file():
         raise ConfigError(f"--base {base} is no file")
-    limits = [gates.resolve(one.level, settings.validation.gates) for one, _ in found]
-    artifacts = [one for one, _ in found]
+    artifacts = [entry for entry, _ in given]
+    limits = [gates.resolve(entry.level, settings.validation.gates) for entry in artifacts]
     progress = Progress(quiet=quiet)
     with progress.whole():
         reports = pipeline.validate(artifacts, engine, settings, limits, progress, base)
@@ -289,23 +235,8 @@ def validate(
     else:
         typer.echo(table(reports, terminal_width()))
     if any(report.verdict() is not Verdict.PASS for report in reports):
-        _complain("\n".join(failures(reports)) or "nothing could be judged")
+        complain("\n".join(failures(reports)) or "nothing could be judged")
         raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")
-
-
-def _validation_config(
-    config: Path | None, overrides: list[str] | None, reference: str, output: Path
-) -> Config:
-    from quantool.config.load import load
-    from quantool.config.schema import Config
-    from quantool.plugins import find
-
-    if config is None:
-        if overrides:
-            raise ConfigError("--set changes a configuration, but none is given", hint="add --config FILE")
-        return Config(model_id=reference, output_path=output)
-    loaded = load(config, overrides or (), find).config
-    return loaded.model_copy(update={"model_id": reference, "revision": None, "output_path": output})
 
 
 @app.command()
@@ -340,12 +271,12 @@ def doctor(as_json: Json = False) -> None:
     """Show what is installed: libraries, llama.cpp, tools, accelerator, disk, Hub token."""
     from quantool.doctor import examine
 
-    found = examine()
+    facts = examine()
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(facts, indent=1))
         return
-    width = max(len(name) for name in found)
-    for name, value in found.items():
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
         typer.echo(f"{name.ljust(width)}  {value}")
 
 
@@ -374,30 +305,3 @@ def _load(path: Path, overrides: list[str] | None, *, quiet: bool) -> tuple[Conf
     for warning in loaded.warnings:
         progress.warn(warning)
     return loaded.config, progress
-
-
-def _show(result: RunResult, progress: Progress, *, as_json: bool) -> None:
-    from quantool.report.finding_text import failures
-    from quantool.report.table import table, terminal_width, write_step_summary
-
-    try:
-        write_step_summary(result.reports)
-    except OSError as error:  # the result is worth more than its copy
-        progress.warn(f"the table is not in $GITHUB_STEP_SUMMARY: {error.strerror or error}")
-    if as_json:
-        reports = [
-            report.model_dump(mode="json") | {"verdict": report.verdict()} for report in result.reports
-        ]
-        publications = [made.model_dump(mode="json") for made in result.publications]
-        record = {
-            "plan": result.plan.model_dump(mode="json"), "reports": reports, "publications": publications,
-        }  # fmt: skip
-        typer.echo(json.dumps(record, indent=1))
-        return
-    typer.echo(table(result.reports, terminal_width()))
-    for line in failures(result.reports):
-        _complain(line)
-    for repo in dict.fromkeys(output.repo for output in result.plan.outputs):
-        progress.say(f"folder: {result.reports[0].artifact.folder.parent / repo}")
-    for made in result.publications:
-        typer.echo(f"published: {_published(made)}")

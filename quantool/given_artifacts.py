@@ -6,10 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantool.config.load import load
+from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.gguf_header import SHARD, GgufHeader, read_shards
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import check_index
+from quantool.plugins import find
 from quantool.records import Artifact, FileRecord, sha256_of
 
 # docs/gguf.md of ggml: ...-<Encoding>[-00001-of-00009].gguf
@@ -140,3 +143,13 @@ def judged_by(artifact: Artifact, engine: str, parameters: int) -> Artifact:
         return artifact
     data = sum(tensor.bytes for tensor in check_index(artifact.folder).values())
     return artifact.model_copy(update={"bits_per_weight": 8 * data / parameters})
+
+
+def settings_for(config: Path | None, overrides: list[str] | None, reference: str, output: Path) -> Config:
+    """The configuration to judge with: the sections of ``config`` about judging, on ``reference`` and ``output``."""
+    if config is None:
+        if overrides:
+            raise ConfigError("--set changes a configuration, but none is given", hint="add --config FILE")
+        return Config(model_id=reference, output_path=output)
+    loaded = load(config, overrides or (), find).config
+    return loaded.model_copy(update={"model_id": reference, "revision": None, "output_path": output})

@@ -1,7 +1,7 @@
 """What the user sees while it runs, all on standard error.
 
 On a terminal one live line for the whole run (step k of n, what it does, time left); elsewhere (CI) one line a step and
-one a minute in long ones; nothing with ``quiet``. Outside a run (``Progress.whole``) each long stage has a bar of its own.
+one a minute in long ones; nothing with ``quiet``. Outside a run (``Progress.whole``) each long stage is a run by itself.
 Standard output is left to the result.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import Task, TaskID
+    from rich.progress import Task
     from rich.text import Text
 
 PLAIN_LINE_SECONDS = 15.0
@@ -94,14 +94,15 @@ class Course:
 
     def left(self) -> float | None:
         """Seconds to the end, estimated; None while there is no estimate."""
-        if not self.planned:
-            return None
         now = time.monotonic()
+        stage = (
+            (now - self.bar_began) * (self.total - self.done) / self.done if self.total and self.done else 0.0
+        )
+        if not self.planned:
+            return None if self.name else stage or None  # a stage by itself
         pace = self.took / self.estimated if self.estimated > LEARNT_SECONDS else 1.0
         current = max(self.estimate * pace - (now - self.step_began), 0.0) if self.name else 0.0
-        if self.total and self.done:
-            current = max(current, (now - self.bar_began) * (self.total - self.done) / self.done)
-        return current + pace * sum(step.seconds for step in self.remaining)
+        return max(current, stage) + pace * sum(step.seconds for step in self.remaining)
 
     def times(self) -> str:
         """What a plain line says behind the step; nothing while there is no estimate."""
@@ -189,9 +190,8 @@ class Progress:
             self.activity(before)
             return
         if self.terminal:
-            with _rich(unit) as shown:
-                task = shown.add_task(label, total=None, count="")
-                yield _RichBar(shown, task, unit)
+            with self.whole(), self.bar(label, unit) as shown:
+                yield shown
         else:
             self.say(f"{label} …")
             yield _PlainBar(self, label, unit, started)
@@ -219,17 +219,6 @@ class _StepBar:
         self._progress.say(f"{course.label()}{course.name}: {self._label} {left}")
 
 
-class _RichBar:
-    def __init__(self, shown: RichProgress, task: TaskID, unit: str) -> None:
-        self._shown = shown
-        self._task = task
-        self._unit = unit
-
-    def move(self, done: float, total: float) -> None:
-        count = f"{done:.0f}/{total:.0f} {self._unit}".rstrip()
-        self._shown.update(self._task, completed=done, total=total, count=count)
-
-
 class _PlainBar:
     def __init__(self, progress: Progress, label: str, unit: str, started: float) -> None:
         self._progress = progress
@@ -246,30 +235,6 @@ class _PlainBar:
         left = (now - self._started) * (total - done) / done
         speed = amount(done / (now - self._started), self._unit)
         self._progress.say(f"{self._label}: {100 * done / total:.0f} %, {speed}/s, {left:.0f} s left")
-
-
-def _rich(unit: str) -> RichProgress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    counted = (
-        (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (TextColumn("{task.fields[count]}"),)
-    )
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *counted,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 def _live_line(course: Course) -> RichProgress:
