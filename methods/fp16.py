@@ -14,9 +14,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, enc
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
     copy_companions,
-    file_records,
     need_disk,
-    place,
     relative_files,
 )
 from quantool.methods._llama_cpp import base_file, dry_run
@@ -24,9 +22,10 @@ from quantool.methods._safetensors import cast
 from quantool.methods._safetensors.cast import cast_tensors
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan
+from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, file_record
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import link_file
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 
@@ -159,7 +158,7 @@ def _export_gguf(job: Job, options: Options, progress: Progress) -> Artifact:
     base, _ = base_file.base(job, options, kind, progress)
     for number, name in enumerate(names):
         made = shard_names("base.gguf", len(names))[number]
-        place(base.with_name(made), job.folder / name)
+        link_file(base.with_name(made), job.folder / name)
     return _finish(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
 
 
@@ -203,7 +202,7 @@ def _finish(job: Job, key: str, names: list[str], started: float, details: dict[
         method="fp16",
         level=job.output.level,
         folder=job.folder,
-        files=file_records(job.folder, names),
+        files=tuple(file_record(job.folder, name) for name in names),
         bits_per_weight=job.output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details=details,

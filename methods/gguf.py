@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
-from quantool.methods._artifacts.files import file_records, need_disk
+from quantool.methods._artifacts.files import need_disk
 from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -24,6 +24,7 @@ from quantool.records import (
     PlannedFile,
     Source,
     StagePlan,
+    file_record,
     fingerprint,
 )
 from quantool.runtime import process, toolchain
@@ -296,7 +297,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         method="gguf",
         level=output.level,
         folder=job.folder,
-        files=file_records(job.folder, names),
+        files=tuple(file_record(job.folder, name) for name in names),
         shared=(matrix[0],) if matrix else (),
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,

@@ -13,7 +13,7 @@ from quantool.formats.gguf_header import SHARD, GgufHeader, read_shards
 from quantool.formats.json_file import brief, read_json
 from quantool.formats.safetensors import check_index
 from quantool.plugins import find
-from quantool.records import Artifact, FileRecord, sha256_of
+from quantool.records import Artifact, file_record
 
 # docs/gguf.md of ggml: ...-<Encoding>[-00001-of-00009].gguf
 ENCODING = re.compile(r"(?:^|[-._])(?P<level>[A-Za-z]{0,5}\d?[A-Za-z]*\d+(?:_[A-Za-z0-9]+)*)$")
@@ -105,16 +105,12 @@ def _level(stem: str) -> str:
 
 
 def _artifact(folder: Path, names: list[str], level: str, bits: float) -> Artifact:
-    files = tuple(
-        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-        for name in names
-    )
     return Artifact(
         output=f"given/{level}",
         method="given",
         level=level,
         folder=folder,
-        files=files,
+        files=tuple(file_record(folder, name) for name in names),
         bits_per_weight=bits,
         seconds=0.0,
     )

@@ -350,6 +350,12 @@ def _plain(value: object) -> Any:
     raise TypeError(f"no JSON form: {value!r}")
 
 
+def file_record(folder: Path, name: str) -> FileRecord:
+    """The record of a finished file, which is read for it."""
+    path = folder / name
+    return FileRecord(name=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
 def sha256_of(path: Path, chunk: int = 1 << 22) -> str:
     """SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError
-from quantool.methods._artifacts.files import place
 from quantool.methods._llama_cpp import base_file, quantize, split
 from quantool.plugins.contract import Job
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import write_text, written
+from quantool.runtime.workspace import link_file, write_text, written
 
 WHOLE = "whole.gguf"
 
@@ -107,6 +106,6 @@ def _split(
 
 def _deliver(job: Job, folder: Path, names: Sequence[str]) -> None:
     for name in names:
-        place(folder / name, job.folder / name)
+        link_file(folder / name, job.folder / name)
     for name in names:
         (folder / name).unlink()

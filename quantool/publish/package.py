@@ -12,7 +12,7 @@ from quantool.card.redact import published
 from quantool.publish.failed_notice import with_notice
 from quantool.publish.leaks import refuse_leaks
 from quantool.publish.packed_folder import CARD, RECORD, SUMS, PackedFolder, packed_folder
-from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
+from quantool.records import OutputPlan, Plan, Report, file_record
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
 
@@ -50,7 +50,7 @@ def _pack_folder(
     folder: Path,
     places: Mapping[str, Path],
 ) -> PackedFolder:
-    drawn = [_file_record(folder, name) for name in plots]
+    drawn = [file_record(folder, name) for name in plots]
     record: dict[str, Any] = {
         "plan": published(plan) | {"outputs": [published(output) for output in outputs]},
         "reports": [published(report) | {"verdict": report.verdict()} for report in reports],
@@ -66,11 +66,7 @@ def _pack_folder(
     refuse_leaks(folder, named, texts, places, plan.source.folder)
     for name, text in texts.items():
         write_text(folder / name, text)
-    named |= {file.name: file for file in (_file_record(folder, CARD), _file_record(folder, RECORD), *drawn)}
+    named |= {file.name: file for file in (file_record(folder, CARD), file_record(folder, RECORD), *drawn)}
     lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
     write_text(folder / SUMS, "".join(lines))
     return packed_folder(folder, record, {name: file.sha256 for name, file in sorted(named.items())})
-
-
-def _file_record(folder: Path, name: str) -> FileRecord:
-    return FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))

@@ -18,7 +18,6 @@ from quantool.runtime.worker import Report
 from quantool.validation._engines.vocabulary import UnloadableError
 from quantool.validation._files.gguf_blocks import StoredTensor, alike, inspect
 
-SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf$")  # common/download.cpp
 MATRIX_FILE = "quantize.imatrix.file"
 TWINS = ("token_embd.weight", "output.weight")
 LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")

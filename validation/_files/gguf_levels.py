@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantool.formats.gguf_header import SHARD
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
-from quantool.validation._files.gguf_file import SHARD, Header, InspectedTensor
+from quantool.validation._files.gguf_file import Header, InspectedTensor
 from quantool.validation._findings.builder import FindingBuilder, some
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
