@@ -102,13 +102,19 @@ def _attempt(
         finally:
             os.close(write_end)
         stack.callback(child.kill)
+        stack.callback(_close, child.stdin)
         _send(child.stdin, request)
         return _listen(events, bar, failure), child.wait()
 
 
 def _send(stdin: IO[bytes], request: Mapping[str, Any]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # a child that died at once: its exit is reported below
+    with contextlib.suppress(BrokenPipeError), stdin:  # a child that died at once: its exit is reported below
         stdin.write(json.dumps(request).encode())
+
+
+def _close(stdin: IO[bytes]) -> None:
+    """Close the pipe of a child whose request was interrupted."""
+    with contextlib.suppress(BrokenPipeError):
         stdin.close()
 
 

@@ -52,12 +52,24 @@ class Run:
         return quantool(command, str(self.file), *words, cache=self.cache)
 
     def finish(self, *words: str, command: str = "run") -> Ended:
+        before = self._logs()
         with self.start(*words, command=command) as child:
             try:
                 out, err = child.communicate(timeout=PATIENCE)
             finally:
                 child.kill()
-        return Ended(child.returncode, out, err)
+        stages = sorted(stem for stem, size in self._logs().items() if before.get(stem) != size)
+        return Ended(child.returncode, out, err, stages)
+
+    def _logs(self) -> dict[str, int]:
+        """Bytes that converter, quantizer and scoring have printed, by the stem of the log."""
+        return {
+            path.stem: path.stat().st_size
+            for path in (self.output / "logs").glob("*.log")
+            if path.stem == "converter"
+            or path.stem.startswith("quantize-")
+            or path.stem.endswith("perplexity")
+        }
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,8 @@ class Ended:
     code: int
     out: str
     err: str
-
-    @property
-    def stages(self) -> list[str]:
-        """What was worked on: the lines that announce a long stage."""
-        return [line.removesuffix(" …") for line in self.err.splitlines() if line.endswith(" …")]
+    stages: list[str]
+    """The long stages that were worked on, by their logs."""
 
 
 def quantool(*words: str, cache: Path) -> subprocess.Popen[str]:

@@ -88,7 +88,7 @@ def test_added_level_is_the_only_one_made(copied: Run) -> None:
     before = {name: stamp for name, stamp in stamps(copied).items() if not OF_ALL_LEVELS.fullmatch(name)}
     ended = more.finish()
     assert ended.code == 0, ended.err
-    assert ended.stages == ["quantize Q5_K_S", "score gguf/Q5_K_S"]
+    assert ended.stages == ["gguf-Q5_K_S.perplexity", "quantize-Q5_K_S"]
     assert stamps(more).items() >= before.items()
     assert "tiny-5.2M-chat-Q5_K_S.gguf" in (more.folder / "SHA256SUMS").read_text()
 
@@ -97,7 +97,11 @@ def test_changed_option_remakes_the_levels_and_not_the_base(copied: Run) -> None
     options = chat()["quantization_config"] | {"tensor_types": {"ffn_down": "q8_0"}}
     ended = changed(copied, copied.output, quantization_config=options).finish()
     assert ended.code == 0, ended.err
-    assert ended.stages == ["quantize Q8_0", "quantize Q4_K_M", "score gguf/Q8_0, gguf/Q4_K_M"]
+    assert ended.stages == [
+        "gguf-Q4_K_M.perplexity",
+        "quantize-Q4_K_M",
+        "quantize-Q8_0",
+    ]  # Q8_0 has the same bytes
 
 
 def test_damaged_files_are_made_again(undisturbed: Run, copied: Run) -> None:
@@ -106,7 +110,7 @@ def test_damaged_files_are_made_again(undisturbed: Run, copied: Run) -> None:
     (copied.folder / Q4).unlink()
     ended = copied.finish()
     assert ended.code == 0, ended.err
-    assert ended.stages == ["quantize Q8_0", "quantize Q4_K_M"]  # the same bytes: their scores hold
+    assert ended.stages == ["quantize-Q4_K_M", "quantize-Q8_0"]  # the same bytes: their scores hold
     assert contents(copied) == contents(undisturbed)
 
 
@@ -116,7 +120,7 @@ def test_lost_base_is_made_again_only_when_a_level_needs_it(undisturbed: Run, co
     assert copied.finish().stages == []
     (copied.folder / Q8).unlink()
     ended = copied.finish()
-    assert ended.stages == ["convert to F16", "quantize Q8_0", "score gguf/Q8_0"]
+    assert ended.stages == ["converter", "gguf-Q8_0.perplexity", "quantize-Q8_0"]
     assert contents(copied) == contents(undisturbed)
     assert not {Q4, MATRIX} & {
         Path(name).name for name, stamp in stamps(copied).items() if before.get(name) != stamp
