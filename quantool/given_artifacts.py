@@ -46,12 +46,12 @@ def _is_model(file: Path) -> bool:
     return not any(part in file.name for part in NO_MODELS) and (shard is None or int(shard["number"]) == 1)
 
 
-def engine_for(asked: str | None, native: str) -> str:
+def engine_for(wanted: str | None, native: str) -> str:
     """The engine to judge with: what the artifact is made for, or vLLM in the place of transformers."""
     fitting = [native, "vllm"] if native == "transformers" else [native]
-    if asked is not None and asked not in fitting:
-        raise ConfigError(f"--engine {asked} cannot load this artifact; {' and '.join(fitting)} can")
-    return asked or native
+    if wanted is not None and wanted not in fitting:
+        raise ConfigError(f"--engine {wanted} cannot load this artifact; {' and '.join(fitting)} can")
+    return wanted or native
 
 
 def artifact_of(path: Path, level: str | None = None) -> tuple[Artifact, str]:
@@ -88,7 +88,11 @@ def _recorded(folder: Path, names: list[str]) -> str | None:
         return None
     try:
         made = [report["artifact"] for report in read_json(record)["reports"]]
-        levels = [str(one["level"]) for one in made if {*names} <= {file["name"] for file in one["files"]}]
+        levels = [
+            str(artifact["level"])
+            for artifact in made
+            if {*names} <= {file["name"] for file in artifact["files"]}
+        ]
     except (SourceError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{record} is damaged ({type(error).__name__}: {brief(str(error), 200)})",

@@ -88,7 +88,7 @@ def _kept(check: Check, case: Case, artifact: Artifact) -> dict[str, Any] | None
     What depends on a text that may have changed unseen (a data set on the Hub) is measured again, unless the artifact
     was uploaded and deleted after it was judged.
     """
-    if not depends_of(check).known(case.config) and not preupload.missing(artifact):
+    if not depends_of(check).is_traceable(case.config) and not preupload.missing(artifact):
         return None
     return case.workspace.recall(_stage(check, case), findings_key(check, case, artifact))
 

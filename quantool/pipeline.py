@@ -295,17 +295,17 @@ def validate(
             source = scan_source(source, workspace, progress)
         cases = [
             Case(
-                _loaded(one, engine),
+                _loaded(artifact, engine),
                 engine,
-                f"given/{_loaded(one, engine).name}",
+                f"given/{_loaded(artifact, engine).name}",
                 source,
                 config,
                 gates,
                 workspace,
                 base=base,
-                files=one.files,
+                files=artifact.files,
             )
-            for one, gates in zip(artifacts, limits, strict=True)
+            for artifact, gates in zip(artifacts, limits, strict=True)
         ]
         counted = [judged_by(artifact, engine, source.facts.parameters) for artifact in artifacts]
         reports = judging.judge(cases, counted, progress)

@@ -190,7 +190,7 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
                 log=workspace.logs / "converter.log",
                 bar=bar,
             )
-            load(Path(result["files"][0]), workspace.logs / "converter.log")
+            require_loadable(Path(result["files"][0]), workspace.logs / "converter.log")
             names = [Path(file).name for file in result["files"]]
         return [folder / name for name in names], {"files": names}
 
@@ -198,7 +198,7 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
     return folder / result["files"][0], key
 
 
-def load(path: Path, log: Path) -> None:
+def require_loadable(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
 

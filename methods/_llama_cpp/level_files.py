@@ -35,7 +35,7 @@ def write_level(
         return _split(job, request, names, job.workspace.work / f"split-{key[:32]}", limit, log, progress)
     with written(job.folder / names[0]) as part:
         remarks = _quantize(job, request | {"output": str(part)}, log, progress)
-        base_file.load(part, log)
+        base_file.require_loadable(part, log)
     return remarks
 
 
@@ -58,7 +58,7 @@ def _keep_split(
         part.mkdir()
         prefix = part / names[0].rpartition("-00001-of-")[0]
         remarks = _quantize(job, request | {"output": str(prefix)}, log, progress)
-        base_file.load(part / names[0], log)
+        base_file.require_loadable(part / names[0], log)
     _deliver(job, folder, names)
     return remarks
 
@@ -95,7 +95,7 @@ def _split(
         with progress.bar(f"split {job.output.level}", "B") as bar:
             process.call(split.split, parts, log=log, bar=bar)
     try:
-        base_file.load(folder / names[0], log)
+        base_file.require_loadable(folder / names[0], log)
     except QuantizationError:
         shutil.rmtree(folder)  # nothing to go on with
         raise

@@ -27,7 +27,7 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
     a path of this machine.
     """
     folders = []
-    places = {
+    machine_folders = {
         "the output folder": workspace.root,
         "the checkpoint's folder": plan.source.folder,
         "the working folder": Path.cwd(),
@@ -38,7 +38,7 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
         plots = draw(own, folder, repo, workspace)
-        folders.append(_pack_folder(plan, outputs, own, plots, folder, places))
+        folders.append(_pack_folder(plan, outputs, own, plots, folder, machine_folders))
     return tuple(folders)
 
 
@@ -48,7 +48,7 @@ def _pack_folder(
     reports: Sequence[Report],
     plots: Sequence[str],
     folder: Path,
-    places: Mapping[str, Path],
+    machine_folders: Mapping[str, Path],
 ) -> PackedFolder:
     drawn = [file_record(folder, name) for name in plots]
     record: dict[str, Any] = {
@@ -63,7 +63,7 @@ def _pack_folder(
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
-    refuse_leaks(folder, named, texts, places, plan.source.folder)
+    refuse_leaks(folder, named, texts, machine_folders, plan.source.folder)
     for name, text in texts.items():
         write_text(folder / name, text)
     named |= {file.name: file for file in (file_record(folder, CARD), file_record(folder, RECORD), *drawn)}

@@ -83,7 +83,7 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
     absent = [name for name in absent if name not in planned]
     if absent:
         problems.append(f"planned and not there: {some(absent)}")
-    bits = 8 * sum(one.bytes for one in stored.values()) / case.source.facts.parameters
+    bits = 8 * sum(tensor.bytes for tensor in stored.values()) / case.source.facts.parameters
     wanted = case.output.bits_per_weight
     if wanted is not None and not math.isclose(bits, wanted, rel_tol=BITS):
         problems.append(f"{bits:.5g} bits a weight, {wanted:.5g} were planned")

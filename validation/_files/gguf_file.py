@@ -78,7 +78,9 @@ def read(case: Case, shards: Sequence[str]) -> Header:
         found = call(read_headers, request, log=log)
     except QuantizationError as error:
         raise UnloadableError(f"llama.cpp: {error.message}", case) from error
-    tensors = tuple(InspectedTensor(**one | {"shape": tuple(one["shape"])}) for one in found.pop("tensors"))
+    tensors = tuple(
+        InspectedTensor(**fields | {"shape": tuple(fields["shape"])}) for fields in found.pop("tensors")
+    )
     return Header(
         **found | {"tensors": tensors, "levels": tuple(found["levels"]), "broken": tuple(found["broken"])}
     )
