@@ -71,14 +71,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
-    hashed = all(file.sha256 for file in source.files)
-    done = (
-        hashed
-        and request.workspace.recall(f"base-{kind}", base_file.base_key(source, options, kind)) is not None
-    )
-    stage = StagePlan(
-        name=f"base-{kind}", writes=sum(sizes), peak_ram=base_file.export_ram(source), done=done
-    )
+    stage = base_file.base_stage(request, options, kind, sum(sizes))
     output = OutputPlan(
         id=f"fp16/{level}",
         method="fp16",
@@ -89,10 +82,10 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         repo_id=request.repo_id,
         files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
         bits_per_weight=dry_run.bits_per_weight(rehearsal, types),
-        peak_ram=base_file.export_ram(source),
+        peak_ram=stage.peak_ram,
         gates=request.gates(level),
         needs=("base",),
-        done=done
+        done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
     return output, stage, dry_run.space_note(rehearsal)

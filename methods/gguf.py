@@ -247,11 +247,7 @@ def _stages(
 ) -> tuple[StagePlan, ...]:
     source, workspace = request.source, request.workspace
     base_bytes = sum(dry_run.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
-    hashed = all(file.sha256 for file in source.files)
-    done = hashed and workspace.recall(f"base-{kind}", base_file.base_key(source, options, kind)) is not None
-    stages = [
-        StagePlan(name=f"base-{kind}", writes=base_bytes, peak_ram=base_file.export_ram(source), done=done)
-    ]
+    stages = [base_file.base_stage(request, options, kind, base_bytes)]
     if options.imatrix is True:
         logits = 4 * source.facts.vocabulary * imatrix.IMATRIX_CONTEXT * LOGITS_WINDOWS
         columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())

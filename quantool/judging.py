@@ -33,6 +33,8 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
     with progress.step(effort.COMPARE):
         for check in checks:
             waiting = [case for case, known in zip(cases, kept, strict=True) if known[check.name] is None]
+            if check.require is not None and waiting:
+                check.require(waiting[0].config, waiting[0].source)
             if check.prepare is not None and waiting:
                 started = time.monotonic()
                 check.prepare(waiting, progress)

@@ -88,15 +88,8 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
         )
 
 
-def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
-    """Refuse tasks before anything is judged."""
-    del progress
-    require(cases[0].config, cases[0].source)
-
-
 @check(
     NAME,
-    prepare=prepare,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(_documents,)),
 )

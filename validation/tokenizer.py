@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantool.config.schema import Corpus
+from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
@@ -30,7 +31,7 @@ from quantool.validation._engines.vocabulary import (
     explain,
     of_gguf,
 )
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "tokenizer"
 BUILD = FindingBuilder(NAME)

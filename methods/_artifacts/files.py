@@ -51,12 +51,8 @@ def _outdated(job: Job, fresh: set[Path]) -> list[Path]:
         for path in paths
         if path.is_relative_to(job.folder)
         and path not in fresh
-        and (stage == job.output.id or _is_weights(path.name))
+        and (stage == job.output.id or path.name.endswith((INDEX, ".safetensors")))
     )
-
-
-def _is_weights(name: str) -> bool:
-    return name == INDEX or name.endswith(".safetensors")
 
 
 def _refuse_strays(folder: Path) -> None:

@@ -12,9 +12,9 @@ from quantool import __version__
 from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
-from quantool.plugins.contract import Job, Options
+from quantool.plugins.contract import Job, Options, Request
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import Source, sha256_of
+from quantool.records import Source, StagePlan, sha256_of
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text, written
@@ -196,6 +196,19 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
 
     result = workspace.stage(f"base-{kind}", key, produce)
     return folder / result["files"][0], key
+
+
+def is_converted(request: Request, options: GgufOptions, kind: str) -> bool:
+    """Whether an earlier run left the converted file; not known while the weights have not been hashed."""
+    source = request.source
+    hashed = all(file.sha256 for file in source.files)
+    return hashed and request.workspace.recall(f"base-{kind}", base_key(source, options, kind)) is not None
+
+
+def base_stage(request: Request, options: GgufOptions, kind: str, size: int) -> StagePlan:
+    """The step that converts, which writes ``size`` bytes."""
+    done = is_converted(request, options, kind)
+    return StagePlan(name=f"base-{kind}", writes=size, peak_ram=export_ram(request.source), done=done)
 
 
 def require_loadable(path: Path, log: Path) -> None:

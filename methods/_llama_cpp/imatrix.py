@@ -88,8 +88,7 @@ def matrix(
 
 def _text_key(config: Config, source: Source) -> str:
     """The key of the calibration ids: weights do not change them."""
-    small = tuple(file for file in source.files if not file.name.endswith(".safetensors"))
-    return key_of(TEXT, source.model_copy(update={"files": small}), IMATRIX_CONTEXT, config=config)
+    return key_of(TEXT, source.without_weights(), IMATRIX_CONTEXT, config=config)
 
 
 def _matrix_key(config: Config, source: Source, base_key: str, ids: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from quantool.config.errors import KeyPath, Mistake, explain, models_at, show, suggest
-from quantool.errors import ConfigError, DependencyError, QuantoolError
+from quantool.errors import ConfigError, DependencyError
 from quantool.gates import ALL_LEVELS
 from quantool.records import Record
 
@@ -100,7 +100,8 @@ def methods(data: dict[str, Any], homes: Homes, catalogue: Catalogue) -> MethodS
             found = catalogue.find_method(entry["method"])
             known = list(found.levels())
         except (ConfigError, DependencyError) as error:
-            mistakes.append(Mistake((*path, "method"), _sentence(error)))
+            text = "; ".join(filter(None, (error.message, error.hint)))
+            mistakes.append(Mistake((*path, "method"), text))
             if isinstance(error, DependencyError):
                 missing.append(error)
             levels = None
@@ -181,10 +182,6 @@ def _entries(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
         for index, entry in enumerate(listed):
             if isinstance(entry, dict):
                 yield ("quantizations", index), entry
-
-
-def _sentence(error: QuantoolError) -> str:
-    return f"{error.message}; {error.hint}" if error.hint else error.message
 
 
 def _levels(

@@ -45,6 +45,8 @@ UINT32 = (4).to_bytes(4, "little")
 SHARD = re.compile(
     r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf$"
 )  # src/llama.cpp: llama_split_path
+SIDECARS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+"""What the name of a GGUF holds that is no model by itself (llama.cpp 0c1e570, common/download.cpp)."""
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 

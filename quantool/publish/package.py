@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantool.card.card import write_card
 from quantool.card.redact import published
-from quantool.publish.failed_notice import with_notice
 from quantool.publish.leaks import refuse_leaks
-from quantool.publish.packed_folder import CARD, RECORD, SUMS, PackedFolder, packed_folder
-from quantool.records import OutputPlan, Plan, Report, file_record
+from quantool.publish.packed_folder import CARD, NOTICE, RECORD, SUMS, PackedFolder, packed_folder
+from quantool.records import OutputPlan, Plan, Report, Verdict, file_record
+from quantool.report.finding_text import failures
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
 
 __all__ = ["SUMS", "pack"]
+
+TITLE = re.compile(r"\A(---\n.*?\n---\n)?\s*(# [^\n]*\n)?", re.DOTALL)
 
 
 def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[PackedFolder, ...]:
@@ -70,3 +73,20 @@ def _pack_folder(
     lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
     write_text(folder / SUMS, "".join(lines))
     return packed_folder(folder, record, {name: file.sha256 for name, file in sorted(named.items())})
+
+
+def with_notice(card: str, reports: Sequence[Report]) -> str:
+    """The card with a section on what did not pass, after its title; unchanged when everything passed."""
+    failed = [report for report in reports if report.verdict() is not Verdict.PASS]
+    if not failed:
+        return card
+    unjudged = [
+        f"{report.artifact.level}: nothing was judged"
+        for report in failed
+        if report.verdict() is Verdict.SKIPPED
+    ]
+    listed = "\n".join(f"- {line}" for line in (*failures(failed), *unjudged))
+    section = f"{NOTICE}\n\nThese artifacts did not pass their checks; only `--allow-regression` publishes them:\n\n{listed}\n"
+    title = TITLE.match(card)
+    end = title.end() if title else 0
+    return f"{card[:end]}\n{section}\n{card[end:].lstrip()}"

@@ -94,7 +94,7 @@ def as_markdown(
         f"Reference: {references}\n",
         markdown(HEADINGS, [columns(report) for report in reports]),
         *_failed(reports),
-        *(["## Figures by corpus\n", corpora(reports)] if any(map(_has_figures, reports)) else []),
+        *(["## Figures by corpus\n", corpora(reports)] if any(r.find("perplexity") for r in reports) else []),
         *losses(reports),
         *(line for path, names in plots.items() for line in pictures(names, path)),
     ]
@@ -118,10 +118,6 @@ def _failed(reports: Sequence[Report]) -> list[str]:
     text = "\n\n".join(["\n".join(lines), *details])
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [f"## What failed\n\n{fence}text\n{text}\n{fence}\n"]
-
-
-def _has_figures(report: Report) -> bool:
-    return report.find("perplexity") is not None
 
 
 def as_junit(reports: Sequence[Report], absent: Mapping[str, str]) -> str:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from quantool.formats.safetensors import INDEX, TensorHeader
+from quantool.formats.safetensors import INDEX, TensorHeader, some
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 OWN = ("config.json", INDEX)
 TEMPLATE = "chat_template.jinja"

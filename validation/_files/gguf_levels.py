@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantool.formats.gguf_header import SHARD
+from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
 from quantool.validation._files.gguf_file import Header, InspectedTensor
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
 HEADROOM = 2.6

@@ -11,11 +11,12 @@ from typing import Any
 from quantool.errors import SourceError
 from quantool.formats.gguf_keys import COMMIT, UNREAD, WEIGHTS, weights_sha256
 from quantool.formats.json_file import read_json
+from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.validation._files.gguf_file import MATRIX_FILE, Header
 from quantool.validation._files.gguf_levels import FLOATS, class_of, is_matrix, options_of
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 DATASET, ENTRIES, CHUNKS = (f"quantize.imatrix.{key}" for key in ("dataset", "entries_count", "chunks_count"))
 LONGEST = 127

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantool.formats.safetensors import BITS, TensorHeader
+from quantool.formats.safetensors import BITS, TensorHeader, some
 from quantool.records import Finding
 from quantool.validation._files.modules import Numbers
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 if TYPE_CHECKING:
     import numpy as np
