@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantool.formats.gguf_header import present_shards
 from quantool.runtime.llama_cpp import LlamaLog
 from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
@@ -141,9 +142,7 @@ def grouped(members: Sequence[_Member], base: _Member | None, *, gpu: bool) -> l
 
 def weight_of(path: Path) -> int:
     """Bytes of a GGUF file with all its shards; 0 when it is not there."""
-    stem, _, total = path.stem.rpartition("-00001-of-")
-    pattern = f"{stem}-?????-of-{total}.gguf" if stem else path.name
-    return sum(file.stat().st_size for file in path.parent.glob(pattern))
+    return sum(file.stat().st_size for file in present_shards(path))
 
 
 def available(*, gpu: bool) -> int:
