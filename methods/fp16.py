@@ -14,9 +14,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, enc
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
     copy_companions,
-    file_records,
     need_disk,
-    place,
     relative_files,
 )
 from quantool.methods._llama_cpp import base_file, dry_run
@@ -24,9 +22,10 @@ from quantool.methods._safetensors import cast
 from quantool.methods._safetensors.cast import cast_tensors
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan
+from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, file_record
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
+from quantool.runtime.workspace import link_file
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 
@@ -72,14 +71,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
-    hashed = all(file.sha256 for file in source.files)
-    done = (
-        hashed
-        and request.workspace.recall(f"base-{kind}", base_file.base_key(source, options, kind)) is not None
-    )
-    stage = StagePlan(
-        name=f"base-{kind}", writes=sum(sizes), peak_ram=base_file.export_ram(source), done=done
-    )
+    stage = base_file.base_stage(request, options, kind, sum(sizes))
     output = OutputPlan(
         id=f"fp16/{level}",
         method="fp16",
@@ -90,10 +82,10 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         repo_id=request.repo_id,
         files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
         bits_per_weight=dry_run.bits_per_weight(rehearsal, types),
-        peak_ram=base_file.export_ram(source),
+        peak_ram=stage.peak_ram,
         gates=request.gates(level),
         needs=("base",),
-        done=done
+        done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
     return output, stage, dry_run.space_note(rehearsal)
@@ -159,7 +151,7 @@ def _export_gguf(job: Job, options: Options, progress: Progress) -> Artifact:
     base, _ = base_file.base(job, options, kind, progress)
     for number, name in enumerate(names):
         made = shard_names("base.gguf", len(names))[number]
-        place(base.with_name(made), job.folder / name)
+        link_file(base.with_name(made), job.folder / name)
     return _finish(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
 
 
@@ -203,7 +195,7 @@ def _finish(job: Job, key: str, names: list[str], started: float, details: dict[
         method="fp16",
         level=job.output.level,
         folder=job.folder,
-        files=file_records(job.folder, names),
+        files=tuple(file_record(job.folder, name) for name in names),
         bits_per_weight=job.output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,
         details=details,

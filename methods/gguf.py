@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
-from quantool.methods._artifacts.files import file_records, need_disk
+from quantool.methods._artifacts.files import need_disk
 from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -24,6 +24,7 @@ from quantool.records import (
     PlannedFile,
     Source,
     StagePlan,
+    file_record,
     fingerprint,
 )
 from quantool.runtime import process, toolchain
@@ -246,11 +247,7 @@ def _stages(
 ) -> tuple[StagePlan, ...]:
     source, workspace = request.source, request.workspace
     base_bytes = sum(dry_run.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
-    hashed = all(file.sha256 for file in source.files)
-    done = hashed and workspace.recall(f"base-{kind}", base_file.base_key(source, options, kind)) is not None
-    stages = [
-        StagePlan(name=f"base-{kind}", writes=base_bytes, peak_ram=base_file.export_ram(source), done=done)
-    ]
+    stages = [base_file.base_stage(request, options, kind, base_bytes)]
     if options.imatrix is True:
         logits = 4 * source.facts.vocabulary * imatrix.IMATRIX_CONTEXT * LOGITS_WINDOWS
         columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())
@@ -296,7 +293,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         method="gguf",
         level=output.level,
         folder=job.folder,
-        files=file_records(job.folder, names),
+        files=tuple(file_record(job.folder, name) for name in names),
         shared=(matrix[0],) if matrix else (),
         bits_per_weight=output.bits_per_weight or 0.0,
         seconds=time.monotonic() - started,

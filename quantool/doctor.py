@@ -34,7 +34,7 @@ def examine() -> dict[str, str]:
     found["chat template engine"] = _template_engine()
     found["accelerator"] = _accelerator()
     found["cores"] = str(os.cpu_count())
-    found["memory"] = _memory()
+    found["memory"] = amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "B")
     found["disk here"] = f"{amount(shutil.disk_usage(Path.cwd()).free, 'B')} free"
     found["cache"] = str(toolchain.cache_folder())
     found["hub token"] = _token()
@@ -65,10 +65,6 @@ def _accelerator() -> str:
         text = (card / "information").read_text(encoding="utf-8", errors="replace")
         names += [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Model")]
     return ", ".join(names) or "none"
-
-
-def _memory() -> str:
-    return amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "B")
 
 
 def _token() -> str:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from quantool.config.load import load
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
-from quantool.formats.gguf_header import SHARD, GgufHeader, read_shards
+from quantool.formats.gguf_header import SHARD, SIDECARS, GgufTensor, read_shards
 from quantool.formats.json_file import read_json
-from quantool.formats.safetensors import check_index
+from quantool.formats.safetensors import TensorHeader, check_index
 from quantool.plugins import find
-from quantool.records import Artifact, FileRecord, sha256_of
+from quantool.records import Artifact, file_record
 
 # docs/gguf.md of ggml: ...-<Encoding>[-00001-of-00009].gguf
 ENCODING = re.compile(r"(?:^|[-._])(?P<level>[A-Za-z]{0,5}\d?[A-Za-z]*\d+(?:_[A-Za-z0-9]+)*)$")
 RECORD = "quantool.json"
 MOST_TEXT = 200
-NO_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")  # common/download.cpp
+"""Characters of a reader's words that a message repeats."""
 
 
 def artifacts_of(path: Path, level: str | None = None) -> list[tuple[Artifact, str]]:
@@ -44,15 +44,15 @@ def artifacts_of(path: Path, level: str | None = None) -> list[tuple[Artifact, s
 def _is_model(file: Path) -> bool:
     """As llama.cpp's common/download.cpp has it; of a model in shards, the first stands for all."""
     shard = SHARD.match(file.name)
-    return not any(part in file.name for part in NO_MODELS) and (shard is None or int(shard["number"]) == 1)
+    return not any(mark in file.name for mark in SIDECARS) and (shard is None or int(shard["number"]) == 1)
 
 
-def engine_for(asked: str | None, native: str) -> str:
+def engine_for(wanted: str | None, native: str) -> str:
     """The engine to judge with: what the artifact is made for, or vLLM in the place of transformers."""
     fitting = [native, "vllm"] if native == "transformers" else [native]
-    if asked is not None and asked not in fitting:
-        raise ConfigError(f"--engine {asked} cannot load this artifact; {' and '.join(fitting)} can")
-    return asked or native
+    if wanted is not None and wanted not in fitting:
+        raise ConfigError(f"--engine {wanted} cannot load this artifact; {' and '.join(fitting)} can")
+    return wanted or native
 
 
 def artifact_of(path: Path, level: str | None = None) -> tuple[Artifact, str]:
@@ -64,14 +64,17 @@ def artifact_of(path: Path, level: str | None = None) -> tuple[Artifact, str]:
     if path.suffix == ".gguf" and path.is_file():
         headers = read_shards(path)
         names = [header.path.name for header in headers]
+        tensors = [tensor for header in headers for tensor in header.tensors]
         shard = SHARD.match(path.name)
         level = level or _recorded(path.parent, names) or _level(shard["stem"] if shard else path.stem)
-        return _artifact(path.parent, names, level, _bits_of_gguf(path, headers)), "llama.cpp"
+        return _artifact(path.parent, names, level, _bits_per_weight(path, tensors)), "llama.cpp"
     if (path / "config.json").is_file():
         names = [name for name in _files(path) if not any(part.startswith(".") for part in Path(name).parts)]
         weights = [name for name in names if name.endswith(".safetensors")]
         level = level or _recorded(path, weights) or _level(path.name)
-        return _artifact(path, names, level, _bits_of_checkpoint(path)), "transformers"
+        return _artifact(
+            path, names, level, _bits_per_weight(path, check_index(path).values())
+        ), "transformers"
     raise ConfigError(
         f"{path} is no artifact" if path.exists() else f"{path} does not exist",
         hint="give a .gguf file, a folder with .gguf files, or one with config.json and safetensors",
@@ -89,7 +92,11 @@ def _recorded(folder: Path, names: list[str]) -> str | None:
         return None
     try:
         made = [report["artifact"] for report in read_json(record)["reports"]]
-        levels = [str(one["level"]) for one in made if {*names} <= {file["name"] for file in one["files"]}]
+        levels = [
+            str(artifact["level"])
+            for artifact in made
+            if {*names} <= {file["name"] for file in artifact["files"]}
+        ]
     except (SourceError, ValueError, LookupError, TypeError, AttributeError) as error:
         unread = isinstance(error, SourceError)  # it names the file
         reason = str(error).removeprefix(f"{record}: ") if unread else f"{type(error).__name__}: {error}"
@@ -108,32 +115,21 @@ def _level(stem: str) -> str:
 
 
 def _artifact(folder: Path, names: list[str], level: str, bits: float) -> Artifact:
-    files = tuple(
-        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-        for name in names
-    )
     return Artifact(
         output=f"given/{level}",
         method="given",
         level=level,
         folder=folder,
-        files=files,
+        files=tuple(file_record(folder, name) for name in names),
         bits_per_weight=bits,
         seconds=0.0,
     )
 
 
-def _bits_of_gguf(path: Path, headers: Sequence[GgufHeader]) -> float:
+def _bits_per_weight(path: Path, tensors: Collection[GgufTensor | TensorHeader]) -> float:
     """Bits of tensor data per weight."""
-    tensors = [tensor for header in headers for tensor in header.tensors]
     if not tensors:
         raise SourceError(f"{path} holds no tensors")
-    return 8 * sum(tensor.bytes for tensor in tensors) / sum(tensor.elements for tensor in tensors)
-
-
-def _bits_of_checkpoint(folder: Path) -> float:
-    """Bits of tensor data per weight."""
-    tensors = check_index(folder).values()
     return 8 * sum(tensor.bytes for tensor in tensors) / sum(tensor.elements for tensor in tensors)
 
 

@@ -33,6 +33,8 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
     with progress.step(effort.COMPARE):
         for check in checks:
             waiting = [case for case, known in zip(cases, kept, strict=True) if known[check.name] is None]
+            if check.require is not None and waiting:
+                check.require(waiting[0].config, waiting[0].source)
             if check.prepare is not None and waiting:
                 started = time.monotonic()
                 check.prepare(waiting, progress)
@@ -88,7 +90,7 @@ def _kept(check: Check, case: Case, artifact: Artifact) -> dict[str, Any] | None
     What depends on a text that may have changed unseen (a data set on the Hub) is measured again, unless the artifact
     was uploaded and deleted after it was judged.
     """
-    if not depends_of(check).known(case.config) and not preupload.missing(artifact):
+    if not depends_of(check).is_traceable(case.config) and not preupload.missing(artifact):
         return None
     return case.workspace.recall(_stage(check, case), findings_key(check, case, artifact))
 

@@ -40,7 +40,7 @@ from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import Workspace, place, write_text
+from quantool.runtime.workspace import Workspace, link_file, write_text
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import forget_scan, recall_scan, scan_source
 
@@ -231,7 +231,9 @@ def _make(
         artifact = method.quantize(job, options, progress)
     if artifact.folder.name != output.repo:  # recalled; it was made for another repository
         for file in (*artifact.files, *artifact.shared):
-            place(workspace.root / artifact.folder.name / file.name, job.folder / file.name)
+            earlier = workspace.root / artifact.folder.name / file.name
+            if earlier.is_file():
+                link_file(earlier, job.folder / file.name)
     artifact = artifact.model_copy(update={"folder": job.folder})  # the output folder may have been moved
     write_text(judging.record_path(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
     return artifact
@@ -280,7 +282,7 @@ def validate(
     progress: Progress,
     base: Path | None = None,
 ) -> tuple[Report, ...]:
-    """Judge artifacts that somebody plan, against ``config.model_id``, working in ``config.output_path``.
+    """Judge artifacts that somebody made, against ``config.model_id``, working in ``config.output_path``.
 
     ``limits`` are the gates of each. ``base`` is the unquantized GGUF that they were made from: with it, damage done
     by the conversion is told apart.
@@ -293,17 +295,17 @@ def validate(
             source = scan_source(source, workspace, progress)
         cases = [
             Case(
-                _loaded(one, engine),
+                _loaded(artifact, engine),
                 engine,
-                f"given/{_loaded(one, engine).name}",
+                f"given/{_loaded(artifact, engine).name}",
                 source,
                 config,
                 gates,
                 workspace,
                 base=base,
-                files=one.files,
+                files=artifact.files,
             )
-            for one, gates in zip(artifacts, limits, strict=True)
+            for artifact, gates in zip(artifacts, limits, strict=True)
         ]
         counted = [judged_by(artifact, engine, source.facts.parameters) for artifact in artifacts]
         reports = judging.judge(cases, counted, progress)

@@ -137,6 +137,11 @@ class Source(Record):
         own_code: dict[str, JsonValue] = {"own_code": True} if self.trust_remote_code else {}
         return {**where, **own_code, "files": entries}
 
+    def without_weights(self) -> Source:
+        """The source without its weight files: what a result depends on that only tokenizer and template decide."""
+        small = tuple(file for file in self.files if not file.name.endswith(".safetensors"))
+        return self.model_copy(update={"files": small})
+
     def label(self) -> str:
         """``id@commit`` for a Hub id, the path for a local folder."""
         return f"{self.model_id}@{self.commit}" if self.commit else self.model_id
@@ -348,6 +353,12 @@ def _plain(value: object) -> Any:
     if isinstance(value, Iterable):
         return list(value)
     raise TypeError(f"no JSON form: {value!r}")
+
+
+def file_record(folder: Path, name: str) -> FileRecord:
+    """The record of a finished file, which is read for it."""
+    path = folder / name
+    return FileRecord(name=name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def sha256_of(path: Path, chunk: int = 1 << 22) -> str:

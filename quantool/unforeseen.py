@@ -44,7 +44,14 @@ def _save(error: Exception) -> Path:
     lines = [f"quantool {__version__}, Python {sys.version.split()[0]}: {' '.join(sys.argv)}\n"]
     text = "".join([*lines, *traceback.format_exception(error), "\n"])
     workspaces = (value for frame in _frames(error) for value in frame.f_locals.values())
-    logs = next((one.logs for one in workspaces if isinstance(one, Workspace) and one.logs.is_dir()), None)
+    logs = next(
+        (
+            workspace.logs
+            for workspace in workspaces
+            if isinstance(workspace, Workspace) and workspace.logs.is_dir()
+        ),
+        None,
+    )
     if logs is not None:
         with suppress(OSError), (logs / LOG).open("a", encoding="utf-8") as file:
             file.write(text)

@@ -380,7 +380,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return tuple(reports)
 
     monkeypatch.setattr("quantool.pipeline.validate", validate)
-    monkeypatch.setattr("quantool.given_artifacts.bits_of_gguf", lambda *_: 8.0)
+    monkeypatch.setattr("quantool.given_artifacts._bits_per_weight", lambda *_: 8.0)
     (tmp_path / "a-Q8_0.gguf").write_text("0.5")
     return asked
 

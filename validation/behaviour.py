@@ -74,7 +74,7 @@ class AnswerPair:
         """Tokens that both begin with."""
         pairs = zip(self.turn(self.reference), self.turn(self.artifact), strict=False)
         return next(
-            (place for place, (one, other) in enumerate(pairs) if one != other),
+            (place for place, (theirs, ours) in enumerate(pairs) if theirs != ours),
             min(len(self.turn(self.reference)), len(self.turn(self.artifact))),
         )
 
@@ -241,7 +241,7 @@ def _judge_calls(pairs: Sequence[AnswerPair], gate: float | None) -> Finding:
     read = [
         (pair, calls(pair.reference.text), calls(pair.artifact.text)) for pair in pairs if pair.prompt.tools
     ]
-    called = [(pair, one[0], other[:1]) for pair, one, other in read if one]
+    called = [(pair, expected[0], answered[:1]) for pair, expected, answered in read if expected]
     if not called:
         detail = (
             f"the reference calls no function in {len(read)} prompts with tools, or in a format that is not known"
@@ -249,13 +249,17 @@ def _judge_calls(pairs: Sequence[AnswerPair], gate: float | None) -> Finding:
             else "there are no prompts with tools for this template"
         )
         return _share("tool_calls", 0, 0, gate, detail)
-    same = [(one, other[0]) for _, one, other in called if other and other[0].name == one.name]
-    exact = sum(one.arguments == other.arguments for one, other in same)
+    same = [
+        (expected, answered[0])
+        for _, expected, answered in called
+        if answered and answered[0].name == expected.name
+    ]
+    exact = sum(expected.arguments == answered.arguments for expected, answered in same)
     detail = f"{len(same)} of {len(called)} calls name the reference's function, {exact} with its arguments"
-    more = sum(bool(other) and not one for _, one, other in read)
+    more = sum(bool(answered) and not expected for _, expected, answered in read)
     if more:
         detail += f"; {more} calls where the reference makes none"
-    wrong = [pair for pair, one, other in called if not other or other[0].name != one.name]
+    wrong = [pair for pair, expected, answered in called if not answered or answered[0].name != expected.name]
     if wrong:
         detail += f"; {min(wrong, key=lambda pair: len(pair.prompt.question)).explain()}"
     return _share("tool_calls", len(same), len(called), gate, detail)

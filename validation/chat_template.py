@@ -77,7 +77,7 @@ def _judge(case: Case, vocabulary: Vocabulary | None) -> list[Finding]:
         texts = _judge_templates(templates, answered["facts"]["templates"])
         if (malformed := _malformed(reference)) is not None:
             return [*texts, malformed]
-        both = Renderings(conversations, reference, [first(one) for one in answered["answers"]])
+        both = Renderings(conversations, reference, [first(answer) for answer in answered["answers"]])
         bos = reference["facts"]["bos"]
         return [*texts, *_judge_renderings(both, None, bos, templates, answered["facts"]["templates"])]
     plain = {
@@ -137,9 +137,9 @@ def _by_python(
 ) -> list[Finding]:
     """llama-cpp-python against the reference; where that has a template for tools, without tools."""
     templates = reference["facts"]["templates"]
-    known = [not (WITH_TOOLS in templates and one.tools) for one in conversations]
-    chosen = [one for one, wanted in zip(conversations, known, strict=True) if wanted]
-    answers = [one for one, wanted in zip(reference["answers"], known, strict=True) if wanted]
+    known = [not (WITH_TOOLS in templates and conversation.tools) for conversation in conversations]
+    chosen = [conversation for conversation, wanted in zip(conversations, known, strict=True) if wanted]
+    answers = [answer for answer, wanted in zip(reference["answers"], known, strict=True) if wanted]
     try:
         answered = llama_cpp_python.render(case, chosen)
     except UnloadableError as error:
@@ -154,7 +154,7 @@ def _by_python(
 
 def _malformed(reference: dict[str, Any]) -> Finding | None:
     """A finding when the source's own template does not parse."""
-    if not all(one["error"].startswith(MALFORMED) for one in reference["answers"]):
+    if not all(answer["error"].startswith(MALFORMED) for answer in reference["answers"]):
         return None
     reason = f"the source's own template is malformed: {reference['answers'][0]['error']}"
     return BUILD.fail("rendered_text", reason)

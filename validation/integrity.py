@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.formats.gguf_header import SHARD, shard_names
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import check_index
 from quantool.plugins.contract import Case, check
@@ -29,7 +30,7 @@ from quantool.validation._files.companions import judge_companions
 from quantool.validation._files.companions import judge_plan as judge_folder_plan
 from quantool.validation._files.folder import Folder, judge_ignore, judge_layers
 from quantool.validation._files.folder import judge_level as judge_folder_level
-from quantool.validation._files.gguf_file import LAYER, SHARD, Header
+from quantool.validation._files.gguf_file import LAYER, Header
 from quantool.validation._files.gguf_levels import ALIASES, judge_level, judge_plan, options_of
 from quantool.validation._files.gguf_origin import judge_matrix, judge_source
 from quantool.validation._files.hub_names import LABELS, judge_names, tag_of
@@ -153,8 +154,7 @@ def _shards(artifact: Path) -> tuple[list[str], str]:
     matched = SHARD.match(artifact.name)
     if matched is None:
         return [artifact.name], ""
-    total = int(matched["total"])
-    names = [f"{matched['stem']}-{number:05d}-of-{total:05d}.gguf" for number in range(1, total + 1)]
+    names = shard_names(f"{matched['stem']}.gguf", int(matched["total"]))
     missing = [name for name in names if not (artifact.parent / name).is_file()]
     if missing:
         return names, f"missing: {', '.join(missing)}"

@@ -81,22 +81,15 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
     request = {"tasks": tasks, "include_path": str(include_path) if include_path else None}
     with tempfile.TemporaryDirectory(prefix="quantool-") as folder:  # a plan leaves nothing behind
         process.call(
-            lm_eval_worker.known,
+            lm_eval_worker.look_up_tasks,
             request,
             log=Path(folder) / "log",
             failure=ConfigError,
         )
 
 
-def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
-    """Refuse tasks before anything is judged."""
-    del progress
-    require(cases[0].config, cases[0].source)
-
-
 @check(
     NAME,
-    prepare=prepare,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(_documents,)),
 )
@@ -175,7 +168,7 @@ class SeriesPair:
 def _findings(pairs: Sequence[SeriesPair], max_drop: float, notes: Sequence[str]) -> list[Finding]:
     """One finding a metric; what is tested is tested together (``verdicts``)."""
     differences = [pair.difference() for pair in pairs]
-    concluded = iter(verdicts([one for one in differences if one is not None], max_drop))
+    concluded = iter(verdicts([difference for difference in differences if difference is not None], max_drop))
     return [
         _noted(pair, notes)
         if difference is None

@@ -55,15 +55,8 @@ def require(config: Config, source: Source) -> None:
         corpus.read(haystack, characters=1)
 
 
-def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
-    """Refuse lengths and texts before anything is judged."""
-    del progress
-    require(cases[0].config, cases[0].source)
-
-
 @check(
     NAME,
-    prepare=prepare,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
 )

@@ -181,7 +181,7 @@ class _Sequences(Sequence[Sequence[str]]):
 
     def __init__(self, words: Sequence[Sequence[str]]) -> None:
         self._words = words
-        self._counts = [max(0, len(one) - WORDS + 1) for one in words]
+        self._counts = [max(0, len(document) - WORDS + 1) for document in words]
 
     def __len__(self) -> int:
         return sum(self._counts)

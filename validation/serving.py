@@ -78,7 +78,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         what = "a folder without quantization_config" if folder.is_dir() else "a GGUF"
         reason = f"it is {what}; these are vLLM's rules for folders with one"
         return [BUILD.skip("quantization_config", reason)]
-    if promised is None or not all(scheme.known for scheme in promised.schemes):
+    if promised is None or not all(scheme.is_covered for scheme in promised.schemes):
         reason = f"quant_method {found.get('quant_method')!r} with a scheme that this check does not know"
         return [BUILD.skip("quantization_config", reason)]
     layers = modules(headers)
@@ -182,31 +182,31 @@ def _serve_autoawq(promised: Promise, group: Group, layers: Sequence[Module]) ->
 
 def _judge_fusion(served: Sequence[Served]) -> Finding:
     """Every joined module has one scheme, in the configuration and in the files."""
-    joined = [one for one in served if len(one.group.modules) > 1]
-    problems = [one.problem for one in joined if one.problem]
-    for one in joined:
-        stored = [module.quantized for module in one.group.modules]
-        if not one.problem and any(stored) and not all(stored):
-            problems.append(_partly("quantized", [module.name for module in one.group.modules], stored))
+    joined = [layer for layer in served if len(layer.group.modules) > 1]
+    problems = [layer.problem for layer in joined if layer.problem]
+    for layer in joined:
+        stored = [module.quantized for module in layer.group.modules]
+        if not layer.problem and any(stored) and not all(stored):
+            problems.append(_partly("quantized", [module.name for module in layer.group.modules], stored))
     return _finding("fused_modules", f"{len(joined)} joined", problems)
 
 
 def _judge_names(promised: Promise, served: Sequence[Served], layers: Sequence[Module]) -> Finding:
     """Targets and ignore mean the modules that the files hold, quantized or not as these are."""
     problems = []
-    for one in served:
-        for module in one.group.modules:
-            if one.problem or module.quantized == (one.scheme is not None):
+    for layer in served:
+        for module in layer.group.modules:
+            if layer.problem or module.quantized == (layer.scheme is not None):
                 continue
             if module.quantized:
                 problems.append(f"{module.name} is quantized, but vLLM would read it as full precision")
             elif not ROUTER.search(module.name):  # vLLM never quantizes these, whatever the targets
                 problems.append(f"{module.name} is not quantized, but no entry of ignore says so")
-    names = [module.name for module in layers] + [one.group.name for one in served] + [HEAD]
+    names = [module.name for module in layers] + [layer.group.name for layer in served] + [HEAD]
     if promised.method == "awq":
         lost = [part for part in promised.ignore if not any(part in name for name in names)]
     else:
-        lost = [one for one in promised.ignore if not one.startswith("re:") and one not in names]
+        lost = [entry for entry in promised.ignore if not entry.startswith("re:") and entry not in names]
         lost += [
             target for scheme in promised.schemes for target in scheme.targets if not _known(target, names)
         ]
@@ -224,13 +224,13 @@ def _judge_parts(served: Sequence[Served]) -> Finding:
     """Scales, zero points and packed weights are there, no others, in shapes that fit."""
     problems: list[str] = []
     count = 0
-    for one in served:
-        if one.scheme is None:
+    for layer in served:
+        if layer.scheme is None:
             continue
-        for module in one.group.modules:
+        for module in layer.group.modules:
             if module.quantized:
                 count += 1
-                problems += _odd_parts(one.scheme, module)
+                problems += _odd_parts(layer.scheme, module)
     return _finding("scales", f"{count} modules", problems)
 
 
@@ -262,14 +262,14 @@ def _judge_kernels(served: Sequence[Served]) -> Finding:
     """Every quantized module has a kernel in vLLM; says which, and the GPUs that run it."""
     problems: list[str] = []
     names: dict[str, list[str]] = {}
-    for one in served:
-        if one.scheme is None or not all(module.quantized for module in one.group.modules):
+    for layer in served:
+        if layer.scheme is None or not all(module.quantized for module in layer.group.modules):
             continue
-        found = kernel(one.scheme, one.group)
+        found = kernel(layer.scheme, layer.group)
         if found.problem:
-            problems.append(f"{one.group.name}: {found.problem}")
+            problems.append(f"{layer.group.name}: {found.problem}")
         else:
-            names.setdefault(f"{found.name} (compute capability {found.gpus})", []).append(one.group.name)
+            names.setdefault(f"{found.name} (compute capability {found.gpus})", []).append(layer.group.name)
     kernels = ", ".join(f"{name}: {len(those)} modules" for name, those in names.items())
     return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, kernels)
 
@@ -302,9 +302,9 @@ def _judge_splits(served: Sequence[Served], heads: Heads) -> Finding:
         why = ""
         if heads.queries % gpus or (heads.keys % gpus and gpus % heads.keys):
             why = f"{heads.queries} heads and {heads.keys} of keys cannot be shared out"
-        for one in served if not why else ():
-            if one.scheme is not None:
-                why = why or unsplittable(one.scheme, one.group, gpus, heads)
+        for layer in served if not why else ():
+            if layer.scheme is not None:
+                why = why or unsplittable(layer.scheme, layer.group, gpus, heads)
         if why:
             notes.append(f"not over {gpus}: {why}")
         else:

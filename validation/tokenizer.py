@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantool.config.schema import Corpus
+from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
@@ -30,7 +31,7 @@ from quantool.validation._engines.vocabulary import (
     explain,
     of_gguf,
 )
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "tokenizer"
 BUILD = FindingBuilder(NAME)
@@ -125,7 +126,7 @@ class TokenizedText:
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Token ids of probe texts, of text around special tokens and of each corpus; BOS of the plain path."""
     del progress  # a few seconds
-    heads = {one.name: _head(one, case) for one in corpus.corpora(case.config)}
+    heads = {entry.name: _head(entry, case) for entry in corpus.corpora(case.config)}
     texts = [*BEGINNINGS, *PROBES, *(text for head in heads.values() for text in head)]
     request = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
     reference = by_source(case, NAME, hf_tokenizer.encode, request)
@@ -149,11 +150,11 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     return [*findings, *_limits(compared)]
 
 
-def _head(one: Corpus, case: Case) -> list[ProbeText]:
+def _head(entry: Corpus, case: Case) -> list[ProbeText]:
     """The beginning of a corpus: texts, of conversations what was said in them."""
     texts: list[ProbeText] = []
     left = HEAD
-    for document in corpus.read(one, characters=HEAD, cache_dir=case.config.dataset_cache_dir):
+    for document in corpus.read(entry, characters=HEAD, cache_dir=case.config.dataset_cache_dir):
         contents = [message.get("content") for message in document.messages]
         text = document.text or "\n".join(content for content in contents if isinstance(content, str))
         texts.append(ProbeText(f"document {len(texts) + 1}", text[:left]))
@@ -243,7 +244,7 @@ def _judge_bos(beginnings: Sequence[TokenizedText], bos: int | None) -> Finding:
     if bos is None:
         return BUILD.skip("bos_count", "there is no BOS token")
     counts = [(text.found.count(bos), text.expected.count(bos), text.text.name) for text in beginnings]
-    measured, reference, name = next((one for one in counts if one[0] != one[1] or one[1] > 1), counts[0])
+    measured, reference, name = next((row for row in counts if row[0] != row[1] or row[1] > 1), counts[0])
     counted = f"BOS tokens before {name}"
     if measured == reference <= 1:
         return BUILD.fact("bos_count", measured, "", reference, note=counted)

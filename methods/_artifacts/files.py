@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from quantool.errors import DependencyError, SourceError
 from quantool.formats.safetensors import INDEX, check_index
 from quantool.plugins.contract import Job
-from quantool.records import FileRecord, Source, sha256_of
+from quantool.records import Source
 from quantool.runtime.workspace import PART, Workspace, written
 
 
@@ -51,12 +51,8 @@ def _outdated(job: Job, fresh: set[Path]) -> list[Path]:
         for path in paths
         if path.is_relative_to(job.folder)
         and path not in fresh
-        and (stage == job.output.id or _is_weights(path.name))
+        and (stage == job.output.id or path.name.endswith((INDEX, ".safetensors")))
     )
-
-
-def _is_weights(name: str) -> bool:
-    return name == INDEX or name.endswith(".safetensors")
 
 
 def _refuse_strays(folder: Path) -> None:
@@ -97,23 +93,6 @@ def move(source: Path, target: Path) -> None:
             if error.errno != errno.EXDEV:
                 raise
             shutil.copyfile(source, part)
-
-
-def place(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
-    with written(target) as part:
-        try:
-            part.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, part)
-
-
-def file_records(folder: Path, names: Iterable[str]) -> tuple[FileRecord, ...]:
-    """Size and hash of finished files."""
-    return tuple(
-        FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-        for name in names
-    )
 
 
 def need_disk(workspace: Workspace, wanted: int) -> None:

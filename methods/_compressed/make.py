@@ -12,7 +12,6 @@ from quantool.formats.safetensors_layout import arrange
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
     copy_companions,
-    file_records,
     is_companion,
     relative_files,
 )
@@ -30,7 +29,7 @@ from quantool.methods._compressed.outline import (
 )
 from quantool.methods._compressed.proof import verify
 from quantool.plugins.contract import Draft, Job, Method, method
-from quantool.records import Artifact, Source
+from quantool.records import Artifact, Source, file_record
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
@@ -87,7 +86,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
         method=recipe.method,
         level=output.level,
         folder=job.folder,
-        files=file_records(job.folder, names),
+        files=tuple(file_record(job.folder, name) for name in names),
         bits_per_weight=8 * sum(t.bytes for t in task.tensors(located)) / source.facts.parameters,
         seconds=time.monotonic() - started,
         details={

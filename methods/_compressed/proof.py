@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantool.errors import QuantizationError
-from quantool.formats.safetensors import TensorHeader, check_index
-from quantool.formats.safetensors_layout import Stored
+from quantool.formats.safetensors import check_index, some
+from quantool.formats.safetensors_layout import Stored, as_stored
 from quantool.methods._compressed.schemes import Selection
 
 BUFFERS = ("rotary_emb.inv_freq", "lm_head.weight")
@@ -23,14 +23,11 @@ def verify(folder: Path, expected: Sequence[Stored], selection: Selection, *, st
     """
     found = check_index(folder)
     wanted = {tensor.name: tensor for tensor in expected}
-    wrong = [name for name, tensor in wanted.items() if not _same(found.get(name), tensor)]
+    wrong = [name for name, tensor in wanted.items() if name not in found or as_stored(found[name]) != tensor]
     extra = [name for name in found if name not in wanted]
     if not streamed:
-        wrong = [
-            name
-            for name in wrong
-            if name in found or not name.endswith(BUFFERS) or _quantized(name, selection)
-        ]
+        layers = {layer.name for layer in selection.layers}
+        wrong = [name for name in wrong if name in found or not name.endswith(BUFFERS) or name in layers]
     if not wrong and not extra:
         return
     chosen = [layer.name.removesuffix(".weight") for layer in selection.layers]
@@ -38,29 +35,18 @@ def verify(folder: Path, expected: Sequence[Stored], selection: Selection, *, st
     spoilt = [module for module in selection.left if any(_belongs(name, module) for name in (*wrong, *extra))]
     parts = []
     if bare:
-        parts.append(f"{len(bare)} layers are not quantized as planned: {_some(bare)}")
+        parts.append(f"{len(bare)} layers are not quantized as planned: {some(bare, SHOWN)}")
     if spoilt:
-        parts.append(f"{len(spoilt)} ignored layers are not what the source has: {_some(spoilt)}")
+        parts.append(f"{len(spoilt)} ignored layers are not what the source has: {some(spoilt, SHOWN)}")
     if not parts:
-        parts.append(f"missing or changed: {_some(wrong)}; unexpected: {_some(extra)}")
+        parts.append(
+            f"missing or changed: {some(wrong, SHOWN) or 'nothing'}; unexpected: {some(extra, SHOWN) or 'nothing'}"
+        )
     raise QuantizationError(
         "the saved checkpoint is not what was planned: " + "; ".join(parts),
         hint="llmcompressor may name or place this architecture's layers otherwise; see the log",
     )
 
 
-def _same(found: TensorHeader | None, wanted: Stored) -> bool:
-    return found is not None and (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-
-
 def _belongs(name: str, module: str) -> bool:
     return name.rpartition(".")[0] == module
-
-
-def _quantized(name: str, selection: Selection) -> bool:
-    return name in {layer.name for layer in selection.layers}
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) or "nothing") + more

@@ -12,9 +12,9 @@ from quantool import __version__
 from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
-from quantool.plugins.contract import Job, Options
+from quantool.plugins.contract import Job, Options, Request
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import Source, sha256_of
+from quantool.records import Source, StagePlan, sha256_of
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text, written
@@ -190,7 +190,7 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
                 log=workspace.logs / "converter.log",
                 bar=bar,
             )
-            load(Path(result["files"][0]), workspace.logs / "converter.log")
+            require_loadable(Path(result["files"][0]), workspace.logs / "converter.log")
             names = [Path(file).name for file in result["files"]]
         return [folder / name for name in names], {"files": names}
 
@@ -198,7 +198,20 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
     return folder / result["files"][0], key
 
 
-def load(path: Path, log: Path) -> None:
+def is_converted(request: Request, options: GgufOptions, kind: str) -> bool:
+    """Whether an earlier run left the converted file; not known while the weights have not been hashed."""
+    source = request.source
+    hashed = all(file.sha256 for file in source.files)
+    return hashed and request.workspace.recall(f"base-{kind}", base_key(source, options, kind)) is not None
+
+
+def base_stage(request: Request, options: GgufOptions, kind: str, size: int) -> StagePlan:
+    """The step that converts, which writes ``size`` bytes."""
+    done = is_converted(request, options, kind)
+    return StagePlan(name=f"base-{kind}", writes=size, peak_ram=export_ram(request.source), done=done)
+
+
+def require_loadable(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
 

@@ -17,8 +17,8 @@ from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
 from quantool.formats.gguf_header import FIRST, padded, shard_names
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import write_skeleton
-from quantool.methods._llama_cpp import convert, quantize, split
-from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe
+from quantool.methods._llama_cpp import convert, split
+from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe, require_loadable
 from quantool.methods._llama_cpp.pre_tokenizer import known_names
 from quantool.records import Source, fingerprint
 from quantool.runtime import process, toolchain
@@ -131,30 +131,21 @@ def _rehearse(
         model = _with_weights(source, tensors, part / "model")
         request = conversion(source, options, kind, tools, part / "metadata.json")
         request |= {"model": str(model), "output": str(part / "header.gguf"), "rehearse": True}
-        summary = process.call(
-            convert.convert,
-            request,
-            log=log,
-            failure=SourceError,
-        )
+        summary = process.call(convert.convert, request, log=log, failure=SourceError)
         _check_rehearsal(source, summary)
         for number, file in enumerate(summary["files"]):
             data = sum(padded(t["bytes"]) for t in summary["tensors"].values() if t["shard"] == number)
             os.truncate(file, padded(summary["headers"][number]) + data)
-        _require_loadable(Path(summary["files"][0]), options, tools, log)
+        _refuse_unloadable(Path(summary["files"][0]), options, tools, log)
         shutil.rmtree(part / "model", ignore_errors=True)
         write_text(part / "summary.json", json.dumps(summary))
     log.unlink(missing_ok=True)
 
 
-def _require_loadable(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
+def _refuse_unloadable(path: Path, options: GgufOptions, tools: toolchain.Toolchain, log: Path) -> None:
     """Let llama.cpp load a rehearsed file, whose weights are a hole: vocabulary, parameters and every tensor's shape."""
     try:
-        process.call(
-            quantize.probe,
-            {"path": str(path), "vocabulary_only": False},
-            log=log,
-        )
+        require_loadable(path, log)
     except QuantizationError as error:
         name = options.pre_tokenizer
         if name and "unknown pre-tokenizer" in error.message:

@@ -12,7 +12,7 @@ from quantool.methods._llama_cpp import base_file, imatrix_collect
 from quantool.methods._llama_cpp.imatrix_file import read_matrix
 from quantool.plugins.contract import Job
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import FileRecord, Source, sha256_of
+from quantool.records import FileRecord, Source, file_record, sha256_of
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, written
@@ -81,16 +81,14 @@ def matrix(
         if not target.is_file() or sha256_of(target) != digest:
             with written(target) as part:  # no link: the user's file may change, the published one must not
                 shutil.copyfile(wanted, part)
-        record = FileRecord(name=target.name, bytes=target.stat().st_size, sha256=digest)
-        return (record, read_matrix(wanted).label), digest
+        return (file_record(job.folder, target.name), read_matrix(wanted).label), digest
     result, key = _computed(job, options, kind, target, progress)
     return (FileRecord.model_validate(result["file"]), result["label"]), key
 
 
 def _text_key(config: Config, source: Source) -> str:
     """The key of the calibration ids: weights do not change them."""
-    small = tuple(file for file in source.files if not file.name.endswith(".safetensors"))
-    return key_of(TEXT, source.model_copy(update={"files": small}), IMATRIX_CONTEXT, config=config)
+    return key_of(TEXT, source.without_weights(), IMATRIX_CONTEXT, config=config)
 
 
 def _matrix_key(config: Config, source: Source, base_key: str, ids: str) -> str:
@@ -138,8 +136,12 @@ def _computed(
             request["output"] = str(part)
             log = workspace.logs / "imatrix.log"
             result = process.call(imatrix_collect.collect, request, log=log, bar=bar)
-        file = FileRecord(name=target.name, bytes=target.stat().st_size, sha256=sha256_of(target))
-        return [target], {"file": file.model_dump(), "label": name, **text, **result}
+        return [target], {
+            "file": file_record(job.folder, target.name).model_dump(),
+            "label": name,
+            **text,
+            **result,
+        }
 
     result = workspace.stage("imatrix", key, produce)
     if not result["entries"]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError
-from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load
+from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load_gguf
 from quantool.runtime.worker import Report, preloaded
 
 MIN_BATCH = 16  # imatrix.cpp ignores smaller matrix products
@@ -199,7 +199,7 @@ def _decode(base: str, ids: NDArray[np.int32], collector: _Collector, report: Re
     with ExitStack() as stack:
         log = stack.enter_context(LlamaLog())
         try:
-            model = stack.enter_context(load(Path(base), log, gpu=gpu))
+            model = stack.enter_context(load_gguf(Path(base), log, gpu=gpu))
         except LoadError as error:
             raise QuantizationError(f"llama.cpp cannot load {Path(base).name}: {error.message}") from error
         callback = llama_cpp.ggml_backend_sched_eval_callback(collector.callback)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError
-from quantool.methods._artifacts.files import place
 from quantool.methods._llama_cpp import base_file, quantize, split
 from quantool.plugins.contract import Job
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import write_text, written
+from quantool.runtime.workspace import link_file, write_text, written
 
 WHOLE = "whole.gguf"
 
@@ -36,7 +35,7 @@ def write_level(
         return _split(job, request, names, job.workspace.work / f"split-{key[:32]}", limit, log, progress)
     with written(job.folder / names[0]) as part:
         remarks = _quantize(job, request | {"output": str(part)}, log, progress)
-        base_file.load(part, log)
+        base_file.require_loadable(part, log)
     return remarks
 
 
@@ -59,7 +58,7 @@ def _keep_split(
         part.mkdir()
         prefix = part / names[0].rpartition("-00001-of-")[0]
         remarks = _quantize(job, request | {"output": str(prefix)}, log, progress)
-        base_file.load(part / names[0], log)
+        base_file.require_loadable(part / names[0], log)
     _deliver(job, folder, names)
     return remarks
 
@@ -96,7 +95,7 @@ def _split(
         with progress.bar(f"split {job.output.level}", "B") as bar:
             process.call(split.split, parts, log=log, bar=bar)
     try:
-        base_file.load(folder / names[0], log)
+        base_file.require_loadable(folder / names[0], log)
     except QuantizationError:
         shutil.rmtree(folder)  # nothing to go on with
         raise
@@ -107,6 +106,6 @@ def _split(
 
 def _deliver(job: Job, folder: Path, names: Sequence[str]) -> None:
     for name in names:
-        place(folder / name, job.folder / name)
+        link_file(folder / name, job.folder / name)
     for name in names:
         (folder / name).unlink()

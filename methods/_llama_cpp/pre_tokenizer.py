@@ -63,7 +63,7 @@ def known_names(toolchain: Path) -> list[str]:
 def _steps(step: Any) -> list[str]:
     match step:
         case {"type": "Sequence", "pretokenizers": [*inner]}:
-            return [found for one in inner for found in _steps(one)]
+            return [found for part in inner for found in _steps(part)]
         case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}} if not step.get(
             "invert"
         ):

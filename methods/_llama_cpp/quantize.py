@@ -15,7 +15,7 @@ from typing import Any
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError, nearest
 from quantool.methods._llama_cpp.imatrix_file import read_matrix
-from quantool.runtime.llama_cpp import LlamaLog, LoadError, load
+from quantool.runtime.llama_cpp import LlamaLog, LoadError, load_gguf
 from quantool.runtime.toolchain import ggml_types
 from quantool.runtime.worker import Report
 
@@ -65,7 +65,7 @@ def probe(request: dict[str, Any], _report: Report) -> dict[str, Any]:
 
     path, vocabulary = Path(request["path"]), request["vocabulary_only"]
     try:
-        with LlamaLog() as log, load(path, log, vocabulary=vocabulary, weights=vocabulary) as model:
+        with LlamaLog() as log, load_gguf(path, log, vocabulary=vocabulary, weights=vocabulary) as model:
             return {"tokens": llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))}
     except LoadError as error:
         raise QuantizationError(f"llama.cpp cannot load {path.name}: {error.message}") from error

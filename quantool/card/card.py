@@ -69,7 +69,7 @@ def write_card(
             "sections": sections,
             "card": card,
             "repo": outputs[0].repo,
-            "repo_id": _repo_id(outputs),
+            "repo_id": next((output.repo_id for output in outputs if output.repo_id), None),
             "plan": published(plan),
             "outputs": [published(output) for output in outputs],
             "reports": [published(report) | {"verdict": str(report.verdict())} for report in reports],
@@ -77,10 +77,6 @@ def write_card(
             "sampling": sampling.model_dump(exclude_none=True),
         },
     )
-
-
-def _repo_id(outputs: Sequence[OutputPlan]) -> str | None:
-    return next((output.repo_id for output in outputs if output.repo_id), None)
 
 
 def _sections(
@@ -101,7 +97,9 @@ def _sections(
         "sampling": f"Recommended sampling: {listed(sampling)} ({_origin(plan)}).\n" if known else "",
         "files": "## Verdicts\n\n" + _files(reports),
         "plots": "\n".join(pictures([name for name in plots if name != CORPORA])),
-        "corpora": folded("Figures by corpus", figures) if _is_scored(reports) else "",
+        "corpora": folded("Figures by corpus", figures)
+        if any(report.find("perplexity") for report in reports)
+        else "",
         "parity": folded("Tokenizer and chat template", _parity(reports)),
         "checks": folded("Other checks", "\n".join(checks(reports))),
         "memory": folded("Memory by context", memory_tables(plan.source.facts, reports) if reports else ""),
@@ -110,10 +108,6 @@ def _sections(
         "unchecked": folded(f"What was not checked ({len(left_out)})", "\n".join(left_out)),
     }
     return {name: parts[name] for name in SECTIONS}
-
-
-def _is_scored(reports: Sequence[Report]) -> bool:
-    return any(report.find("perplexity") for report in reports)
 
 
 def _introduction(plan: Plan, reports: Sequence[Report]) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from quantool.formats.gguf_header import SIDECARS
 from quantool.records import OutputPlan, Plan, Report
 from quantool.report.recommend import recommend
 from quantool.report.sections import folded
@@ -79,8 +80,7 @@ def _chosen(repo_id: str, level: str, name: str, every: Sequence[str]) -> str:
     case; ``F16`` is also the end of ``BF16``.
     """
     tag = re.compile(re.escape(level) + "[.-]", re.IGNORECASE)
-    others = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-    models = [path for path in sorted(every) if not any(other in path for other in others)]
+    models = [path for path in sorted(every) if not any(mark in path for mark in SIDECARS)]
     found = next((path for path in models if tag.search(path)), None)
     return f"-hf {repo_id}:{level}" if found == name else f"-hf {repo_id} -hff {name}"
 

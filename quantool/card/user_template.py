@@ -83,9 +83,9 @@ def render_card(path: Path, variables: Mapping[str, Any]) -> str:
         card = template.render(variables)
     except (jinja2.TemplateError, *MISUSE) as error:
         line = _failed_line(error.__traceback__, path)
-        said = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         raise ConfigError(
-            f"{KEY}: {path}:{line}: {said}",
+            f"{KEY}: {path}:{line}: {reason}",
             hint="the artifacts and reports are kept: mend the template and run again",
         ) from error
     _require_front_matter(path, card)

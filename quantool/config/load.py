@@ -85,5 +85,5 @@ def _warnings(document: YamlDocument) -> tuple[str, ...]:
             reasons.setdefault(reason, []).append(key)
     if not reasons:
         return ()
-    told = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in reasons.items())
-    return (f"{document.name}: keys without effect: {told}",)
+    groups = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in reasons.items())
+    return (f"{document.name}: keys without effect: {groups}",)

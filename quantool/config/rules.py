@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from quantool.config.errors import KeyPath, Mistake, explain, models_at, show, suggest
-from quantool.errors import ConfigError, DependencyError, QuantoolError
+from quantool.errors import ConfigError, DependencyError
 from quantool.gates import ALL_LEVELS
 from quantool.records import Record
 
@@ -100,7 +100,8 @@ def methods(data: dict[str, Any], homes: Homes, catalogue: Catalogue) -> MethodS
             found = catalogue.find_method(entry["method"])
             known = list(found.levels())
         except (ConfigError, DependencyError) as error:
-            mistakes.append(Mistake((*path, "method"), _sentence(error)))
+            text = "; ".join(filter(None, (error.message, error.hint)))
+            mistakes.append(Mistake((*path, "method"), text))
             if isinstance(error, DependencyError):
                 missing.append(error)
             levels = None
@@ -183,17 +184,13 @@ def _entries(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
                 yield ("quantizations", index), entry
 
 
-def _sentence(error: QuantoolError) -> str:
-    return f"{error.message}; {error.hint}" if error.hint else error.message
-
-
 def _levels(
     entry: dict[str, Any], path: KeyPath, known: list[str], outputs: set[tuple[str, str, str]]
 ) -> list[Mistake]:
     """Check ``quant_level`` of one entry and give it the method's spelling; ``outputs`` are those seen so far."""
     path = (*path, "quant_level")
-    asked = entry.get("quant_level", [])
-    listed = asked if isinstance(asked, list) else [asked]
+    given = entry.get("quant_level", [])
+    listed = given if isinstance(given, list) else [given]
     if not listed:
         return [Mistake(path, f"missing; the levels of {entry['method']} are {', '.join(known)}")]
     folded = {level.casefold(): level for level in known}
@@ -201,7 +198,7 @@ def _levels(
     form = str(options.get("format")) if isinstance(options, dict) else "None"  # a level can be made in two
     mistakes, spelled = [], []
     for index, level in enumerate(listed):
-        here = (*path, index) if isinstance(asked, list) else path
+        here = (*path, index) if isinstance(given, list) else path
         spelled.append(folded.get(level.casefold(), level) if isinstance(level, str) else level)
         if not isinstance(level, str):  # told by the structure
             continue
@@ -212,7 +209,7 @@ def _levels(
         elif output in outputs:
             mistakes.append(Mistake(here, f"{entry['method']} is asked for this level twice {show(level)}"))
         outputs.add(output)
-    entry["quant_level"] = spelled if isinstance(asked, list) else spelled[0]
+    entry["quant_level"] = spelled if isinstance(given, list) else spelled[0]
     return mistakes
 
 
@@ -236,16 +233,16 @@ def _corpora(settings: dict[str, Any]) -> list[Mistake]:
 
 
 def _checks(settings: dict[str, Any], catalogue: Catalogue) -> list[Mistake]:
-    asked = settings.get("checks")
-    if not isinstance(asked, list):
+    given = settings.get("checks")
+    if not isinstance(given, list):
         return []
     known = catalogue.names("checks")
     path = ("validation", "checks")
-    if not asked:
+    if not given:
         return [Mistake(path, f"at least one is needed; leave it out for all: {', '.join(known)}")]
     return [
         Mistake((*path, index), f"there is no such check {show(name)}{suggest(name, known)}")
-        for index, name in enumerate(asked)
+        for index, name in enumerate(given)
         if isinstance(name, str) and name not in known
     ]
 

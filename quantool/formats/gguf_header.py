@@ -45,6 +45,8 @@ UINT32 = (4).to_bytes(4, "little")
 SHARD = re.compile(
     r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf$"
 )  # src/llama.cpp: llama_split_path
+SIDECARS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+"""What the name of a GGUF holds that is no model by itself (llama.cpp 0c1e570, common/download.cpp)."""
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
@@ -320,6 +322,12 @@ def shard_names(name: str, count: int) -> list[str]:
     return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
+def present_shards(first: Path) -> list[Path]:
+    """The files of the GGUF whose first (or only) file is ``first``, as far as they are there."""
+    stem, _, total = first.stem.rpartition("-00001-of-")
+    return sorted(first.parent.glob(f"{stem}-?????-of-{total}.gguf" if stem else first.name))
+
+
 def read_shards(first: Path) -> list[GgufHeader]:
     """The headers of the GGUF whose first (or only) file is ``first``, shard by shard.
 
@@ -337,14 +345,11 @@ def _shard_files(first: Path) -> list[str]:
     shard = SHARD.match(first.name)
     if shard is None:
         return [first.name]
-    stem, number, total = shard["stem"], int(shard["number"]), int(shard["total"])
-    if not 1 <= number <= total:
-        raise SourceError(f"{first.name}: no file is number {number} of {total}", hint="was it renamed?")
+    number, names = int(shard["number"]), shard_names(f"{shard['stem']}.gguf", int(shard["total"]))
+    if not 1 <= number <= len(names):
+        raise SourceError(f"{first.name}: no file is number {number} of {len(names)}", hint="was it renamed?")
     if number != 1:
-        raise SourceError(
-            f"{first.name} is not the first shard", hint=f"give {stem}-00001-of-{total:05d}.gguf"
-        )
-    names = [f"{stem}-{number:05d}-of-{total:05d}.gguf" for number in range(1, total + 1)]
+        raise SourceError(f"{first.name} is not the first shard", hint=f"give {names[0]}")
     if missing := [name for name in names if not first.with_name(name).is_file()]:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise SourceError(f"beside {first.name} there is no {', '.join(missing[:3])}{more}")

@@ -216,7 +216,7 @@ def _no_weights(present: set[str], place: str) -> SourceError:
     return SourceError(f"{place}: no weights ({SINGLE} or {INDEX})")
 
 
-def some(names: Sequence[str], shown: int = 3) -> str:
+def some(names: Sequence[str], shown: int = 4) -> str:
     """The first few names and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -45,7 +45,7 @@ def steps(plan: Plan, config: Config, done: AbstractSet[str]) -> tuple[Step, ...
         + (START + waiting / BYTES if output.id == first and waiting else 0)
         for output in plan.outputs
     }
-    scoring = _forward(plan, _scored_tokens(config))
+    scoring = _forward(plan, config.validation.max_tokens * max(1, len(config.validation.corpora)))
     compare = Step(COMPARE, START + scoring)
     taken: list[Step] = []
     for output in plan.outputs:
@@ -73,7 +73,3 @@ def _making(plan: Plan, config: Config, output: OutputPlan) -> float:
 def _forward(plan: Plan, tokens: int) -> float:
     """Seconds of a forward pass: two operations a parameter and token."""
     return 2.0 * plan.source.facts.parameters * tokens / OPERATIONS
-
-
-def _scored_tokens(config: Config) -> int:
-    return config.validation.max_tokens * max(1, len(config.validation.corpora))

@@ -87,8 +87,8 @@ def _refuse_texts(config: Config, source: Source) -> None:
 
     corpus.require_texts(config)
     settings = config.validation
-    asked = "context" in settings.model_fields_set  # the default may be for a check that is not run
-    if asked and settings.context > source.facts.context:
+    is_set = "context" in settings.model_fields_set  # the default may be for a check that is not run
+    if is_set and settings.context > source.facts.context:
         raise ConfigError(
             f"validation.context is {settings.context}, but {source.name} reads no more than "
             f"{source.facts.context} tokens"

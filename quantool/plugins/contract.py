@@ -217,7 +217,8 @@ def check(
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
-    ``require`` is asked by the plan when the configuration has a section of the check's name below ``validation``.
+    ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
+    name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
     ``writes`` says how many bytes it keeps on disk, which the plan counts.
     """

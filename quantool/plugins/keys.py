@@ -74,7 +74,7 @@ class Depends:
             without=_either(self.without, other.without),
         )
 
-    def known(self, config: Config) -> bool:
+    def is_traceable(self, config: Config) -> bool:
         """Whether a change of every input would be seen; if not, nothing that was kept may be taken again."""
         return all(identity is not None for given in self.inputs for _, identity in given(config))
 

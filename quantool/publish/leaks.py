@@ -17,15 +17,15 @@ SHOWN = 60  # characters of the finding
 
 
 def refuse_leaks(
-    folder: Path, names: Iterable[str], texts: Mapping[str, str], places: Mapping[str, Path], source: Path
+    folder: Path, names: Iterable[str], texts: Mapping[str, str], folders: Mapping[str, Path], source: Path
 ) -> None:
     """PublicationError when a file of ``names`` in ``folder``, or a text about to be written there, holds a place.
 
-    ``places`` are folders of this machine by what they are (``"the home folder"``). A path counts as a whole, with what
+    ``folders`` are those of this machine by what they are (``"the home folder"``). A path counts as a whole, with what
     is below it: ``/root`` is not found in ``/rooted``, nor in ``https://example.org/root``. What the checkpoint's own
     files in ``source`` say is public already (a vocabulary holds ``/home``).
     """
-    patterns = _patterns(places)
+    patterns = _patterns(folders)
     own = {
         what
         for what, pattern in patterns.items()
@@ -44,13 +44,13 @@ def refuse_leaks(
                 )
 
 
-def _patterns(places: Mapping[str, Path]) -> dict[str, re.Pattern[bytes]]:
+def _patterns(folders: Mapping[str, Path]) -> dict[str, re.Pattern[bytes]]:
     """A pattern for each folder, as it was given and with links followed, as text and as JSON writes it.
 
     The root of the file system is no secret.
     """
     patterns = {}
-    for what, place in places.items():
+    for what, place in folders.items():
         spellings = {str(path) for path in (place.absolute(), place.resolve()) if len(path.parts) > 1}
         spellings |= {json.dumps(text)[1:-1] for text in spellings}
         if spellings:

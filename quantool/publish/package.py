@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantool.card.card import write_card
 from quantool.card.redact import published
-from quantool.publish.failed_notice import with_notice
 from quantool.publish.leaks import refuse_leaks
-from quantool.publish.packed_folder import CARD, RECORD, SUMS, PackedFolder, packed_folder
-from quantool.records import FileRecord, OutputPlan, Plan, Report, sha256_of
+from quantool.publish.packed_folder import CARD, NOTICE, RECORD, SUMS, PackedFolder, packed_folder
+from quantool.records import OutputPlan, Plan, Report, Verdict, file_record
+from quantool.report.finding_text import failures
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
 
 __all__ = ["SUMS", "pack"]
+
+TITLE = re.compile(r"\A(---\n.*?\n---\n)?\s*(# [^\n]*\n)?", re.DOTALL)
 
 
 def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[PackedFolder, ...]:
@@ -27,7 +30,7 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
     a path of this machine.
     """
     folders = []
-    places = {
+    machine_folders = {
         "the output folder": workspace.root,
         "the checkpoint's folder": plan.source.folder,
         "the working folder": Path.cwd(),
@@ -38,7 +41,7 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
         plots = draw(own, folder, repo, workspace)
-        folders.append(_pack_folder(plan, outputs, own, plots, folder, places))
+        folders.append(_pack_folder(plan, outputs, own, plots, folder, machine_folders))
     return tuple(folders)
 
 
@@ -48,9 +51,9 @@ def _pack_folder(
     reports: Sequence[Report],
     plots: Sequence[str],
     folder: Path,
-    places: Mapping[str, Path],
+    machine_folders: Mapping[str, Path],
 ) -> PackedFolder:
-    drawn = [_file_record(folder, name) for name in plots]
+    drawn = [file_record(folder, name) for name in plots]
     record: dict[str, Any] = {
         "plan": published(plan) | {"outputs": [published(output) for output in outputs]},
         "reports": [published(report) | {"verdict": report.verdict()} for report in reports],
@@ -63,14 +66,27 @@ def _pack_folder(
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
-    refuse_leaks(folder, named, texts, places, plan.source.folder)
+    refuse_leaks(folder, named, texts, machine_folders, plan.source.folder)
     for name, text in texts.items():
         write_text(folder / name, text)
-    named |= {file.name: file for file in (_file_record(folder, CARD), _file_record(folder, RECORD), *drawn)}
+    named |= {file.name: file for file in (file_record(folder, CARD), file_record(folder, RECORD), *drawn)}
     lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
     write_text(folder / SUMS, "".join(lines))
     return packed_folder(folder, record, {name: file.sha256 for name, file in sorted(named.items())})
 
 
-def _file_record(folder: Path, name: str) -> FileRecord:
-    return FileRecord(name=name, bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+def with_notice(card: str, reports: Sequence[Report]) -> str:
+    """The card with a section on what did not pass, after its title; unchanged when everything passed."""
+    failed = [report for report in reports if report.verdict() is not Verdict.PASS]
+    if not failed:
+        return card
+    unjudged = [
+        f"{report.artifact.level}: nothing was judged"
+        for report in failed
+        if report.verdict() is Verdict.SKIPPED
+    ]
+    listed = "\n".join(f"- {line}" for line in (*failures(failed), *unjudged))
+    section = f"{NOTICE}\n\nThese artifacts did not pass their checks; only `--allow-regression` publishes them:\n\n{listed}\n"
+    title = TITLE.match(card)
+    end = title.end() if title else 0
+    return f"{card[:end]}\n{section}\n{card[end:].lstrip()}"

@@ -18,7 +18,7 @@ from quantool import __version__
 from quantool.records import Finding, Report, Verdict
 from quantool.report.finding_text import failures, fields, finding_name, number
 from quantool.report.loss_origin import losses
-from quantool.report.plots import found
+from quantool.report.plots import existing_plots
 from quantool.report.sections import checks, corpora, pictures, unchecked
 from quantool.report.table import HEADINGS, columns, markdown
 from quantool.runtime.workspace import write_text
@@ -36,7 +36,7 @@ def write_report(
     ``folders`` (``root``, or below it) are those where ``plots.draw`` was asked for pictures, ``absent`` the checks
     that did not run (``sections.not_run``).
     """
-    plots = {_path_to(folder, root): found(folder) for folder in folders}
+    plots = {_path_to(folder, root): existing_plots(folder) for folder in folders}
     relative = [_relative(report, root) for report in reports]
     record = as_record(relative, [path + plot for path, names in plots.items() for plot in names])
     texts = {
@@ -94,7 +94,7 @@ def as_markdown(
         f"Reference: {references}\n",
         markdown(HEADINGS, [columns(report) for report in reports]),
         *_failed(reports),
-        *(["## Figures by corpus\n", corpora(reports)] if any(map(_has_figures, reports)) else []),
+        *(["## Figures by corpus\n", corpora(reports)] if any(r.find("perplexity") for r in reports) else []),
         *losses(reports),
         *(line for path, names in plots.items() for line in pictures(names, path)),
     ]
@@ -118,10 +118,6 @@ def _failed(reports: Sequence[Report]) -> list[str]:
     text = "\n\n".join(["\n".join(lines), *details])
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [f"## What failed\n\n{fence}text\n{text}\n{fence}\n"]
-
-
-def _has_figures(report: Report) -> bool:
-    return report.find("perplexity") is not None
 
 
 def as_junit(reports: Sequence[Report], absent: Mapping[str, str]) -> str:

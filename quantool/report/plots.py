@@ -80,7 +80,7 @@ def wanted(reports: Sequence[Report]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def found(folder: Path) -> tuple[str, ...]:
+def existing_plots(folder: Path) -> tuple[str, ...]:
     """Names of the pictures that ``draw`` left in ``folder``."""
     return tuple(name for name in CAPTIONS if (folder / name).is_file())
 

@@ -93,7 +93,7 @@ class LlamaLog:
 
 
 @contextmanager
-def load(
+def load_gguf(
     path: Path, log: LlamaLog, *, gpu: bool = False, vocabulary: bool = False, weights: bool = True
 ) -> Iterator[Any]:
     """llama.cpp's handle of a GGUF (its first shard); freed afterwards. Raises LoadError.

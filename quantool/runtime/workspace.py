@@ -245,14 +245,13 @@ def written(path: Path) -> Iterator[Path]:
             _remove(part)
 
 
-def place(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """Make ``target`` the same file as ``source``: a hard link, or a copy where the file system has none."""
-    if source.is_file():
-        with written(target) as part:
-            try:
-                part.hardlink_to(source)
-            except OSError:
-                shutil.copyfile(source, part)
+    with written(target) as part:
+        try:
+            part.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, part)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -79,17 +79,14 @@ def scan_source(source: Source, workspace: Workspace, progress: Progress) -> Sou
 
 def recall_scan(source: Source, workspace: Workspace) -> Source:
     """The source with what an earlier scan of the same files found, if there was one."""
-    found = workspace.recall("scan", fingerprint(source.identity())) if _is_here(source) else None
+    is_here = all((source.folder / file.name).exists() for file in source.files)
+    found = workspace.recall("scan", fingerprint(source.identity())) if is_here else None
     return source if found is None else _with_scan(source, found)
 
 
 def forget_scan(workspace: Workspace) -> None:
     """Let the weights be read again, whatever their size and time say."""
     workspace.forget("scan")
-
-
-def _is_here(source: Source) -> bool:
-    return all((source.folder / file.name).exists() for file in source.files)
 
 
 def _with_scan(source: Source, found: dict[str, Any]) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from quantool.config.load import load
 from quantool.errors import ConfigError
 from quantool.plugins import find
-from quantool.publish.failed_notice import with_notice
+from quantool.publish.package import with_notice
 from quantool.publish.packed_folder import NOTICE, read_packed_folder
 from quantool.records import Publication, sha256_of
 from tests.loopback import REPO, content, edit, write_job
@@ -52,7 +53,9 @@ def test_a_folder_that_did_not_pass_goes_out_with_a_warning(
     assert content(failed).items() <= files.items()
     card = files["README.md"].decode()
     assert card.index("\n# model-FAKE\n") < card.index(NOTICE) < card.index("## ", card.index(NOTICE) + 3)
-    assert "- Q8_0: REGRESSION (mean_kld on text: measured 0.5, limit 0.01)" in card
+    assert re.search(
+        r"^- Q8_0: REGRESSION in \w+: mean_kld 0\.50* .*on text, limit 0\.01$", card, re.MULTILINE
+    ), card
     assert "- Q4_K_M: " not in card[card.index(NOTICE) : card.index("\n## ", card.index(NOTICE) + 3)]
     (body,) = [asked.body for asked in hub.sent("POST", "/commit/main")]
     assert b"Published with --allow-regression: Q8_0 did not pass." in body

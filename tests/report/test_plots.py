@@ -10,7 +10,7 @@ import pytest
 
 from quantool.records import Artifact, FileRecord, Finding, Report, Verdict
 from quantool.report import plots
-from quantool.report.plots import CORPORA, SIZE, draw, found, wanted
+from quantool.report.plots import CORPORA, SIZE, draw, existing_plots, wanted
 from quantool.runtime.workspace import Workspace
 
 LEVELS = {"Q8_0": (8_500_000, 0.0014), "Q4_K_M": (4_900_000, 0.031), "Q2_K": (3_000_000, 0.45)}
@@ -71,7 +71,7 @@ def test_pictures_compare_something(
 ) -> None:
     assert wanted(reports) == names
     assert draw(reports, workspace.root, "m", workspace) == names
-    assert found(workspace.root) == names
+    assert existing_plots(workspace.root) == names
 
 
 def test_bytes_depend_on_the_figures_alone(workspace: Workspace, tmp_path: Path) -> None:

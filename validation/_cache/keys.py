@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quantool.formats.gguf_header import present_shards
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends, own_files
 
@@ -27,9 +28,7 @@ def stamp(artifact: Path) -> Stamp:
     The folder's own place is no part of it, so that an output folder that was moved keeps its results.
     """
     top = artifact if artifact.is_dir() else artifact.parent
-    stem, _, total = artifact.stem.rpartition("-00001-of-")
-    pattern = f"{stem}-?????-of-{total}.gguf" if stem else artifact.name
-    files = artifact.rglob("*") if artifact.is_dir() else top.glob(pattern)
+    files = artifact.rglob("*") if artifact.is_dir() else present_shards(artifact)
     return sorted(
         (str(file.relative_to(top)), file.stat().st_size, file.stat().st_mtime_ns)
         for file in files

@@ -85,7 +85,7 @@ def judge_ids(both: Renderings, vocabulary: Vocabulary | None) -> Finding:
         elif facts["nfc"] and found.get("nfc_ids") in ids:
             tally.notes.append(f"{name} not compared: {NFC}")
         else:
-            right = max(ids, key=lambda one: differing(one, found["ids"]) or 0)
+            right = max(ids, key=lambda accepted: differing(accepted, found["ids"]) or 0)
             tally.differ(conversation, f"{name} {explain(right, found['ids'], pieces)}")
     prefixed = vocabulary is not None and vocabulary.space_prefix and facts["prepend_scheme"] == "first"
     return tally.finding("rendered_ids", SPACE_PREFIX if prefixed else "")
@@ -192,7 +192,7 @@ def judge_bos(both: Renderings, bos: int | None, metric: str) -> Finding:
     if bos is None or not counts:
         none = "no conversation was rendered by both"
         return BUILD.skip(metric, "there is no BOS token" if bos is None else none)
-    name, expected_count, count = next((one for one in counts if one[1] != one[2] or one[2] > 1), counts[0])
+    name, expected_count, count = next((row for row in counts if row[1] != row[2] or row[2] > 1), counts[0])
     if expected_count == count <= 1:
         return BUILD.fact(metric, count, "", expected_count, note="BOS tokens before a chat")
     return BUILD.fact(metric, count, f"BOS tokens before the chat {name!r}", expected_count)

@@ -4,8 +4,8 @@ Prompts are rendered by the source's chat template and tokenized by its tokenize
 or template does is left to the checks of those. The reference's answers are computed once for a source, prompts and
 budget, and kept for all levels and later runs; an artifact's for its files.
 
-A run has at most ``LIMIT`` prompts, so the reference of a model of 40 B parameters (80 GB read for each token, 0.8 s at
-100 GB/s) takes under an hour on a CPU with the default budget, and an artifact, several prompts at once, a fraction.
+A run has at most ``LIMIT`` prompts, several of them answered at once. So the reference of a model of 40 B parameters (80 GB
+read for each step, 0.8 s at 100 GB/s) takes minutes on a CPU with the default budget.
 """
 
 from __future__ import annotations
@@ -85,21 +85,29 @@ def prompts_of(case: Case) -> Prompts:
     Raises ConfigError for a file that cannot be read. Conversations that the source's template refuses are left out.
     """
     chosen, notes = _conversations(case)
-    closing = next(one for one in suite(case.source.facts.chat_template or "") if one.name == ENDED)
-    request = {"conversations": [one.request() for one in (closing, *chosen)]}
+    closing = next(
+        conversation
+        for conversation in suite(case.source.facts.chat_template or "")
+        if conversation.name == ENDED
+    )
+    request = {"conversations": [conversation.request() for conversation in (closing, *chosen)]}
     rendered = by_source(case, "behaviour", hf_tokenizer.render, request)
     facts = rendered["facts"]
     room = min(LONGEST, case.source.facts.context - case.settings.behaviour.max_new_tokens)
     prompts = []
-    for one, answer in zip(chosen, rendered["answers"][1:], strict=True):
+    for conversation, answer in zip(chosen, rendered["answers"][1:], strict=True):
         if not answer["accepted"]:
-            notes.append(f"{one.name!r} left out: the source's template refuses it ({answer['error']})")
+            notes.append(
+                f"{conversation.name!r} left out: the source's template refuses it ({answer['error']})"
+            )
             continue
         ids = tuple(answer["accepted"][0]["ids"])
         if len(ids) > room:
-            notes.append(f"{one.name!r} left out: {len(ids)} tokens, room for {room}")
+            notes.append(f"{conversation.name!r} left out: {len(ids)} tokens, room for {room}")
         else:
-            prompts.append(Prompt(one.name, _last_question(one), bool(one.tools), ids))
+            prompts.append(
+                Prompt(conversation.name, _last_question(conversation), bool(conversation.tools), ids)
+            )
     special = {token: content for content, token in facts["special_ids"].items()}
     return Prompts(
         tuple(prompts),
@@ -117,13 +125,14 @@ def _conversations(case: Case) -> tuple[list[Conversation], list[str]]:
     found = [*BUILT_IN, *_own(case), *_of_corpora(case)]
     notes = []
     if "tools" not in template:
-        without = [one for one in found if not one.tools]
+        without = [conversation for conversation in found if not conversation.tools]
         notes.append(f"{len(found) - len(without)} with tools left out: the source's template knows none")
         found = without
     if len(found) > LIMIT:
         notes.append(f"the last {len(found) - LIMIT} of {len(found)} left out")
     return [
-        Conversation(one.name, one.messages, one.tools, settings=settings) for one in found[:LIMIT]
+        Conversation(conversation.name, conversation.messages, conversation.tools, settings=settings)
+        for conversation in found[:LIMIT]
     ], notes
 
 
@@ -133,22 +142,22 @@ def _own(case: Case) -> Iterator[Conversation]:
     if path is None:
         return
     for number, document in enumerate(corpus.read(Corpus(name="prompts", path=path)), 1):
-        if (one := _unanswered(document, f"yours, {number}")) is not None:
-            yield one
+        if (conversation := _unanswered(document, f"yours, {number}")) is not None:
+            yield conversation
 
 
 def _of_corpora(case: Case) -> list[Conversation]:
     """Conversations of the corpora that the configuration names, as many of each."""
-    named = [one for one in corpus.corpora(case.config) if one.dataset != DOCSTRINGS]
+    named = [entry for entry in corpus.corpora(case.config) if entry.dataset != DOCSTRINGS]
     by_corpus = []
     for entry in named:
         documents = corpus.read(entry, characters=CORPUS_CHARACTERS, cache_dir=case.config.dataset_cache_dir)
         chats = enumerate((document for document in documents if document.messages), 1)
         questions = (_unanswered(document, f"{entry.name}, {number}") for number, document in chats)
-        if found := [one for one in questions if one is not None]:
+        if found := [question for question in questions if question is not None]:
             by_corpus.append(found)
     share = OF_CORPORA // max(1, len(by_corpus))
-    return [one for found in by_corpus for one in found[:share]]
+    return [question for found in by_corpus for question in found[:share]]
 
 
 def _unanswered(document: corpus.Document, name: str) -> Conversation | None:
@@ -161,8 +170,10 @@ def _unanswered(document: corpus.Document, name: str) -> Conversation | None:
     return Conversation(name, tuple(messages), document.tools)
 
 
-def _last_question(one: Conversation) -> str:
-    return next(str(message["content"]) for message in reversed(one.messages) if message["role"] == "user")
+def _last_question(conversation: Conversation) -> str:
+    return next(
+        str(message["content"]) for message in reversed(conversation.messages) if message["role"] == "user"
+    )
 
 
 def questions_of(case: Case, prompts: Prompts) -> Questions:
@@ -178,8 +189,8 @@ def questions_of(case: Case, prompts: Prompts) -> Questions:
 def read_answers(found: Mapping[str, Any]) -> tuple[ChatAnswer, ...]:
     """The answers of a worker."""
     return tuple(
-        ChatAnswer(tuple(one["ids"]), one["ended"], tuple(one["margins"]), one["text"])
-        for one in found["answers"]
+        ChatAnswer(tuple(answer["ids"]), answer["ended"], tuple(answer["margins"]), answer["text"])
+        for answer in found["answers"]
     )
 
 
@@ -192,19 +203,18 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """
     decode = _decoder(Path(request["tokenizer"]), trust_remote_code=request["trust_remote_code"])
     prompts, budget = request["prompts"], request["budget"]
-    found: list[dict[str, Any]] = []
+    found: dict[int, dict[str, Any]] = {}
     try:
         with load_engine(request, max(map(len, prompts)) + budget) as engine:
             _require_entries(engine, prompts)
             for part in _parts(prompts):
-                found += [
-                    asdict(one) | {"text": decode(_turn(one, request["ends"]))}
-                    for one in engine.generate(part, budget)
-                ]
+                answers = engine.generate([prompts[number] for number in part], budget)
+                for number, answered in zip(part, answers, strict=True):
+                    found[number] = asdict(answered) | {"text": decode(_turn(answered, request["ends"]))}
                 report(len(found) * budget, len(prompts) * budget)
     except Unsound as reason:
         return {"failure": str(reason), "answers": []}
-    return {"failure": "", "answers": found}
+    return {"failure": "", "answers": [found[number] for number in range(len(prompts))]}
 
 
 def _require_entries(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
@@ -233,7 +243,8 @@ def _turn(answer: Answer, ends: Sequence[int]) -> list[int]:
     return whole[: last + 1]
 
 
-def _parts(prompts: Sequence[Sequence[int]], size: int = 16) -> Iterator[Sequence[Sequence[int]]]:
-    """The prompts, some at a time, so that progress is seen."""
-    for first in range(0, len(prompts), size):
-        yield prompts[first : first + size]
+def _parts(prompts: Sequence[Sequence[int]], size: int = 32) -> Iterator[list[int]]:
+    """The numbers of the prompts, some at a time so that progress is seen, those of like lengths together."""
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    for first in range(0, len(order), size):
+        yield order[first : first + size]

@@ -75,7 +75,7 @@ CAUSES = (
 
 def cause(template: str, expected: str, found: str) -> str:
     """The known reason why llama.cpp makes ``found`` of ``template`` instead of ``expected``; an empty string without one."""
-    return next((one.reason for one in CAUSES if one.explains(template, expected, found)), "")
+    return next((known.reason for known in CAUSES if known.explains(template, expected, found)), "")
 
 
 def _squeezed(text: str) -> str:

@@ -279,16 +279,20 @@ def suite(template: str) -> tuple[Conversation, ...]:
     settings |= {name: value for name, value in FORGETFUL.items() if name in template}
     if "date_string" in template:
         settings["date_string"] = DATE
-    chosen = [_with(one, settings) for one in SUITE]
+    chosen = [_with(conversation, settings) for conversation in SUITE]
     if any(word in template for word in ("reasoning", "thinking", "think>")):
-        chosen += [_with(one, settings) for one in THINKING]
+        chosen += [_with(conversation, settings) for conversation in THINKING]
     for switch in SWITCHES:
         if re.search(rf"\b{switch}\b", template):
             chosen += [
-                _with(one, settings | {switch: on}, f"{one.name}, {switch} {'on' if on else 'off'}")
+                _with(
+                    conversation,
+                    settings | {switch: on},
+                    f"{conversation.name}, {switch} {'on' if on else 'off'}",
+                )
                 for on in (True, False)
-                for one in chosen[: len(SUITE) + len(THINKING)]
-                if one.name in SWITCHED and settings.get(switch) != on
+                for conversation in chosen[: len(SUITE) + len(THINKING)]
+                if conversation.name in SWITCHED and settings.get(switch) != on
             ]
     return tuple(chosen)
 
@@ -317,8 +321,8 @@ def of_case(case: Case) -> tuple[Conversation, ...]:
     return (*chosen, *own)
 
 
-def _with(one: Conversation, settings: dict[str, Any], name: str | None = None) -> Conversation:
-    return replace(one, name=name or one.name, settings=one.settings | settings)
+def _with(conversation: Conversation, settings: dict[str, Any], name: str | None = None) -> Conversation:
+    return replace(conversation, name=name or conversation.name, settings=conversation.settings | settings)
 
 
 def end_of_turn(answer: dict[str, Any], special: dict[str, int]) -> int | None:

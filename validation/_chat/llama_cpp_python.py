@@ -64,9 +64,14 @@ def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:
     chat_format = str(reader.chat_format)  # never None: without any other it is llama-2
     handler = reader._chat_handlers.get(chat_format) or get_chat_completion_handler(chat_format)  # noqa: SLF001 - as Llama itself does
 
-    def rendered(one: dict[str, Any]) -> dict[str, Any]:
+    def rendered(conversation: dict[str, Any]) -> dict[str, Any]:
         try:
-            handler(llama=reader, messages=one["messages"], tools=one["tools"] or None, **one["settings"])
+            handler(
+                llama=reader,
+                messages=conversation["messages"],
+                tools=conversation["tools"] or None,
+                **conversation["settings"],
+            )
         except RenderedError as found:
             text, ids = found.args
             return {"text": text, "ids": ids}

@@ -59,7 +59,7 @@ def find_binary(config: Config) -> Path | None:
     """llama-server of ``llama_cpp_path`` or LLAMA_CPP_PATH (``build/bin``, ``bin`` or the folder itself), or of PATH."""
     configured = [
         config.quantization_config or {},
-        *(one.quantization_config for one in config.quantizations),
+        *(entry.quantization_config for entry in config.quantizations),
     ]
     named = [options.get("llama_cpp_path") for options in configured] + [os.environ.get("LLAMA_CPP_PATH")]
     for root in named:

@@ -104,8 +104,8 @@ def _find(wanted: Tensor, folder: Path) -> Place | None:
     if wanted.element_size() < 2:  # 8-bit numbers, which mean nothing without their scales
         return None
     for path in sorted(folder.glob("*.safetensors")):
-        opened: Any = safe_open(path, framework="pt")
-        with opened as file:
+        shard: Any = safe_open(path, framework="pt")
+        with shard as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
                 if part.get_shape() == list(wanted.shape) and _equal(wanted, part):
@@ -150,8 +150,8 @@ class Head:
         self.rows = total if rows is None else min(rows, total)
         self._bias: Tensor | None = None
         if plan.bias:
-            opened: Any = safe_open(folder / plan.bias[0], framework="pt")
-            with opened as file:
+            shard: Any = safe_open(folder / plan.bias[0], framework="pt")
+            with shard as file:
                 self._bias = file.get_tensor(plan.bias[1])[: self.rows].float()
         step = max(1, SLICE_BYTES // (4 * hidden))
         self._spans = [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantizationError
-from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load
+from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load_gguf
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.windows import scored
 
@@ -118,7 +118,7 @@ def load_weights(path: Path, *, gpu: bool, log: LlamaLog) -> Iterator[Weights]:
 
     with ExitStack() as stack:
         try:
-            handle = stack.enter_context(load(path, log, gpu=gpu))
+            handle = stack.enter_context(load_gguf(path, log, gpu=gpu))
         except LoadError as error:
             raise Unsound(f"llama.cpp cannot load it: {error.message}") from error
         text = ctypes.create_string_buffer(16)

@@ -15,7 +15,7 @@ from quantool.errors import QuantizationError, SourceError
 from quantool.formats.gguf_header import read_header
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends, key_of
-from quantool.runtime.llama_cpp import LlamaLog, load
+from quantool.runtime.llama_cpp import LlamaLog, load_gguf
 from quantool.runtime.process import call, name_of
 from quantool.runtime.worker import Report, Work
 from quantool.runtime.workspace import Stage
@@ -151,7 +151,7 @@ def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     path = Path(request["model"])
     ids: list[list[int]] = []
-    with LlamaLog() as log, load(path, log, vocabulary=True) as model:
+    with LlamaLog() as log, load_gguf(path, log, vocabulary=True) as model:
         vocabulary = llama_cpp.llama_model_get_vocab(model)
         for done, text in enumerate(request["texts"]):
             ids.append(_tokenize(llama_cpp, vocabulary, text))

@@ -18,7 +18,6 @@ from quantool.config.schema import Corpus
 from quantool.errors import ConfigError, SourceError
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import preloaded
@@ -67,7 +66,7 @@ def windows(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[
     stages = []
     for corpus in corpora:
         text = texts.identity(corpus)
-        key = text and key_of(WINDOWS, _small(source), text, config=case.config)
+        key = text and key_of(WINDOWS, source.without_weights(), text, config=case.config)
         stages.append(Stage(f"windows/{corpus.name}", key, (_file(case, corpus),)))
 
     def produce(missing: list[int]) -> list[dict[str, Any]]:
@@ -91,12 +90,6 @@ def windows(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[
         Windows(corpus=corpus, path=_file(case, corpus), **result)
         for corpus, result in zip(corpora, results, strict=True)
     )
-
-
-def _small(source: Source) -> Source:
-    """The source without its weights, which do not change what the tokenizer does."""
-    files = tuple(file for file in source.files if not file.name.endswith(".safetensors"))
-    return source.model_copy(update={"files": files})
 
 
 def _file(case: Case, corpus: Corpus) -> Path:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from quantool.formats.safetensors import INDEX, TensorHeader
+from quantool.formats.safetensors import INDEX, TensorHeader, some
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 OWN = ("config.json", INDEX)
 TEMPLATE = "chat_template.jinja"
@@ -83,7 +83,7 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
     absent = [name for name in absent if name not in planned]
     if absent:
         problems.append(f"planned and not there: {some(absent)}")
-    bits = 8 * sum(one.bytes for one in stored.values()) / case.source.facts.parameters
+    bits = 8 * sum(tensor.bytes for tensor in stored.values()) / case.source.facts.parameters
     wanted = case.output.bits_per_weight
     if wanted is not None and not math.isclose(bits, wanted, rel_tol=BITS):
         problems.append(f"{bits:.5g} bits a weight, {wanted:.5g} were planned")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantool.formats.safetensors import TensorHeader
+from quantool.formats.safetensors import TensorHeader, some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.validation._files.gguf_levels import options_of
@@ -28,7 +28,7 @@ from quantool.validation._files.modules import (
     matches,
     modules,
 )
-from quantool.validation._findings.builder import SHOWN, FindingBuilder, some
+from quantool.validation._findings.builder import SHOWN, FindingBuilder
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 LINEAR = "Linear"

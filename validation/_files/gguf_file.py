@@ -18,7 +18,6 @@ from quantool.runtime.worker import Report
 from quantool.validation._engines.vocabulary import UnloadableError
 from quantool.validation._files.gguf_blocks import StoredTensor, alike, inspect
 
-SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf$")  # common/download.cpp
 MATRIX_FILE = "quantize.imatrix.file"
 TWINS = ("token_embd.weight", "output.weight")
 LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
@@ -79,7 +78,9 @@ def read(case: Case, shards: Sequence[str]) -> Header:
         found = call(read_headers, request, log=log)
     except QuantizationError as error:
         raise UnloadableError(f"llama.cpp: {error.message}", case) from error
-    tensors = tuple(InspectedTensor(**one | {"shape": tuple(one["shape"])}) for one in found.pop("tensors"))
+    tensors = tuple(
+        InspectedTensor(**fields | {"shape": tuple(fields["shape"])}) for fields in found.pop("tensors")
+    )
     return Header(
         **found | {"tensors": tensors, "levels": tuple(found["levels"]), "broken": tuple(found["broken"])}
     )

@@ -11,11 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantool.formats.gguf_header import SHARD
+from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
-from quantool.validation._files.gguf_file import SHARD, Header, InspectedTensor
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._files.gguf_file import Header, InspectedTensor
+from quantool.validation._findings.builder import FindingBuilder
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
 HEADROOM = 2.6
@@ -99,8 +101,8 @@ def options_of(case: Case) -> Mapping[str, Any]:
     if case.output is not None:
         return case.output.options
     found: dict[str, Any] = dict(case.config.quantization_config or {})
-    for one in case.config.quantizations:
-        found |= one.quantization_config
+    for entry in case.config.quantizations:
+        found |= entry.quantization_config
     return found
 
 
@@ -118,13 +120,13 @@ def _judge_bits(case: Case, header: Header, level: str, build: FindingBuilder) -
     """Bits a weight in the matrices of the layers lie where the level puts them: it was quantized, and no weaker."""
     options = options_of(case)
     matrices = [
-        one
-        for one in header.tensors
-        if one.name.startswith("blk.") and is_matrix(one) and demanded(one.name, options) is None
+        tensor
+        for tensor in header.tensors
+        if tensor.name.startswith("blk.") and is_matrix(tensor) and demanded(tensor.name, options) is None
     ]
     if not matrices:
         return build.skip("bits_per_weight", "tensor_types name a type for every matrix of the layers")
-    measured = 8 * sum(one.bytes for one in matrices) / sum(one.elements for one in matrices)
+    measured = 8 * sum(tensor.bytes for tensor in matrices) / sum(tensor.elements for tensor in matrices)
     lowest, highest = bounds(level)
     problem = ""
     if not lowest <= measured <= highest:
@@ -162,7 +164,7 @@ def judge_classes(case: Case, header: Header, level: str | None, build: FindingB
 
 
 def _bits(tensors: Sequence[InspectedTensor]) -> str:
-    total = 8 * sum(one.bytes for one in tensors) / max(1, sum(one.elements for one in tensors))
+    total = 8 * sum(tensor.bytes for tensor in tensors) / max(1, sum(tensor.elements for tensor in tensors))
     return f"{total:.3g}"
 
 
@@ -174,27 +176,29 @@ def _problems(
     header: Header,
 ) -> list[str]:
     if kind in (ROUTER, NORM):
-        quantized = [f"{one.name} ({one.type})" for one in tensors if one.type not in FLOATS]
-        halved = [f"{one.name} ({one.type})" for one in tensors if kind == NORM and one.type != "F32"]
+        quantized = [f"{tensor.name} ({tensor.type})" for tensor in tensors if tensor.type not in FLOATS]
+        halved = [
+            f"{tensor.name} ({tensor.type})" for tensor in tensors if kind == NORM and tensor.type != "F32"
+        ]
         found = quantized or halved
         wanted = "F32" if kind == NORM else "kept in F32, F16 or BF16"
         return [f"{kind} weights must be {wanted}: {some(found)}"] if found else []
     found = []
     free = []
-    for one in tensors:
-        wish = demanded(one.name, options)
+    for tensor in tensors:
+        wish = demanded(tensor.name, options)
         if wish is None:
-            free.append(one)
-        elif one.type != wish and not _fell_back(one, wish):
-            found.append(f"{one.name} is {one.type}, the options say {wish}")
+            free.append(tensor)
+        elif tensor.type != wish and not _fell_back(tensor, wish):
+            found.append(f"{tensor.name} is {tensor.type}, the options say {wish}")
     if level is None or not free or (kind == HEAD and options.get("leave_output_tensor")):
         return found[:4]
     lowest, highest = _class_bounds(kind, level, header)
-    wrong = [one for one in free if not lowest <= one.bits <= highest and not _odd(one)]
+    wrong = [tensor for tensor in free if not lowest <= tensor.bits <= highest and not _odd(tensor)]
     if wrong:
         found.append(
             f"{kind}: {_counted(wrong)}, {level} gives it {lowest:g} to {highest:g} bits: "
-            f"{some([one.name for one in wrong])}"
+            f"{some([tensor.name for tensor in wrong])}"
         )
     return found[:4]
 
@@ -222,8 +226,8 @@ def _odd(tensor: InspectedTensor) -> bool:
 
 def _counted(tensors: Sequence[InspectedTensor]) -> str:
     counts: dict[str, int] = {}
-    for one in tensors:
-        counts[one.type] = counts.get(one.type, 0) + 1
+    for tensor in tensors:
+        counts[tensor.type] = counts.get(tensor.type, 0) + 1
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
@@ -242,7 +246,11 @@ def judge_plan(case: Case, header: Header, names: Sequence[str], build: FindingB
         for name in sorted(planned.keys() & found.keys())
         if planned[name] != found[name]
     ]
-    bits = 8 * sum(one.bytes for one in header.tensors) / max(1, sum(one.elements for one in header.tensors))
+    bits = (
+        8
+        * sum(tensor.bytes for tensor in header.tensors)
+        / max(1, sum(tensor.elements for tensor in header.tensors))
+    )
     wanted = case.output.bits_per_weight
     if wanted is not None and not math.isclose(bits, wanted, rel_tol=PLAN):
         problems.append(f"{bits:.6g} bits a weight, {wanted:.6g} were planned")

@@ -11,11 +11,12 @@ from typing import Any
 from quantool.errors import SourceError
 from quantool.formats.gguf_keys import COMMIT, UNREAD, WEIGHTS, weights_sha256
 from quantool.formats.json_file import read_json
+from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.validation._files.gguf_file import MATRIX_FILE, Header
 from quantool.validation._files.gguf_levels import FLOATS, class_of, is_matrix, options_of
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 DATASET, ENTRIES, CHUNKS = (f"quantize.imatrix.{key}" for key in ("dataset", "entries_count", "chunks_count"))
 LONGEST = 127
@@ -54,9 +55,9 @@ def _entries(header: Header) -> list[str]:
     count = header.keys.get(ENTRIES)
     if not isinstance(count, int):
         return [f"{ENTRIES} is missing"]
-    most = sum(len(one.shape) >= 2 for one in header.tensors)
-    layers = [one for one in header.tensors if one.name.startswith("blk.") and is_matrix(one)]
-    least = sum(one.type not in FLOATS for one in layers if class_of(one.name) != "experts")
+    most = sum(len(tensor.shape) >= 2 for tensor in header.tensors)
+    layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.") and is_matrix(tensor)]
+    least = sum(tensor.type not in FLOATS for tensor in layers if class_of(tensor.name) != "experts")
     if count > most:
         return [f"the importance matrix is of another model: {count} weights, this one has {most} matrices"]
     if count < least:
@@ -71,7 +72,7 @@ def _covered(header: Header) -> list[str]:
     if header.matrix is None:
         return []
     problems = []
-    shapes = {one.name: one.shape for one in header.tensors}
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     wrong = [
         name
         for name, columns in header.matrix.items()

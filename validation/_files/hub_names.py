@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from quantool.formats.gguf_header import SHARD
 from quantool.plugins.contract import Case
 from quantool.records import Finding
-from quantool.validation._files.gguf_file import SHARD
 from quantool.validation._findings.builder import FindingBuilder
 
 SIDECARS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")

@@ -144,7 +144,7 @@ class LayerScheme:
     inputs: Numbers | None = None
 
     @property
-    def known(self) -> bool:
+    def is_covered(self) -> bool:
         """Whether this is of the kinds that the rules here are about: 8-bit floats, packed and 8-bit integers."""
         weights, inputs = self.weights, self.inputs
         if weights.kind == "float":

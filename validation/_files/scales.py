@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantool.formats.safetensors import BITS, TensorHeader
+from quantool.formats.safetensors import BITS, TensorHeader, some
 from quantool.records import Finding
 from quantool.validation._files.modules import Numbers
-from quantool.validation._findings.builder import FindingBuilder, some
+from quantool.validation._findings.builder import FindingBuilder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,11 +31,15 @@ E4M3_NAN = 0x7F
 
 def judge_scales(folder: Path, stored: Mapping[str, TensorHeader], build: FindingBuilder) -> list[Finding]:
     """Scales are finite and above 0, eight-bit weights are numbers; nothing to say of a folder without them."""
-    scales = [one for one in stored.values() if one.name.rpartition(".")[2] in SCALES and one.dtype in READ]
-    weights = [one for one in stored.values() if one.dtype == "F8_E4M3"]
+    scales = [
+        tensor
+        for tensor in stored.values()
+        if tensor.name.rpartition(".")[2] in SCALES and tensor.dtype in READ
+    ]
+    weights = [tensor for tensor in stored.values() if tensor.dtype == "F8_E4M3"]
     if not scales and not weights:
         return []
-    whole = sum(one.bytes for one in scales) <= WHOLE
+    whole = sum(tensor.bytes for tensor in scales) <= WHOLE
     problems, read = [], 0
     for tensor in scales:
         raw = _read(folder, tensor, whole=whole)
@@ -45,7 +49,7 @@ def judge_scales(folder: Path, stored: Mapping[str, TensorHeader], build: Findin
         raw = _read(folder, tensor, whole=False)
         if broken := int(((raw & E4M3_NAN) == E4M3_NAN).sum()):
             problems.append(f"{tensor.name}: {broken} of {len(raw)} weights read are NaN")
-    total = sum(one.elements for one in scales)
+    total = sum(tensor.elements for tensor in scales)
     measured = f"{read} of {total} scales of {len(scales)} tensors read"
     return [build.fact("scales", measured, "; ".join(problems[:4]))]
 
@@ -80,15 +84,15 @@ def _read(folder: Path, tensor: TensorHeader, *, whole: bool) -> NDArray[np.uint
 
 
 def judge_cache(
-    stored: Mapping[str, TensorHeader], promised: Numbers | None, asked: object, build: FindingBuilder
+    stored: Mapping[str, TensorHeader], promised: Numbers | None, wanted: object, build: FindingBuilder
 ) -> list[Finding]:
-    """Every attention layer has scales for its cache where config.json, or the plan (``asked``), says so."""
+    """Every attention layer has scales for its cache where config.json, or the plan (``wanted``), says so."""
     scales = [name for name in stored if name.endswith((".k_scale", ".v_scale"))]
-    if promised is None and not asked and not scales:
+    if promised is None and not wanted and not scales:
         return []
     problems = []
-    if asked and promised is None:
-        problems.append(f"the plan asks for kv_cache: {asked}, config.json has no kv_cache_scheme")
+    if wanted and promised is None:
+        problems.append(f"the plan asks for kv_cache: {wanted}, config.json has no kv_cache_scheme")
     if promised is None and scales:
         problems.append(f"config.json has no kv_cache_scheme, but there are scales: {some(scales)}")
     if promised is not None and not promised.dynamic:

@@ -55,8 +55,8 @@ def kernel(scheme: LayerScheme, group: Group) -> Kernel:
             return _fp8(scheme, group)
         if weights.kind == "int" and inputs is not None and inputs.kind == "int" and inputs.bits == 8:
             return _int8(scheme, group)
-    said = f"{weights.bits}-bit {weights.kind} weights by {weights.strategy} in format {scheme.form}"
-    return Kernel("", problem=f"vLLM has no scheme for {said}")
+    scheme_text = f"{weights.bits}-bit {weights.kind} weights by {weights.strategy} in format {scheme.form}"
+    return Kernel("", problem=f"vLLM has no scheme for {scheme_text}")
 
 
 def _packed(scheme: LayerScheme, group: Group) -> Kernel:

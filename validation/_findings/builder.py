@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +67,6 @@ class FindingBuilder:
             measured=measured,
             detail=reason,
         )
-
-
-def some(entries: Sequence[str], shown: int = SHOWN) -> str:
-    """The first few and how many more there are."""
-    more = f" and {len(entries) - shown} more" if len(entries) > shown else ""
-    return ", ".join(entries[:shown]) + more
 
 
 def without_folders(text: str, *known: Path) -> str:

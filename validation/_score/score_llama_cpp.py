@@ -11,13 +11,13 @@ reference (what the conversion lost), and the others with it (what the quantizat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantool.formats.gguf_header import present_shards
 from quantool.runtime.llama_cpp import LlamaLog
 from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
@@ -32,6 +32,7 @@ from quantool.validation._engines.head import (
     normalized,
 )
 from quantool.validation._engines.llama_cpp import Layout, Model, Weights, load_weights, make_context
+from quantool.validation._engines.memory import free_ram
 from quantool.validation._engines.reference import as_tensor, read_hidden
 from quantool.validation._engines.windows import scored
 
@@ -141,9 +142,7 @@ def grouped(members: Sequence[_Member], base: _Member | None, *, gpu: bool) -> l
 
 def weight_of(path: Path) -> int:
     """Bytes of a GGUF file with all its shards; 0 when it is not there."""
-    stem, _, total = path.stem.rpartition("-00001-of-")
-    pattern = f"{stem}-?????-of-{total}.gguf" if stem else path.name
-    return sum(file.stat().st_size for file in path.parent.glob(pattern))
+    return sum(file.stat().st_size for file in present_shards(path))
 
 
 def available(*, gpu: bool) -> int:
@@ -153,11 +152,7 @@ def available(*, gpu: bool) -> int:
 
         if torch.cuda.is_available():
             return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_ram()
 
 
 @dataclass

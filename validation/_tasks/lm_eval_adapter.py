@@ -93,7 +93,7 @@ class Adapter:
         self, requests: Sequence[tuple[Any, Ids, Ids]], **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._cut(prompt, continuation) for _, prompt, continuation in requests]
-        return [(sum(one.log_probs), one.greedy) for one in self._scored(pairs)]
+        return [(sum(score.log_probs), score.greedy) for score in self._scored(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Log-probability of whole texts, each token after as many others as fit; the first after ``prefix_token_id``."""
@@ -108,22 +108,24 @@ class Adapter:
             counts.append(len(found))
             pairs += found
         scored = iter(self._scored(pairs))
-        return [sum(sum(one.log_probs) for one in itertools.islice(scored, count)) for count in counts]
+        return [sum(sum(score.log_probs) for score in itertools.islice(scored, count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """Greedy answers up to the first of the texts that end them."""
-        open_ones = [self._begun(place, *request.args) for place, request in enumerate(requests)]
-        texts = [""] * len(open_ones)
-        total = sum(one.left for one in open_ones)
-        with self._load_engine(max((len(one.prompt) + one.left for one in open_ones), default=1)) as engine:
-            while open_ones:
+        writings = [self._begun(place, *request.args) for place, request in enumerate(requests)]
+        texts = [""] * len(writings)
+        total = sum(writing.left for writing in writings)
+        with self._load_engine(
+            max((len(writing.prompt) + writing.left for writing in writings), default=1)
+        ) as engine:
+            while writings:
                 going_on = []
-                for one in self._continued(engine, open_ones):
-                    texts[one.place], ended = self._text(one)
-                    if not ended and one.left:
-                        going_on.append(one)
-                open_ones = going_on
-                self._report(total - sum(one.left for one in open_ones), total)
+                for writing in self._continued(engine, writings):
+                    texts[writing.place], ended = self._text(writing)
+                    if not ended and writing.left:
+                        going_on.append(writing)
+                writings = going_on
+                self._report(total - sum(writing.left for writing in writings), total)
         return texts
 
     def _begun(self, place: int, context: str, settings: dict[str, Any]) -> _Writing:
@@ -139,22 +141,22 @@ class Adapter:
         end = self.tokenizer.decode([self.eot_token_id])
         return _Writing(place, ids[-room:], budget, handle_stop_sequences(wanted.get("until"), eos=end))
 
-    def _continued(self, engine: Engine, open_ones: Sequence[_Writing]) -> Iterator[_Writing]:
+    def _continued(self, engine: Engine, writings: Sequence[_Writing]) -> Iterator[_Writing]:
         """Write the next tokens of each; one that the model ended has nothing left to write."""
-        for budget in sorted({min(SLICE, one.left) for one in open_ones}):
-            alike = [one for one in open_ones if min(SLICE, one.left) == budget]
+        for budget in sorted({min(SLICE, writing.left) for writing in writings}):
+            alike = [writing for writing in writings if min(SLICE, writing.left) == budget]
             for start in range(0, len(alike), ANSWERED_AT_ONCE):
                 part = alike[start : start + ANSWERED_AT_ONCE]
-                answers = engine.generate([one.prompt + one.ids for one in part], budget)
-                for one, answer in zip(part, answers, strict=True):
-                    one.ids += answer.ids
-                    one.left = one.left - budget if answer.ended is None else 0
-                    yield one
+                answers = engine.generate([writing.prompt + writing.ids for writing in part], budget)
+                for writing, answer in zip(part, answers, strict=True):
+                    writing.ids += answer.ids
+                    writing.left = writing.left - budget if answer.ended is None else 0
+                    yield writing
 
-    def _text(self, one: _Writing) -> tuple[str, bool]:
+    def _text(self, writing: _Writing) -> tuple[str, bool]:
         """What was written, up to the first text that ends it, and whether there was one."""
-        text: str = self.tokenizer.decode(one.ids, skip_special_tokens=True)
-        places = [text.find(stop) for stop in one.until if stop and stop in text]
+        text: str = self.tokenizer.decode(writing.ids, skip_special_tokens=True)
+        places = [text.find(stop) for stop in writing.until if stop and stop in text]
         return (text[: min(places)], True) if places else (text, False)
 
     def _cut(self, prompt: Ids, continuation: Ids) -> tuple[Ids, Ids]:
@@ -179,9 +181,9 @@ class Adapter:
                 scored = engine.score(
                     [pairs[place][0] for place in part], [pairs[place][1] for place in part]
                 )
-                for place, one in zip(part, scored, strict=True):
-                    if not all(map(math.isfinite, one.log_probs)):
+                for place, score in zip(part, scored, strict=True):
+                    if not all(map(math.isfinite, score.log_probs)):
                         raise Unsound("its logits are not finite")
-                    found[place] = one
+                    found[place] = score
                 self._report(start + len(part), len(order))
         return found

@@ -42,7 +42,7 @@ class Series:
     """Value by task, of a group."""
 
 
-def known(request: dict[str, Any], report: Report) -> dict[str, Any]:
+def look_up_tasks(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: look for ``tasks`` in lm-eval and in the folder ``include_path``; ConfigError naming the nearest of those missing."""
     _manager(request["tasks"], request["include_path"])
     report(1, 1)
@@ -75,7 +75,9 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     except ConfigError as error:  # an id that the model does not have
         return {"failure": error.message}
     samples = found["samples"]
-    series = {name: [asdict(one) for one in _series(of_name, samples)] for name, of_name in leaves.items()}
+    series = {
+        name: [asdict(entry) for entry in _series(of_name, samples)] for name, of_name in leaves.items()
+    }
     counted = [f"{count} {what}" for what, count in model.notes.items() if count]
     return {"failure": "", "series": series, "notes": notes + counted, "documents": _fingerprint(samples)}
 
@@ -117,8 +119,10 @@ def _is_whole(index: Mapping[str, Any], name: str | None) -> bool:
     if entry.kind.name != "GROUP":
         return True
     members = entry.cfg.get("task") or []
-    named = [one if isinstance(one, str) else one.get("task") or one.get("group") for one in members]
-    return isinstance(members, list) and all(_is_whole(index, one) for one in named)
+    named = [
+        entry if isinstance(entry, str) else entry.get("task") or entry.get("group") for entry in members
+    ]
+    return isinstance(members, list) and all(_is_whole(index, name) for name in named)
 
 
 def _unreadable(include_path: str | None) -> str:
@@ -168,9 +172,9 @@ def _loaded(request: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
 def _fingerprint(samples: Mapping[str, list[dict[str, Any]]]) -> str:
     """A fingerprint of the documents, prompts and right answers of all tasks."""
     lines = [
-        f"{name} {one['doc_id']} {one['doc_hash']} {one['prompt_hash']} {one['target_hash']}"
+        f"{name} {sample['doc_id']} {sample['doc_hash']} {sample['prompt_hash']} {sample['target_hash']}"
         for name, found in samples.items()
-        for one in found
+        for sample in found
     ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
@@ -182,9 +186,9 @@ def _series(tasks: Sequence[Any], samples: Mapping[str, list[dict[str, Any]]]) -
     by_metric: dict[str, list[tuple[Any, str, dict[str, Any]]]] = defaultdict(list)
     for task in tasks:
         raw: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
-        for one in samples[task.task_name]:
-            for metric in one["metrics"]:
-                raw[metric, one["filter"]][f"{task.task_name}/{one['doc_id']}"] = one[metric]
+        for sample in samples[task.task_name]:
+            for metric in sample["metrics"]:
+                raw[metric, sample["filter"]][f"{task.task_name}/{sample['doc_id']}"] = sample[metric]
         for (metric, filtered), values in raw.items():
             by_metric[metric if filtered == "none" else f"{metric} ({filtered})"].append(
                 (task, metric, values)
@@ -192,21 +196,21 @@ def _series(tasks: Sequence[Any], samples: Mapping[str, list[dict[str, Any]]]) -
     for label, found in by_metric.items():
         task, metric, values = found[0]
         higher = task.higher_is_better().get(metric)
-        means = [one.aggregation().get(name, mean) is mean for one, name, _ in found]
+        means = [task.aggregation().get(name, mean) is mean for task, name, _ in found]
         if all(means):
             together = {
                 document: float(grade) for _, _, grades in found for document, grade in grades.items()
             }
             parts = {
-                one.task_name: sum(map(float, grades.values())) / len(grades) for one, _, grades in found
+                task.task_name: sum(map(float, grades.values())) / len(grades) for task, _, grades in found
             }
             value = sum(together.values()) / len(together)
             kept = parts if len(parts) > 1 else {}
             yield Series(label, list(together), list(together.values()), [], value, higher, kept)
             continue
-        for one, name, grades in found:  # BLEU of one task and BLEU of another are no BLEU together
-            own = label if len(found) == 1 else f"{label} of {one.task_name}"
-            draws, value = _drawn(one.aggregation()[name], list(grades.values()))
+        for task, name, grades in found:  # BLEU of one task and BLEU of another are no BLEU together
+            own = label if len(found) == 1 else f"{label} of {task.task_name}"
+            draws, value = _drawn(task.aggregation()[name], list(grades.values()))
             yield Series(own, list(grades), [], draws, value, higher, {})
 
 

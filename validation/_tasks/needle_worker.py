@@ -123,7 +123,7 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
         with load_engine(request, max(lengths)) as engine:
             for start in range(0, len(grid), AT_ONCE):
                 part = [ids for ids, _ in prompts[start : start + AT_ONCE]]
-                answers += [tokenizer.decode(one.ids) for one in engine.generate(part, ANSWER)]
+                answers += [tokenizer.decode(answer.ids) for answer in engine.generate(part, ANSWER)]
                 done = sum(len(ids) for ids, _ in prompts[: len(answers)])
                 report(done, sum(len(ids) for ids, _ in prompts))
     except Unsound as outcome:
@@ -134,7 +134,7 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
         Hidden(cell.length, cell.depth, cell.name, cell.value, repeats, answer, holds(answer, cell.value))
         for cell, (_, repeats), answer in zip(grid, prompts, answers, strict=True)
     ]
-    return {"failure": "", "cells": [asdict(one) for one in answered], "chat": haystack.chat}
+    return {"failure": "", "cells": [asdict(cell) for cell in answered], "chat": haystack.chat}
 
 
 def holds(answer: str, code: str) -> bool:

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from quantool.formats.safetensors import some
 from quantool.records import Verdict
-from quantool.validation._findings.builder import FindingBuilder, some, without_folders
+from quantool.validation._findings.builder import FindingBuilder, without_folders
 
 BUILD = FindingBuilder("c")
 
