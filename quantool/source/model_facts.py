@@ -234,10 +234,10 @@ def special_tokens(tokenizer: Path, tokenizer_config: Mapping[str, Any]) -> dict
     if path.is_file():
         text = require_bounded(path).decode("utf-8")
         # Only this list is parsed: the vocabulary after it can be tens of megabytes.
-        place = text.find('"added_tokens"')
-        start = text.find("[", place)
+        key_at = text.find('"added_tokens"')
+        start = text.find("[", key_at)
         try:
-            entries = json.JSONDecoder().raw_decode(text, start)[0] if place >= 0 <= start else []
+            entries = json.JSONDecoder().raw_decode(text, start)[0] if key_at >= 0 <= start else []
         except ValueError as error:
             raise SourceError(f"{path}: added_tokens is not a list of tokens") from error
         key, pairs = (

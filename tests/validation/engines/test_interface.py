@@ -301,14 +301,14 @@ def test_a_model_that_reads_padding_answers_one_by_one(
     with opened("transformers", CHAT) as engine:
         expected = [engine.generate([prompt], 6)[0] for prompt in drawn]
     with opened("transformers", CHAT) as engine:
-        own = engine._model.forward  # type: ignore[attr-defined]
+        own = engine._model.forward
 
         @functools.wraps(own)
         def forward(*inputs: Any, attention_mask: Any = None, **settings: Any) -> Any:
             del attention_mask
             return own(*inputs, **settings)
 
-        monkeypatch.setattr(engine._model, "forward", forward)  # type: ignore[attr-defined]
+        monkeypatch.setattr(engine._model, "forward", forward)
         calls = counted(engine, monkeypatch)
         answers = engine.generate(drawn, 6)
     assert set(calls) == {1}
@@ -319,11 +319,11 @@ def test_a_model_that_reads_padding_answers_one_by_one(
 def test_weights_are_unpacked_once(
     level: str, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressed_tensors.compressors import base
+    from compressed_tensors.compressors import base  # type: ignore[import-untyped]
 
     folder = fp8_of("qwen3", level)[0] if level.startswith("FP8") else packed_of("qwen3")
     unpacked: list[Any] = []
-    whole = base.BaseCompressor.decompress_module.__func__  # type: ignore[attr-defined]
+    whole = base.BaseCompressor.decompress_module.__func__
 
     def noted(kind: Any, module: Any) -> None:
         unpacked.append(module)
