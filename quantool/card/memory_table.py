@@ -52,8 +52,9 @@ def which_file(facts: ModelFacts, reports: Sequence[Report]) -> str:
         )
     elif len(reports) == 1:
         only = reports[0]
+        failed = "" if only.verdict() is Verdict.PASS else ", which did not pass"
         lines.append(
-            f"There is one: {only.artifact.level}, {amount(only.artifact.bytes(), 'B')}.{_agreement(only)}\n"
+            f"There is one{failed}: {only.artifact.level}, {amount(only.artifact.bytes(), 'B')}.{_agreement(only)}\n"
         )
     usual = min(USUAL_CONTEXT, facts.context)
     lengths = [usual] if usual == facts.context else [usual, facts.context]

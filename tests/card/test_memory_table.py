@@ -113,6 +113,10 @@ def test_which_file_says_what_each_needs(large: ModelFacts) -> None:
     assert "Take" not in "".join(lines)  # nothing was judged
 
 
+def test_one_file_that_was_not_judged_is_not_praised(large: ModelFacts) -> None:
+    assert which_file(large, [report("Q8_0", 7.4)]).startswith("There is one, which did not pass: Q8_0, ")
+
+
 def test_a_sliding_window_is_told(large: ModelFacts) -> None:
     assert "sliding window" not in memory_tables(large, [report("Q8_0", 7.4)])
     text = memory_tables(large.model_copy(update={"sliding_window": 4096}), [report("Q8_0", 7.4)])
