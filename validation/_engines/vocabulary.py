@@ -98,7 +98,7 @@ def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dic
         **request,
     }
     log = case.workspace.logs / "tokenizer-reference.log"
-    stage = Stage(f"reference-{name}", key)
+    stage = Stage(f"reference-tokens-{name}", key)  # reference-{check} holds what the model answers
     return case.workspace.together([stage], lambda _: [call(work, whole, log=log)])[0]
 
 
