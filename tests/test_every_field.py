@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
-from quantool.config.schema import NO_EFFECT, Config
+from quantool.config.schema import Config
 from quantool.judging import findings_key
 from quantool.methods import gguf
 from quantool.methods._llama_cpp import dry_run
@@ -138,7 +138,6 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "push_to_hub", "repo_id", "private", "disk_bounded", "quantizations.repo_id",  # where files go, and when
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "card", "card.template",  # the card is written anew at every run
-    *NO_EFFECT,  # keys of 0.2.0
 }  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
