@@ -76,6 +76,7 @@ def publication_line(made: Publication) -> str:
 def show_run(result: RunResult, progress: Progress, *, as_json: bool) -> None:
     """Print what a run ended with: the table (or all records as JSON), what failed, where the folders are."""
     from quantool.report.finding_text import failures
+    from quantool.report.recommend import folders
     from quantool.report.table import table, terminal_width, write_step_summary
 
     try:
@@ -95,7 +96,7 @@ def show_run(result: RunResult, progress: Progress, *, as_json: bool) -> None:
     typer.echo(table(result.reports, terminal_width()))
     for line in failures(result.reports):
         complain(line)
-    for repo in dict.fromkeys(output.repo for output in result.plan.outputs):
-        progress.say(f"folder: {result.reports[0].artifact.folder.parent / repo}")
+    for line in folders(result.reports):
+        progress.say(line)
     for made in result.publications:
         typer.echo(f"published: {publication_line(made)}")

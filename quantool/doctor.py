@@ -13,15 +13,24 @@ from quantool.runtime import toolchain
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 
-TOOLS = ("llama-server", "llama-quantize", "llama-perplexity", "llama-imatrix", "cmake", "c++", "git")
+TOOLS = {
+    "llama-server": "optional: chat templates are then rendered by xllamacpp",
+    "llama-quantize": "optional: only quantool's own tests compare with it",
+    "llama-perplexity": "optional: only quantool's own tests compare with it",
+    "llama-imatrix": "optional: only quantool's own tests compare with it",
+    "cmake": "needed to compile llama-cpp-python",
+    "c++": "needed to compile llama-cpp-python",
+    "git": "optional: it names the commit of llama_cpp_path",
+}
+"""Programs by name, and what it means when one is missing."""
 
 
 def examine() -> dict[str, str]:
     """Facts by name, in the order to show them; nothing is installed, loaded or asked over the network."""
     found = {"python": platform.python_version(), **versions()}
     found["converter"] = _converter()
-    for name in TOOLS:
-        found[name] = str(toolchain.upstream_tool(name) or "not found")
+    for name, purpose in TOOLS.items():
+        found[name] = str(toolchain.upstream_tool(name) or f"not found ({purpose})")
     found["chat template engine"] = _template_engine()
     found["accelerator"] = _accelerator()
     found["cores"] = str(os.cpu_count())
@@ -63,5 +72,5 @@ def _token() -> str:
     from huggingface_hub import get_token
 
     if not get_token():
-        return "none"
+        return "none (only publishing and private repositories need one: HF_TOKEN, or `hf auth login`)"
     return "present (HF_TOKEN)" if os.environ.get("HF_TOKEN") else "present (login)"

@@ -10,7 +10,7 @@ from quantool.config.load import load
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.gguf_header import SHARD, SIDECARS, GgufTensor, read_shards
-from quantool.formats.json_file import brief, read_json
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import TensorHeader, check_index
 from quantool.plugins import find
 from quantool.records import Artifact, file_record
@@ -18,6 +18,8 @@ from quantool.records import Artifact, file_record
 # docs/gguf.md of ggml: ...-<Encoding>[-00001-of-00009].gguf
 ENCODING = re.compile(r"(?:^|[-._])(?P<level>[A-Za-z]{0,5}\d?[A-Za-z]*\d+(?:_[A-Za-z0-9]+)*)$")
 RECORD = "quantool.json"
+MOST_TEXT = 200
+"""Characters of a reader's words that a message repeats."""
 
 
 def artifacts_of(path: Path, level: str | None = None) -> list[tuple[Artifact, str]]:
@@ -96,8 +98,10 @@ def _recorded(folder: Path, names: list[str]) -> str | None:
             if {*names} <= {file["name"] for file in artifact["files"]}
         ]
     except (SourceError, ValueError, LookupError, TypeError, AttributeError) as error:
+        unread = isinstance(error, SourceError)  # it names the file
+        reason = str(error).removeprefix(f"{record}: ") if unread else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{record} is damaged ({type(error).__name__}: {brief(str(error), 200)})",
+            f"{record} is damaged ({reason[:MOST_TEXT]})",
             hint="download it again, or remove it: levels are then read from names",
         ) from error
     return levels[0] if levels else None

@@ -20,7 +20,7 @@ def test_whether_there_is_a_token_and_from_where(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    assert doctor.examine()["hub token"] == "none"
+    assert doctor.examine()["hub token"].startswith("none (only publishing")
     (tmp_path / "token").write_text("hf_secretsecret")
     assert doctor.examine()["hub token"] == "present (login)"
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
@@ -34,7 +34,7 @@ def test_what_is_missing_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(doctor, "find_spec", lambda _name: None)
     found = doctor.examine()
     assert found["converter"].startswith("missing: run `quantool toolchain install`")
-    assert found["llama-server"] == "not found"
+    assert found["llama-server"] == "not found (optional: chat templates are then rendered by xllamacpp)"
     assert found["chat template engine"] == "missing: pip install xllamacpp"
     assert found["cache"] == str(tmp_path / "quantool")
 

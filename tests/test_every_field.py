@@ -137,6 +137,7 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "output_path",  # an output folder may be moved
     "push_to_hub", "repo_id", "private", "disk_bounded", "quantizations.repo_id",  # where files go, and when
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
+    "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from quantool.records import Finding, Gates, Source, Verdict
 from quantool.runtime.progress import Progress
 from quantool.texts import inputs
 from quantool.texts.corpus import corpora
-from quantool.validation._engines.reference import REFERENCE, Reference, references
+from quantool.validation._engines.reference import REFERENCE, WHOLE, Reference, references
 from quantool.validation._engines.windows import WINDOWS, scored
 from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
@@ -76,13 +76,22 @@ def judge(case: Case, progress: Progress) -> Sequence[Finding]:
             blame = conversion_loss.blame(base, losses[0])
             found = [_blaming(finding, blame) for finding in found] + losses
         findings += found
-    return [*findings, _arithmetic(known), *_kernels(result), *_undivided(case, result)]
+    notes = [_arithmetic(known), *_execution(known, result), *_kernels(result)]
+    return [*findings, *notes, *_undivided(case, result)]
 
 
 def _arithmetic(known: Sequence[Reference]) -> Finding:
     """What the reference was computed in: a processor without bfloat16 computes in float32."""
     used = ", ".join(sorted({reference.arithmetic for reference in known}))
     return BUILD.fact("arithmetic", used, note=f"the reference was computed in {used}")
+
+
+def _execution(known: Sequence[Reference], result: ArtifactScores) -> list[Finding]:
+    """How the models ran where that was not whole because they fit: layer by layer, or whole because they must."""
+    ways = {"the reference": {reference.execution for reference in known}, "the artifact": {result.execution}}
+    unusual = [(name, way) for name, used in ways.items() for way in sorted(used - {WHOLE})]
+    noted = "; ".join(f"{name} ran {way}" for name, way in unusual)
+    return [BUILD.fact("execution", noted, note=f"memory is short: {noted}")] if noted else []
 
 
 def _kernels(result: ArtifactScores) -> list[Finding]:

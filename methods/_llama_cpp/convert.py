@@ -9,6 +9,7 @@ What is changed around it, and why:
   transformers 5 no longer writes, and ``<|im_start|>`` would be plain text to llama.cpp;
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
 * names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
+* a README.md whose front matter upstream cannot read gives what quantool can read of it, which the plan notes;
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 from quantool.errors import DependencyError, QuantizationError, SourceError
 from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
 from quantool.runtime.worker import Report, preloaded
+from quantool.source.model_card import front_matter
 
 UPSTREAM = (
     NotImplementedError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
@@ -50,11 +52,13 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
     """
+    from huggingface_hub.errors import StrictDataclassError  # of a config.json that transformers refuses
+
     conversion, gguf = _load(Path(request["toolchain"]))
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     try:
         return _convert(conversion, gguf, request, report)
-    except UPSTREAM as error:
+    except (*UPSTREAM, StrictDataclassError) as error:
         raise _explain(error, Path(request["toolchain"]), Path(request["model"])) from error
     except OSError as error:
         if error.errno is None and "requested and" in str(error):  # numpy.ndarray.tofile: a disk that is full
@@ -65,6 +69,7 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
 def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report: Report) -> dict[str, Any]:
     _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
     _name_folder(gguf, request["folder_name"])
+    _read_cards(gguf)
     model, dropped = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     if request["rehearse"]:
@@ -149,6 +154,25 @@ def _name_folder(gguf: Any, name: str) -> None:
         return guess(metadata, card, parameters, Path(name), total)
 
     gguf.Metadata.apply_metadata_heuristic = staticmethod(guess_by_name)
+
+
+def _read_cards(gguf: Any) -> None:
+    """Let upstream go on with what can be read of a README.md that its own reader fails on."""
+    import yaml
+
+    load = gguf.Metadata.load_model_card
+
+    def load_readable(folder: Path | None = None) -> dict[str, Any]:
+        try:
+            card: dict[str, Any] = load(folder)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            if folder is None:
+                raise
+            card, notes = front_matter(folder)
+            logging.getLogger(__name__).warning("README.md: %s; %s", error, " ".join(notes))
+        return card
+
+    gguf.Metadata.load_model_card = staticmethod(load_readable)
 
 
 def _unknown(digest: str, suggested: str | None) -> SourceError:

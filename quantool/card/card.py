@@ -113,12 +113,13 @@ def _sections(
 def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
     made_by = f"made and checked by quantool {plan.versions['quantool']}"
     measured = all(report.find("mean_kld") for report in reports)
-    compared = (
-        "Every file was compared with the bf16 reference on held-out text."
-        if measured
-        else "Not every file was compared with the bf16 reference on held-out text: see the verdicts below."
-    )
-    return f"Quantized versions of {_link(plan.source)}, {made_by}. {compared}\n"
+    one = len(reports) == 1
+    if measured:
+        compared = f"{'It' if one else 'Every file'} was compared with the bf16 reference on held-out text."
+    else:
+        which = "It was not" if one else "Not every file was"
+        compared = f"{which} compared with the bf16 reference on held-out text: see the verdicts below."
+    return f"{'A quantized version' if one else 'Quantized versions'} of {_link(plan.source)}, {made_by}. {compared}\n"
 
 
 def front_text(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:

@@ -50,6 +50,11 @@ def which_file(facts: ModelFacts, reports: Sequence[Report]) -> str:
             f"**Take `{file}`** ({amount(chosen.report.artifact.bytes(), 'B')}) if you have no reason for another: "
             f"{chosen.reason}.{_agreement(chosen.report)}\n"
         )
+    elif len(reports) == 1:
+        only = reports[0]
+        lines.append(
+            f"There is one: {only.artifact.level}, {amount(only.artifact.bytes(), 'B')}.{_agreement(only)}\n"
+        )
     usual = min(USUAL_CONTEXT, facts.context)
     lengths = [usual] if usual == facts.context else [usual, facts.context]
     heads = ["level", "file", "size", *(f"memory at {n:,} tokens" for n in lengths), "same top-p"]

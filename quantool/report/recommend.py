@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantool.records import Report, Verdict
-from quantool.report.table import worst
+from quantool.report.table import file_name, worst
 
 CLOSE = 0.05
 """Nats of mean KLD on the worst corpus up to which a file counts as close to its reference.
@@ -55,3 +55,13 @@ def recommend(reports: Sequence[Report]) -> Recommendation | None:
 def _divergence(report: Report) -> float | None:
     found = worst(report)
     return found.measured if found is not None and isinstance(found.measured, float) else None
+
+
+def folders(reports: Sequence[Report]) -> list[str]:
+    """A line for each folder to publish, with the file that its card recommends where it holds several."""
+    lines = []
+    for folder in dict.fromkeys(report.artifact.folder for report in reports):
+        own = [report for report in reports if report.artifact.folder == folder]
+        chosen = recommend(own) if len(own) > 1 else None
+        lines.append(f"folder: {folder}" + (f" (recommended: {file_name(chosen.report)})" if chosen else ""))
+    return lines

@@ -274,10 +274,15 @@ def span(seconds: float) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """``value`` with a decimal prefix: ``amount(12_300_000, "B")`` is ``"12.3 MB"``."""
+    """``value`` with a decimal prefix: ``amount(12_300_000, "B")`` is ``"12.3 MB"``.
+
+    Without a unit it is a count, as of parameters, whose thousand millions are called B.
+    """
     for prefix in ("", "k", "M", "G"):
         digits = 1 if prefix else 0
         if abs(round(value, digits)) < 1000 or prefix == "G":
             break
         value /= 1000
+    if not unit:
+        prefix = prefix.replace("G", "B")
     return f"{value:.{digits}f} {prefix}{unit}".rstrip()

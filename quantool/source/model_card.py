@@ -16,29 +16,7 @@ MAX_BYTES = 1 << 22
 
 def model_card(folder: Path) -> tuple[ModelCard, list[str]]:
     """The license, languages and tags of README.md; a note instead of an error where it cannot be read."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return ModelCard(), []
-    ignored = "license and languages are unknown"
-    try:
-        text = read_bounded(path, MAX_BYTES).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    except SourceError as error:
-        return ModelCard(), [f"{error.message}: {ignored}"]
-    if not text.startswith("---\n"):
-        return ModelCard(), []
-    front, closed, _ = text[3:].partition("\n---")
-    if not closed:
-        return ModelCard(), ["README.md: the YAML front matter has no end (a line ---); it is ignored"]
-    try:
-        document = parse(front, "README.md")
-    except ConfigError as error:
-        return ModelCard(), [
-            f"{error.message.replace('not YAML', 'the front matter is not YAML', 1)}; {ignored}"
-        ]
-    if not isinstance(document.data, dict):
-        what = [] if document.data is None else [f"README.md: the front matter is not a mapping; {ignored}"]
-        return ModelCard(), what
-    data = document.data
+    data, notes = front_matter(folder)
     card = ModelCard(
         license=next(iter(_texts(data.get("license"))), None),
         license_name=next(iter(_texts(data.get("license_name"))), None),
@@ -48,7 +26,33 @@ def model_card(folder: Path) -> tuple[ModelCard, list[str]]:
         tags=_texts(data.get("tags")),
         base_models=_texts(data.get("base_model")),
     )
-    return card, document.error(document.mistakes).message.splitlines()
+    return card, notes
+
+
+def front_matter(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What of README.md's YAML front matter can be read, and what is wrong with the rest."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}, []
+    ignored = "license and languages are unknown"
+    try:
+        text = read_bounded(path, MAX_BYTES).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    except SourceError as error:
+        return {}, [f"{error.message}: {ignored}"]
+    if not text.startswith("---\n"):
+        return {}, []
+    front, closed, _ = text[3:].partition("\n---")
+    if not closed:
+        return {}, ["README.md: the YAML front matter has no end (a line ---); it is ignored"]
+    try:
+        document = parse(front, "README.md")
+    except ConfigError as error:
+        what = error.message.replace("not YAML", "the front matter is not YAML", 1)
+        return {}, [f"{what}; {ignored}"]
+    if not isinstance(document.data, dict):
+        what = f"README.md: the front matter is not a mapping; {ignored}"
+        return {}, [] if document.data is None else [what]
+    return document.data, document.error(document.mistakes).message.splitlines()
 
 
 def _texts(value: Any) -> tuple[str, ...]:

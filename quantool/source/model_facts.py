@@ -190,15 +190,14 @@ def _tied(config: Configuration) -> bool:
 
 def _sliding_window(config: Configuration) -> int | None:
     """The window of a model in which some layer really looks back less far than its context."""
-    window = config.optional_number("sliding_window")
+    window, kinds = config.optional_number("sliding_window"), config.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise SourceError(f"{config.path}: layer_types is {brief(kinds)}, expected a list")
     if window is None or window >= config.number("max_position_embeddings"):
         return None
     if config.get("use_sliding_window") is False:
         return None
-    kinds = config.get("layer_types")
     if kinds is not None:
-        if not isinstance(kinds, list):
-            raise SourceError(f"{config.path}: layer_types is {brief(kinds)}, expected a list")
         return window if "sliding_attention" in kinds else None
     first = config.optional_number("max_window_layers") if config.get("use_sliding_window") else None
     if first is not None and first >= config.number("num_hidden_layers"):  # Qwen2: layers from this one on
@@ -228,14 +227,17 @@ def _unstopped(
 
 def special_tokens(tokenizer: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, int]:
     """Text to id of the added tokens that tokenizer.json (else tokenizer_config.json) lists."""
-    path = tokenizer / "tokenizer.json"
+    path, listed = tokenizer / "tokenizer.json", tokenizer_config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict):
+        place = tokenizer / "tokenizer_config.json"
+        raise SourceError(f"{place}: added_tokens_decoder is {brief(listed)}, expected an object")
     if path.is_file():
         text = require_bounded(path).decode("utf-8")
         # Only this list is parsed: the vocabulary after it can be tens of megabytes.
-        place = text.find('"added_tokens"')
-        start = text.find("[", place)
+        key_at = text.find('"added_tokens"')
+        start = text.find("[", key_at)
         try:
-            entries = json.JSONDecoder().raw_decode(text, start)[0] if place >= 0 <= start else []
+            entries = json.JSONDecoder().raw_decode(text, start)[0] if key_at >= 0 <= start else []
         except ValueError as error:
             raise SourceError(f"{path}: added_tokens is not a list of tokens") from error
         key, pairs = (
@@ -244,9 +246,6 @@ def special_tokens(tokenizer: Path, tokenizer_config: Mapping[str, Any]) -> dict
         )
     else:
         path, key = tokenizer / "tokenizer_config.json", "added_tokens_decoder"
-        listed = tokenizer_config.get(key, {})
-        if not isinstance(listed, dict):
-            raise SourceError(f"{path}: {key} is {brief(listed)}, expected an object")
         pairs = [(int(number) if number.isdecimal() else None, entry) for number, entry in listed.items()]
     tokens: dict[str, int] = {}
     for number, entry in pairs:

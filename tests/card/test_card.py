@@ -144,6 +144,13 @@ def test_a_newcomer_reads_which_file_first(plan: Plan) -> None:
     assert any(line.startswith("llama-server") for line in first_screen)
 
 
+def test_a_single_artifact_is_named_as_one(plan: Plan) -> None:
+    _, body = parts(write_card(plan, plan.outputs, [report(plan, *figures("en"))]))
+    assert "A quantized version of " in body
+    assert "It was compared with the bf16 reference on held-out text." in body
+    assert "There is one: Q8_0, 2.5 MB. Its most likely next token is the original's at 93.21 %" in body
+
+
 def test_only_versions_that_took_part_are_named(plan: Plan) -> None:
     versions = plan.versions | {"llmcompressor": "0.14.0.1", "compressed-tensors": "0.19", "lm_eval": "0.4",
                                 "datasets": "5.2", "llama-cpp-python": "0.3.36", "gguf": "0.19"}  # fmt: skip
@@ -337,7 +344,7 @@ def test_no_heading_for_checks_without_findings(plan: Plan) -> None:
 
 
 def test_a_comparison_is_claimed_only_where_it_was_measured(plan: Plan) -> None:
-    measured = write_card(plan, plan.outputs, [report(plan, *figures("en"))])
+    measured = write_card(plan, plan.outputs, [report(plan, *figures("en"))] * 2)
     assert "Every file was compared with the bf16 reference" in measured
     unmeasured = write_card(plan, plan.outputs, [report(plan, *figures("en")), report(plan)])
     assert "Not every file was compared" in unmeasured

@@ -14,6 +14,7 @@ from typing import Any
 
 import making
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = {"*": {"max_ln_ppl_ratio": 1, "max_mean_kld": 1, "min_same_top_p": 0.3}}
@@ -37,7 +38,8 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return making.read_json(self.file)
+        settings: dict[str, Any] = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        return settings
 
     @property
     def output(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from quantool.runtime.workspace import Workspace
+from tests import kills
 from tests.conftest import dies
 from tests.e2e.conftest import PATIENCE, Ended, Run, chat, wait_until, workers, write
 
@@ -172,6 +174,36 @@ def test_killed_in_every_stage_ends_with_the_same_bytes(undisturbed: Run, tmp_pa
     assert listed == {
         line for line in (undisturbed.folder / "SHA256SUMS").read_text().splitlines() if ".gguf" in line
     }
+
+
+def test_random_kills_end_with_the_same_bytes(undisturbed: Run, tmp_path: Path) -> None:
+    """``python -m tests.kills`` is the long form, with FP8 and AWQ."""
+    run, tally = changed(undisturbed, tmp_path / "out"), kills.Tally()
+    count = kills.chain(
+        run.file, undisturbed.output, run.output, run.cache, tally, random.Random(2), kills=6, span=10
+    )
+    assert not tally.faults, "\n".join(tally.faults)
+    assert tally.runs == 1
+    assert count >= 2, tally.ends
+    print(tally)
+
+
+def test_what_kills_must_not_leave_is_seen(undisturbed: Run, copied: Run) -> None:
+    """A file cut off, a record cut off, a stage done again and an unfinished file: each is a fault."""
+    expected, before = kills.contents(undisturbed.output), kills.finished(copied.output)
+    assert kills.half_named(copied.output, expected) == []
+    assert kills.findings(copied.output) == kills.findings(undisturbed.output)
+    with (copied.folder / Q8).open("r+b") as file:
+        file.truncate(100_000)
+    report = next((copied.output / "records").glob("*.report.json"))
+    report.write_bytes(report.read_bytes()[:100])
+    assert kills.half_named(copied.output, expected) == [
+        str(path.relative_to(copied.output)) for path in (copied.folder / Q8, report)
+    ]
+    redone = {name for name, known in kills.finished(copied.output).items() if before[name] != known}
+    assert redone == {str(copied.folder / Q8)}
+    (copied.folder / f".{Q4}.part").touch()
+    assert kills.parts(copied.output) == [f"{copied.folder.name}/.{Q4}.part"]
 
 
 def test_interrupt_ends_at_once_and_says_what_is_kept(undisturbed: Run, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_gates_are_those_of_the_level_under_those_of_the_configuration(model: Pa
 def test_small_models_get_a_word_about_the_gates(model: Path) -> None:
     told = planned(model).warnings
     assert told[0] == "this is a fake"
-    assert "the default gates hold for models of 1.0 G parameters and more; this one has 584" in told[1]
+    assert "the default gates hold for models of 1.0 B parameters and more; this one has 584" in told[1]
     assert planned(model, validation={"gates": {"*": {"max_mean_kld": 1.5}}}).warnings == ("this is a fake",)
 
 

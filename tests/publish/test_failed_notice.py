@@ -53,7 +53,9 @@ def test_a_folder_that_did_not_pass_goes_out_with_a_warning(
     assert content(failed).items() <= files.items()
     card = files["README.md"].decode()
     assert card.index("\n# model-FAKE\n") < card.index(NOTICE) < card.index("## ", card.index(NOTICE) + 3)
-    assert re.search(r"^- Q8_0: REGRESSION in \w+: mean_kld 0\.50* .*on text, limit 0\.01$", card, re.MULTILINE), card
+    assert re.search(
+        r"^- Q8_0: REGRESSION in \w+: mean_kld 0\.50* .*on text, limit 0\.01$", card, re.MULTILINE
+    ), card
     assert "- Q4_K_M: " not in card[card.index(NOTICE) : card.index("\n## ", card.index(NOTICE) + 3)]
     (body,) = [asked.body for asked in hub.sent("POST", "/commit/main")]
     assert b"Published with --allow-regression: Q8_0 did not pass." in body

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from quantool.records import Artifact, FileRecord, Finding, Report, Verdict
-from quantool.report.recommend import recommend
+from quantool.report.recommend import folders, recommend
 
 
 def report(level: str, size: int, *divergences: float, verdict: Verdict = Verdict.PASS) -> Report:
@@ -49,3 +49,11 @@ def test_the_smallest_that_is_close_to_its_reference(reports: list[Report], leve
 def test_what_did_not_pass_is_never_recommended(verdict: Verdict) -> None:
     assert recommend([report("Q8_0", 8, 0.001, verdict=verdict)]) is None
     assert recommend([]) is None
+
+
+def test_a_folder_of_several_files_says_which_to_take() -> None:
+    alone = report("W4A16", 3, 0.02)
+    alone = alone.model_copy(update={"artifact": alone.artifact.model_copy(update={"folder": Path("awq")})})
+    assert folders([*LLAMA_3_8B, alone]) == ["folder: out (recommended: m-Q4_K_S.gguf)", "folder: awq"]
+    failed = [report(level, 8, 0.001, verdict=Verdict.REGRESSION) for level in ("Q8_0", "Q6_K")]
+    assert folders(failed) == ["folder: out"]

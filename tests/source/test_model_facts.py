@@ -159,7 +159,7 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
         ({"num_key_value_heads": "abc"}, "num_key_value_heads is 'abc', expected a positive integer", ""),
         ({"head_dim": [1]}, r"head_dim is \[1\], expected", ""),
         ({"sliding_window": "abc"}, "sliding_window is 'abc', expected", ""),
-        ({"sliding_window": 16, "layer_types": 0}, "layer_types is 0, expected a list", ""),
+        ({"layer_types": 0}, "layer_types is 0, expected a list", ""),
         (
             {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": "a"},
             "max_window_layers is 'a'",
@@ -208,6 +208,11 @@ def test_an_end_of_sequence_outside_the_vocabulary_is_found_in_either_file(tmp_p
             None,
             {"added_tokens_decoder": [1]},
             r"tokenizer_config\.json: added_tokens_decoder is \[1\], expected an object",
+        ),
+        (
+            b'{"added_tokens": []}',
+            {"added_tokens_decoder": [1]},
+            r"tokenizer_config\.json: added_tokens_decoder",
         ),
         (None, {"added_tokens_decoder": {"x": {"content": "a"}}}, "is no token"),
         (None, {"added_tokens_decoder": {"1": "a"}}, "'a' is no token"),

@@ -42,7 +42,7 @@ def changed(folder: Path, **keys: Any) -> Path:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"vocab_size": 10}, "config.json: vocab_size 10, but model.embed_tokens.weight has 4096 rows"),
+        ({"vocab_size": 4092}, "config.json: vocab_size 4092, but model.embed_tokens.weight has 4096 rows"),
         ({"vocab_size": 8192}, "config.json: vocab_size 8192, but model.embed_tokens.weight has 4096 rows"),
         ({"hidden_size": 512}, "config.json: hidden_size 512, but model.embed_tokens.weight has 256 columns"),
         (
@@ -75,7 +75,7 @@ def test_both_numbers_are_named(tmp_path: Path, keys: dict[str, Any], message: s
 def test_what_nothing_is_known_of_is_left_to_the_tools(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = source(changed(tmp_path / "model", vocab_size=10))
+    found = source(changed(tmp_path / "model", vocab_size=4092))
     monkeypatch.setattr(shapes, "CONFORMING", frozenset())
     check_config_shapes(found, headers(found))
 

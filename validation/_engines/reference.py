@@ -22,8 +22,10 @@ from quantool.runtime import arithmetic, process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import Stage, written
-from quantool.validation._engines import unpacked
+from quantool.validation._engines import memory, unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
+from quantool.validation._engines.layer_files import Unstreamable
+from quantool.validation._engines.layer_stream import LayerStream
 from quantool.validation._engines.windows import Windows, scored, windows
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 REFERENCE = Depends(fields=("validation.context", "device"), libraries=("torch", "transformers"))
 """Hidden states on windows, which count by their hash."""
+WHOLE = "whole"
 BATCH_TOKENS = 2048
 VERIFIED_POSITIONS = 32
 LOGIT_TOLERANCE = 2**-6
@@ -51,6 +54,8 @@ class Reference:
     key: str
     arithmetic: str
     """The dtype that its model computed in."""
+    execution: str
+    """Whether the model ran whole, see ``Loaded``."""
 
 
 def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Reference, ...]:
@@ -86,7 +91,14 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
 
     heads = case.workspace.together(stages, produce)
     return tuple(
-        Reference(part, stage.files[0], HeadPlan.of(head["head"]), str(stage.key), head["arithmetic"])
+        Reference(
+            part,
+            stage.files[0],
+            HeadPlan.of(head["head"]),
+            str(stage.key),
+            head["arithmetic"],
+            head.get("execution", WHOLE),  # kept before models ran in any other way
+        )
         for part, stage, head in zip(cut, stages, heads, strict=True)
     )
 
@@ -100,27 +112,28 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
     """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``."""
     import numpy as np
 
-    folder = Path(request["folder"])
-    model = load_model(folder, request["dtype"], request["device"], request["trust_remote_code"])
+    folder, outputs = Path(request["folder"]), [Path(output) for output in request["outputs"]]
+    loaded = open_model(folder, request["dtype"], request, outputs[0].parent)
+    model = loaded.model
     plan = plan_head(model, folder)
     head = Head(folder, plan)
     texts = [np.load(path) for path in request["windows"]]
-    total = sum(text.size for text in texts)
-    done = 0
-    for number, (ids, output) in enumerate(zip(texts, request["outputs"], strict=True)):
+    for ids in texts:
         if ids.max() >= head.rows:
             raise SourceError(f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries")
-        if not number:
-            verify(model, head, ids[:1])
-        with written(Path(output)) as part:
-            for count in _saved(model, ids, part):
-                report(done + count, total)
-        done += ids.size
-    return {"head": plan.fields(), "arithmetic": str(model.dtype).removeprefix("torch.")}
+    advance = adding(report, sum(text.size for text in texts))
+    loaded.prepare(texts, advance, keep_logits=False)
+    verify(model, head, texts[0][:1])
+    for ids, output in zip(texts, outputs, strict=True):
+        with written(output) as part:
+            for tokens in _saved(model, ids, part):
+                advance(tokens * loaded.share)
+    arithmetic = str(model.dtype).removeprefix("torch.")
+    return {"head": plan.fields(), "arithmetic": arithmetic, "execution": loaded.execution}
 
 
 def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
-    """Write the hidden states of the windows ``ids`` to ``path`` as they come; yields the number of tokens done.
+    """Write the hidden states of the windows ``ids`` to ``path`` as they come; yields the tokens of each batch.
 
     As a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16).
     """
@@ -137,8 +150,8 @@ def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
             with path.open("r+b") as file:  # writing to a hole of a mapped file on a full disk is a SIGBUS
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         target[done:count] = values
+        yield (count - done) * ids.shape[1]
         done = count
-        yield count * ids.shape[1]
     if target is not None:
         target.flush()
 
@@ -159,17 +172,76 @@ def as_tensor(part: Any) -> Tensor:
     return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, whole or layer by layer."""
+
+    model: Any
+    stream: LayerStream | None
+    execution: str
+    """``whole``, ``layer by layer``, or ``whole: `` and why it is not layer by layer though memory is short."""
+
+    @property
+    def share(self) -> float:
+        """The part of the work that is left to do after ``prepare``."""
+        return self.stream.share if self.stream else 1.0
+
+    def prepare(self, texts: Sequence[Any], advance: Callable[[float], None], *, keep_logits: bool) -> None:
+        """Run the layers of a model that runs layer by layer on all that ``verify`` and ``run`` will ask of it."""
+        if self.stream:
+            every = [batch for ids in texts for batch in batches(self.model, ids, keep_logits=keep_logits)]
+            self.stream.prepare([torch_ids(texts[0][:1]), *every], advance)
+
+
+def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path) -> Loaded:
+    """The model of ``folder`` as ``load_model`` gives it, or layer by layer where memory is short.
+
+    Of the worker's ``request`` counts ``device``, ``trust_remote_code`` and, if it is there, ``by_layer``, which decides
+    instead of the memory. ``scratch`` is a folder for hidden states.
+    """
+    on_gpu = uses_gpu(request["device"])
+    trusted: bool = request["trust_remote_code"]
+    execution = WHOLE
+    if request.get("by_layer", not memory.fits(folder, on_gpu=on_gpu)):
+        try:
+            stream = LayerStream(folder, dtype, on_gpu=on_gpu, trust_remote_code=trusted, scratch=scratch)
+        except Unstreamable as reason:
+            execution = f"whole: {reason}"
+        else:
+            return Loaded(stream.model, stream, "layer by layer")
+    return Loaded(load_model(folder, dtype, request["device"], trusted), None, execution)
+
+
+def adding(report: Callable[[float, float], None], total: int) -> Callable[[float], None]:
+    """Report sums of what the calls are told, of ``total`` at most."""
+    done = 0.0
+
+    def advance(tokens: float) -> None:
+        nonlocal done
+        done = min(total, done + tokens)
+        report(done, total)
+
+    return advance
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether the model runs on a GPU. Raises DependencyError when the device is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError("device is cuda, but torch finds none", hint="set device: cpu")
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
 def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -> Any:
     """A causal language model of ``folder``, every weight from its files, ready to run (on a CPU see ``arithmetic.widen``).
 
     Raises SourceError when transformers does not know it or a weight is missing (which transformers would fill with
     random numbers), DependencyError when the device is not there.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DependencyError("device is cuda, but torch finds none", hint="set device: cpu")
+    on_gpu = uses_gpu(device)
     try:
         loaded: Any = (
             unpacked.load_unpacked(folder, dtype, trust_remote_code)
@@ -184,7 +256,6 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise SourceError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(absent[:5])}")
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if not on_gpu:
         arithmetic.widen(model)
     return model.eval().to("cuda" if on_gpu else "cpu")
@@ -198,18 +269,31 @@ def run(model: Any, ids: Any, *, keep_logits: bool) -> Iterator[tuple[int, Tenso
     """
     import torch
 
+    done = 0
+    with torch.no_grad(), tapped(model, scored(ids.shape[1]), keep_logits=keep_logits) as seen:
+        for batch in batches(model, ids, keep_logits=keep_logits):
+            logits = model(input_ids=batch.to(model.device), use_cache=False).logits
+            done += len(batch)
+            yield done, logits if keep_logits else seen[-1]
+            seen.clear()
+
+
+def batches(model: Any, ids: Any, *, keep_logits: bool) -> Iterator[Tensor]:
+    """The windows ``ids`` [windows, context] in the batches in which ``run`` runs them, on the CPU."""
     context = ids.shape[1]
-    positions = scored(context)
     step = max(1, BATCH_TOKENS // context)
     if keep_logits:
-        window_bytes = 4 * len(positions) * len(model.get_output_embeddings().weight)
+        window_bytes = 4 * len(scored(context)) * len(model.get_output_embeddings().weight)
         step = max(1, min(step, LOGIT_BYTES // window_bytes))
-    with torch.no_grad(), tapped(model, positions, keep_logits=keep_logits) as seen:
-        for start in range(0, len(ids), step):
-            batch = torch.from_numpy(ids[start : start + step]).long().to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            yield start + len(batch), logits if keep_logits else seen[-1]
-            seen.clear()
+    for start in range(0, len(ids), step):
+        yield torch_ids(ids[start : start + step])
+
+
+def torch_ids(ids: Any) -> Tensor:
+    """Token ids as torch takes them."""
+    import torch
+
+    return torch.from_numpy(ids).long()
 
 
 @contextmanager
@@ -242,7 +326,7 @@ def verify(model: Any, head: Head, ids: Any) -> None:
 
     positions = scored(ids.shape[1])[-VERIFIED_POSITIONS:]
     with torch.no_grad(), tapped(model, positions, keep_logits=True) as seen:
-        batch = torch.from_numpy(ids).long().to(model.device)
+        batch = torch_ids(ids).to(model.device)
         own = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
     made = head.logits(seen[-1][0].cpu())
     if own.shape != made.shape or not torch.isfinite(own).all():

@@ -8,6 +8,8 @@ transformers makes of the same numbers where it can (``quantool.formats.int4_lay
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +57,7 @@ def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[An
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
-    if is_autoawq(folder):
-        _check(folder)
+    check_layout(folder)
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     del config.quantization_config
     named = config.get_text_config().dtype if dtype == "auto" else getattr(torch, dtype)
@@ -65,7 +66,11 @@ def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[An
         raise SourceError(f"{folder}: transformers has no language model of type {config.model_type}")
     kind_of_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = kind_of_model.from_pretrained(
-        None, config=config, state_dict=_weights(folder, kind), dtype=kind, output_loading_info=True
+        None,
+        config=config,
+        state_dict=stored(folder, check_index(folder), kind),
+        dtype=kind,
+        output_loading_info=True,
     )
     model.config.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
@@ -73,7 +78,10 @@ def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[An
     return model, info
 
 
-def _check(folder: Path) -> None:
+def check_layout(folder: Path) -> None:
+    """Raise SourceError for an AutoAWQ layout that cannot be unpacked."""
+    if not is_autoawq(folder):
+        return
     found = quantization(folder)
     version, bits = str(found.get("version", "gemm")).lower(), found.get("bits", found.get("w_bit"))
     if version != "gemm" or bits != BITS:
@@ -83,25 +91,41 @@ def _check(folder: Path) -> None:
         )
 
 
-def _weights(folder: Path, dtype: Any) -> dict[str, Tensor]:
-    """All tensors, packed ones dequantized to ``dtype`` under the name that the unquantized model gives them."""
-    found: dict[str, Tensor] = {}
-    headers = check_index(folder)
+def stored(folder: Path, headers: dict[str, TensorHeader], dtype: Any) -> dict[str, Any]:
+    """The tensors ``headers`` of ``folder`` as transformers takes them for a state dict: each is read when it is its turn.
+
+    Packed ones stand under the name that the unquantized model gives them, and are dequantized to ``dtype`` when they are
+    read; with None they stay as they are.
+    """
     files = _WeightFiles(folder)
+    found: dict[str, Any] = {}
     taken: set[str] = set()
-    for mark, parts, unpacked in LAYOUTS:
+    for mark, parts, unpacked in LAYOUTS if dtype is not None else ():
         for module in [name.removesuffix(f".{mark}") for name in headers if name.endswith(f".{mark}")]:
             names = {part: f"{module}.{part}" for part in parts}
             absent = [part for part, name in names.items() if name not in headers and part != OPTIONAL]
             if absent:
                 raise SourceError(f"{folder}: {module} lacks {' and '.join(absent)}")
-            words = {part: files.read(headers[name]) for part, name in names.items() if name in headers}
-            found[f"{module}.weight"] = unpacked(words).to(dtype).contiguous()
+            words = {part: files.slice(headers[name]) for part, name in names.items() if name in headers}
+            found[f"{module}.weight"] = _Packed(words, unpacked, dtype)
             taken |= set(names.values())
     for name, tensor in headers.items():
         if name not in taken:
-            found[name] = files.read(tensor)
+            found[name] = files.slice(tensor)
     return found
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight in parts, read and dequantized by ``weight[...]`` as a slice of safetensors is."""
+
+    parts: dict[str, Any]
+    unpacked: Callable[[dict[str, Tensor]], Tensor]
+    dtype: Any
+
+    def __getitem__(self, whole: Any) -> Tensor:
+        words = {part: stored[whole] for part, stored in self.parts.items()}
+        return self.unpacked(words).to(self.dtype).contiguous()
 
 
 class _WeightFiles:
@@ -111,10 +135,10 @@ class _WeightFiles:
         self._folder = folder
         self._handles: dict[str, Any] = {}
 
-    def read(self, tensor: TensorHeader) -> Tensor:
+    def slice(self, tensor: TensorHeader) -> Any:
+        """A tensor that is not read yet; ``[...]`` reads it."""
         from safetensors import safe_open
 
         if tensor.file not in self._handles:
             self._handles[tensor.file] = safe_open(self._folder / tensor.file, framework="pt")
-        read: Tensor = self._handles[tensor.file].get_tensor(tensor.name)
-        return read
+        return self._handles[tensor.file].get_slice(tensor.name)

@@ -11,7 +11,6 @@ reference (what the conversion lost), and the others with it (what the quantizat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from quantool.validation._engines.head import (
     normalized,
 )
 from quantool.validation._engines.llama_cpp import Layout, Model, Weights, load_weights, make_context
+from quantool.validation._engines.memory import free_ram
 from quantool.validation._engines.reference import as_tensor, read_hidden
 from quantool.validation._engines.windows import scored
 
@@ -152,11 +152,7 @@ def available(*, gpu: bool) -> int:
 
         if torch.cuda.is_available():
             return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free_ram()
 
 
 @dataclass

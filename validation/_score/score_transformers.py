@@ -24,7 +24,7 @@ from quantool.validation._engines.head import (
     following,
     joined,
 )
-from quantool.validation._engines.reference import as_tensor, load_model, read_hidden, run, verify
+from quantool.validation._engines.reference import adding, as_tensor, open_model, read_hidden, run, verify
 from quantool.validation._engines.windows import scored
 from quantool.validation._findings.statistics import Tokens
 
@@ -36,29 +36,27 @@ if TYPE_CHECKING:
 
 @preloaded("transformers")
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``."""
+    """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``.
+
+    ``executions`` says of each whether it ran whole, see ``reference.Loaded``.
+    """
     import numpy as np
 
     texts = [np.load(path) for path in request["windows"]]
-    total = sum(ids.size for ids in texts) * len(request["models"])
-    done = 0
-
-    def advanced(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        report(done, total)
-
+    advance = adding(report, sum(ids.size for ids in texts) * len(request["models"]))
     failures: list[str | None] = []
+    executions: list[str | None] = []
     for folder, outputs in zip(request["models"], request["outputs"], strict=True):
+        failure = execution = None
         try:
-            _score_folder(Path(folder), request, texts, outputs, advanced)
+            execution = _score_folder(Path(folder), request, texts, outputs, advance)
         except SourceError as error:
-            failures.append(error.message)
+            failure = error.message
         except Unsound as outcome:
-            failures.append(str(outcome))
-        else:
-            failures.append(None)
-    return {"failures": failures}
+            failure = str(outcome)
+        failures.append(failure)
+        executions.append(execution)
+    return {"failures": failures, "executions": executions}
 
 
 def _score_folder(
@@ -66,18 +64,24 @@ def _score_folder(
     request: dict[str, Any],
     texts: Sequence[NDArray[np.int32]],
     outputs: Sequence[str],
-    advanced: Callable[[int], None],
-) -> None:
-    """Score one folder on all texts; its memory is given back before the next one is loaded."""
-    model = load_model(folder, "auto", request["device"], request["trust_remote_code"])
-    head, own = _heads(model, folder, request, texts[0])
+    advance: Callable[[float], None],
+) -> str:
+    """Score one folder on all texts; its memory is given back before the next one is loaded. Returns how it was run."""
+    loaded = open_model(folder, "auto", request, Path(outputs[0]).parent)
+    model = loaded.model
+    head, own = _heads(model, folder, request)
+    loaded.prepare(texts, advance, keep_logits=own is None)
+    if own is not None:
+        verify(model, Head(folder, own.plan), texts[0][:1])
     for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
-        _score_text(model, head, own, ids, read_hidden(Path(hidden)), advanced).save(Path(output))
+        scores = _score_text(
+            model, head, own, ids, read_hidden(Path(hidden)), lambda tokens: advance(tokens * loaded.share)
+        )
+        scores.save(Path(output))
+    return loaded.execution
 
 
-def _heads(
-    model: Any, folder: Path, request: dict[str, Any], ids: NDArray[np.int32]
-) -> tuple[Head, Head | None]:
+def _heads(model: Any, folder: Path, request: dict[str, Any]) -> tuple[Head, Head | None]:
     """The reference's head cut to the common vocabulary, and the artifact's own if it is not quantized."""
     source, plan = Path(request["source"]), HeadPlan.of(request["head"])
     entries = model.get_output_embeddings().out_features
@@ -85,7 +89,6 @@ def _heads(
     found = find_head(model, folder)
     if found is None:
         return Head(source, plan, rows), None
-    verify(model, Head(folder, found), ids[:1])
     return Head(source, plan, rows), Head(folder, found, rows)
 
 
@@ -95,7 +98,7 @@ def _score_text(
     own: Head | None,
     ids: NDArray[np.int32],
     hidden: Any,
-    advanced: Callable[[int], None],
+    advance: Callable[[float], None],
 ) -> Tokens:
     parts = []
     step = max(1, LOGIT_BYTES // (4 * head.rows))
@@ -108,7 +111,7 @@ def _score_text(
             if part is None:
                 raise Unsound(f"its logits are not finite (window {done + 1})")
             parts.append(part)
-        advanced((count - done) * ids.shape[1])
+        advance((count - done) * ids.shape[1])
         done = count
     return joined(parts)
 

@@ -17,7 +17,7 @@ from quantool.runtime.worker import Work
 from quantool.validation._cache.keys import artifact_key, stamp
 from quantool.validation._engines import vllm
 from quantool.validation._engines.crash import WorkerError, crash
-from quantool.validation._engines.reference import Reference
+from quantool.validation._engines.reference import WHOLE, Reference
 from quantool.validation._findings.builder import without_folders
 from quantool.validation._findings.statistics import Tokens
 from quantool.validation._score import score_llama_cpp, score_transformers
@@ -54,6 +54,8 @@ class ArtifactScores:
     """``general.file_type`` of a GGUF; None when it does not load."""
     kernels: tuple[str, ...] = ()
     """Matrix kernels that the engine said it chose."""
+    execution: str = WHOLE
+    """How transformers ran it, see ``reference.Loaded``."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,25 @@ class ScoresFile:
     file: Path
 
     def record(self, case: Case) -> dict[str, Any] | None:
-        """What was recorded with the scores: ``failure``, ``file_type``, ``kernels``."""
+        """What was recorded with the scores: ``failure``, ``file_type``, ``kernels``, ``execution``."""
         return case.workspace.recall(self.stage, self.key)
 
     def keep(
-        self, case: Case, failure: str | None, file_type: int | None, kernels: Sequence[str] = ()
+        self,
+        case: Case,
+        failure: str | None,
+        file_type: int | None,
+        kernels: Sequence[str] = (),
+        execution: str | None = None,
     ) -> None:
         """Record scores that are in the file, or the ``failure`` that they are not."""
         files = [] if failure or not self.file.is_file() else [self.file]
-        record = {"failure": failure, "file_type": file_type, "kernels": list(kernels)}
+        record = {
+            "failure": failure,
+            "file_type": file_type,
+            "kernels": list(kernels),
+            "execution": execution,
+        }
         case.workspace.keep(self.stage, self.key, files, record)
 
 
@@ -120,6 +132,7 @@ def kept_scores(case: Case, known: Sequence[Reference]) -> ArtifactScores:
         failure=failure,
         file_type=file_type,
         kernels=tuple(records[0].get("kernels", ())),
+        execution=records[0].get("execution") or WHOLE,
     )
 
 
@@ -168,10 +181,12 @@ def _score(cases: list[Case], base: Path | None, known: list[Reference], progres
         reason and without_folders(reason, case.artifact.parent)
         for case, reason in zip(cases, answer["failures"], strict=True)
     ]
-    types = answer.get("types", [None] * len(cases))
+    unknown = [None] * len(cases)
+    types, executions = answer.get("types", unknown), answer.get("executions", unknown)
     for reference in known:
-        for case, failure, file_type in zip(cases, failures, types, strict=True):
-            _own_file(case, reference).keep(case, failure, file_type, answer.get("kernels", ()))
+        for case, failure, file_type, execution in zip(cases, failures, types, executions, strict=True):
+            kernels = answer.get("kernels", ())
+            _own_file(case, reference).keep(case, failure, file_type, kernels, execution)
             if base is not None:
                 _divided_file(case, base, reference).keep(case, failure, file_type)
         if base is not None:
@@ -195,6 +210,7 @@ def _answer(
     answer = {
         "failures": [one["failures"][0] for one in single],
         "types": [one.get("types", [None])[0] for one in single],
+        "executions": [one.get("executions", [None])[0] for one in single],
     }
     if base is None:
         return answer

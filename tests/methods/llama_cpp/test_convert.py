@@ -401,6 +401,7 @@ def test_a_checkout_that_is_no_repository_is_planned_to_the_byte(tmp_path: Path)
         ),
         ({"intermediate_size": -1}, r"refuses this checkpoint: struct\.error: ."),
         ({"num_attention_heads": 7}, r"refuses this checkpoint: RuntimeError: .*\(conversion/\w+\.py:\d+: "),
+        ({"layer_types": ["x"]}, r"refuses this checkpoint: StrictDataclass\w+: .*layer_type"),
     ],
 )
 def test_what_the_converter_stumbles_over_is_one_line(
@@ -415,6 +416,16 @@ def test_what_the_converter_stumbles_over_is_one_line(
     assert isinstance(found, SourceError)
     assert re.search(message, found.message), found.message
     assert "\n" not in found.message + found.hint
+
+
+def test_a_card_that_upstream_cannot_read_gives_what_can_be_read(tmp_path: Path) -> None:
+    """B2: one impossible date ended the plan with the converter's words, which named no file."""
+    model = copy(making.TINY, tmp_path / "model")
+    (model / "README.md").write_text("---\nlicense: mit\ndate: 2024-13-45\n---\n")
+    made = plan(model)
+    options = base_file.GgufOptions(pre_tokenizer="qwen2")
+    keys = dry_run.rehearse(made.source, options, "f16").keys
+    assert keys["general.license"] == "mit"
 
 
 def test_a_full_disk_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

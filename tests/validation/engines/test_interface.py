@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import random
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -11,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tampering import convert, folder_of, gguf_of, tampered
+from tampering import convert, folder_of, fp8_of, gguf_of, packed_of, tampered
 
 from quantool.errors import ConfigError, DependencyError
-from quantool.validation._engines import llama_cpp_answers, start
+from quantool.validation._engines import llama_cpp_answers, start, transformers_answers
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.interface import Answer, Engine
 
@@ -236,3 +238,100 @@ def test_other_architectures_answer(name: str) -> None:
         found, expected = (one.score(prompts, [[8, 9, 10], [8]]) for one in (engine, other))
         for left, right in zip(found, expected, strict=True):
             assert left.log_probs == pytest.approx(right.log_probs, abs=0.1)
+
+
+LENGTHS = (5, 40, 13, 60, 21, 33, 60)
+
+
+@pytest.fixture
+def drawn() -> list[list[int]]:
+    dice = random.Random(1)
+    return [[dice.randrange(5, 200) for _ in range(length)] for length in LENGTHS]
+
+
+@pytest.fixture
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without bfloat16, where a batch gives what a single prompt does."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+@pytest.mark.parametrize("name", ["spm_llama", "qwen3", "moe", "gemma3"])
+def test_a_batch_gives_the_answers_of_its_prompts_alone(
+    name: str, float32: None, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of them end early: the last token of one answer ends all."""
+    with opened("transformers", folder_of(name), 128) as engine:
+        assert isinstance(engine, transformers_answers.TransformersEngine)
+        single = [engine.generate([prompt], 12)[0] for prompt in drawn]
+        ends = [single[2].ids[4], single[4].ids[8]]
+        monkeypatch.setattr(engine, "_ends", ends)
+        monkeypatch.setattr(engine._model.generation_config, "eos_token_id", ends)
+        monkeypatch.setattr(engine._model.generation_config, "pad_token_id", ends[0])
+        single = [engine.generate([prompt], 12)[0] for prompt in drawn]
+        calls = counted(engine, monkeypatch)
+        together = engine.generate(drawn, 12)
+        assert calls[-1] == len(drawn)
+        monkeypatch.setattr(transformers_answers, "CELLS", 3 * (60 + 12))
+        calls.clear()
+        in_parts = engine.generate(drawn, 12)
+        assert calls == [3, 4]  # shorter ones leave room for one more
+    assert len({len(answer.ids) for answer in single}) > 1
+    for answers in (together, in_parts):
+        assert [(one.ids, one.ended) for one in answers] == [(one.ids, one.ended) for one in single]
+        for one, other in zip(answers, single, strict=True):
+            assert one.margins == pytest.approx(other.margins, abs=1e-3)
+
+
+def counted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of prompts of every batch."""
+    calls: list[int] = []
+    generate = engine._model.generate
+
+    def noted(ids: Any, **settings: Any) -> Any:
+        calls.append(len(ids))
+        return generate(ids, **settings)
+
+    monkeypatch.setattr(engine._model, "generate", noted)
+    return calls
+
+
+def test_a_model_that_reads_padding_answers_one_by_one(
+    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened("transformers", CHAT) as engine:
+        expected = [engine.generate([prompt], 6)[0] for prompt in drawn]
+    with opened("transformers", CHAT) as engine:
+        own = engine._model.forward
+
+        @functools.wraps(own)
+        def forward(*inputs: Any, attention_mask: Any = None, **settings: Any) -> Any:
+            del attention_mask
+            return own(*inputs, **settings)
+
+        monkeypatch.setattr(engine._model, "forward", forward)
+        calls = counted(engine, monkeypatch)
+        answers = engine.generate(drawn, 6)
+    assert set(calls) == {1}
+    assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
+
+
+@pytest.mark.parametrize("level", ["FP8_DYNAMIC", "W4A16_ASYM"])
+def test_weights_are_unpacked_once(
+    level: str, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressed_tensors.compressors import base
+
+    folder = fp8_of("qwen3", level)[0] if level.startswith("FP8") else packed_of("qwen3")
+    unpacked: list[Any] = []
+    whole = base.BaseCompressor.decompress_module.__func__
+
+    def noted(kind: Any, module: Any) -> None:
+        unpacked.append(module)
+        whole(kind, module)
+
+    monkeypatch.setattr(base.BaseCompressor, "decompress_module", classmethod(noted))
+    with opened("transformers", folder, 128) as engine:
+        assert len(unpacked) == len(set(unpacked)) > 10
+        loaded = len(unpacked)
+        assert len(engine.generate(drawn, 4)) == len(drawn)
+        assert len(unpacked) == loaded

@@ -1,0 +1,53 @@
+"""Whether a whole model fits into the memory that is free, of a GPU or of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from quantool.formats.safetensors import check_index
+from quantool.runtime import arithmetic
+
+SHARE = 0.7
+"""Of the memory that is free, what a whole model may take; its activations and logits need the rest."""
+
+
+def fits(folder: Path, *, on_gpu: bool) -> bool:
+    """Whether the whole model of ``folder``, its weights unpacked, leaves room for its activations."""
+    free = free_gpu() if on_gpu else free_ram()
+    return unpacked_bytes(folder, on_gpu=on_gpu) <= SHARE * free
+
+
+def unpacked_bytes(folder: Path, *, on_gpu: bool) -> int:
+    """Bytes of all weights as they are computed with: floats on a GPU in 16 bits, on a CPU see ``arithmetic``."""
+    short = 2 if on_gpu or "bfloat16" in arithmetic.native() else 4
+    sizes = {"F32": 4, "F64": 8}
+    levels = {"I32": 8}  # of four bits each, in a word
+    return sum(
+        tensor.elements * levels.get(tensor.dtype, 1) * sizes.get(tensor.dtype, short)
+        for tensor in check_index(folder).values()
+    )
+
+
+def free_gpu() -> int:
+    """Bytes that this process can have of the first GPU."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
+    return min(free, allowed - torch.cuda.memory_allocated())
+
+
+def free_ram() -> int:
+    """Bytes that can be had of this machine's memory, or of the control group's where that is less."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        room = int(lines["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()).isdigit():
+        used = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        room = min(room, int(most) - int(used["anon"]))
+    return max(room, 0)
