@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
-from quantool.config.schema import NO_EFFECT, Config
+from quantool.config.schema import Config
 from quantool.judging import findings_key
 from quantool.methods import gguf
 from quantool.methods._llama_cpp import dry_run
@@ -139,7 +139,6 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
-    *NO_EFFECT,  # keys of 0.2.0
 }  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
