@@ -1,4 +1,5 @@
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,3 +82,10 @@ def test_a_child_that_nobody_listens_to_is_ended() -> None:
     assert processes() > before
     results.close()  # type: ignore[attr-defined]
     assert processes() == before
+
+
+def test_a_child_that_ended_and_waits_for_its_parent_is_not_limited() -> None:
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    limits.limit(child.pid)
+    assert child.wait() == 0
