@@ -234,6 +234,7 @@ def validate(
         typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=1))
     else:
         typer.echo(table(reports, terminal_width()))
+        progress.say(f"report: {output / 'report.md'}")
     if any(report.verdict() is not Verdict.PASS for report in reports):
         complain("\n".join(failures(reports)) or "nothing could be judged")
         raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from quantool.runtime import toolchain
+
 ROOT = Path(__file__).parents[1]
 MARK = "QUANTOOL_TESTS_RUN"
 """Environment variable by which the processes of one run are known, whoever their parent is."""
@@ -140,15 +142,15 @@ def run(words: Sequence[str], cache: Path, err: Path) -> tuple[Ended, float]:
 
 def killed(
     words: Sequence[str], cache: Path, err: Path, victim: Victim, after: float, dice: random.Random
-) -> tuple[Ended, list[int]]:
+) -> tuple[Ended, list[int] | None]:
     """A run with ``victim`` killed ``after`` so many seconds, and the processes that outlived it too long.
 
-    One that ended before was not killed: its code is not negative then, and may be 0.
+    None for them: it ended before, and nothing was killed.
     """
     mark = uuid.uuid4().hex
     with started(words, mark, cache, err) as child:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return Ended(child.wait(after), err.read_text(errors="replace")), []
+            return Ended(child.wait(after), err.read_text(errors="replace")), None
         alive = processes(mark)
         others = [pid for pid in alive if pid != child.pid]
         if victim == "worker" and others:
@@ -248,9 +250,11 @@ def chain(
     while count < kills and ended.code != 0:
         victim = dice.choice(VICTIMS)
         ended, orphans = killed(words, cache, err, victim, dice.uniform(0.2, span), dice)
-        tally.ends[f"{victim}: {ended.code}"] += 1
-        if ended.code == 0 and victim != "worker":
+        if orphans is None:
+            if ended.code != 0:
+                fault(f"ended with {ended.code}, and nothing was killed: {ended.err}")
             break
+        tally.ends[f"{victim}: {ended.code}"] += 1
         count += 1
         tally.kills[victim] += 1
         tally.stages[ended.stage] += 1
@@ -286,6 +290,16 @@ def chain(
     return count
 
 
+def cold_cache(folder: Path) -> Path:
+    """A user cache in which nothing was rehearsed yet, with llama.cpp's converter and tools."""
+    own = folder / "quantool"
+    own.mkdir(parents=True)
+    for name in ("toolchain", "tools"):
+        if (toolchain.cache_folder() / name).exists():
+            (own / name).symlink_to(toolchain.cache_folder() / name)
+    return folder
+
+
 def main() -> int:
     """Kill, count and tell."""
     parser = argparse.ArgumentParser(
@@ -305,21 +319,22 @@ def main() -> int:
         file = options.config or folder / "run.yaml"
         if options.config is None:
             file.write_text(json.dumps(SETTINGS))  # JSON is YAML
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         undisturbed = folder / "undisturbed"
         words = ("run", str(file), "--set", f"output_path={undisturbed}")
-        ended, seconds = run(words, cache, folder / "undisturbed.err")
+        ended, seconds = run(words, cold_cache(folder / "undisturbed.cache"), folder / "undisturbed.err")
         if ended.code != 0:
             sys.exit(f"the undisturbed run ended with {ended.code}:\n{ended.err}")
         print(f"undisturbed: {seconds:.0f} s")
         left, number = options.kills, 0
         while left > 0:
             number += 1
-            known = len(tally.faults)
+            known, cache = len(tally.faults), cold_cache(folder / f"run-{number}.cache")
             count = chain(
                 file, undisturbed, folder / f"run-{number}", cache, tally, dice, kills=left, span=seconds / 3
             )
             left -= count
+            if unfinished := parts(cache):
+                tally.faults.append(f"run-{number}: left in the user cache: {unfinished}")
             print(f"run {number}: {count} kills", *tally.faults[known:], sep="\n  ", flush=True)
     for title, counts in (("killed", tally.kills), ("in", tally.stages), ("victim: exit code", tally.ends)):
         print(f"{title}:", ", ".join(f"{name} {count}" for name, count in counts.most_common()))

@@ -474,6 +474,8 @@ def test_validate_end_to_end(quantool: Command, config_file: Write, tmp_path: Pa
     assert ended.out.splitlines()[1].startswith("a-Q8_0.gguf")
     assert "Q8_0: REGRESSION in fakecheck: mean_kld 9 on text, limit 0.004\n" in ended.err
     assert f"{tmp_path / 'a-Q8_0.gguf'} did not pass" in ended.err
+    assert f"\nreport: {tmp_path / 'v' / 'report.md'}\n" in ended.err
+    assert "\njudge a-Q8_0.gguf\n" in ended.err
 
 
 # --- streams that are not what they should be

@@ -59,7 +59,10 @@ class YamlDocument:
 
     def _line(self, mistake: Mistake, place: Place) -> str:
         where = place if isinstance(place, str) else f"{self.name}:{place[0]}:{place[1]}"
-        return ": ".join(part for part in (where, dotted(mistake.path), mistake.text) if part)
+        key = dotted(mistake.path)
+        return ": ".join(
+            part for part in (where, "" if where == f"--set {key}" else key, mistake.text) if part
+        )
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> YamlDocument:

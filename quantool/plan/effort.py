@@ -30,7 +30,7 @@ def make_step(output: OutputPlan) -> str:
 
 def judge_step(case: str) -> str:
     """Name of the step that judges one."""
-    return f"judge {case}"
+    return f"judge {case.removeprefix('given/')}"
 
 
 def steps(plan: Plan, config: Config, done: AbstractSet[str]) -> tuple[Step, ...]:

@@ -230,7 +230,7 @@ push_to_hub: true
         "c.yaml:10:45: validation.gates.Q8_0.max_kld: unknown key (value 0.1); did you mean max_mean_kld?",
         'c.yaml:11:1: sample_size: must be a whole number (value "many")',
         "c.yaml:12:1: Seed: unknown key (value 3); did you mean seed or dataset_seed?",
-        "--set device: device: must be 'auto', 'cpu' or 'cuda' (value \"gpu\"); did you mean cpu?",
+        "--set device: must be 'auto', 'cpu' or 'cuda' (value \"gpu\"); did you mean cpu?",
     ]
 
 
@@ -449,8 +449,8 @@ def test_both_ways_to_name_methods(mistakes: Mistakes) -> None:
 def test_an_override_can_be_the_mistake(mistakes: Mistakes) -> None:
     assert mistakes(START, "quant_level=[Q8_1, Q6_K]", "sed=3", "validation.gates.Zz={}") == [
         '--set quant_level: quant_level.0: gguf has no such level (value "Q8_1"); did you mean Q8_0 or Q6_K?',
-        f"--set validation.gates.Zz: validation.gates.Zz: no method of this run has such a level; known: {KNOWN}",
-        "--set sed: sed: unknown key (value 3); did you mean seed?",
+        f"--set validation.gates.Zz: no method of this run has such a level; known: {KNOWN}",
+        "--set sed: unknown key (value 3); did you mean seed?",
     ]
 
 

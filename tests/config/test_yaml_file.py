@@ -347,5 +347,5 @@ def test_mistakes_are_in_the_order_of_the_file_and_told_once(write: Write) -> No
     assert document.error(mistakes).message.splitlines() == [
         "c.yaml:1:1: a: x",
         "c.yaml:2:1: b: y",
-        "--set c: c: z",
+        "--set c: z",
     ]

@@ -319,7 +319,7 @@ def test_a_model_that_reads_padding_answers_one_by_one(
 def test_weights_are_unpacked_once(
     level: str, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compressed_tensors.compressors import base
+    from compressed_tensors.compressors import base  # type: ignore[import-untyped]
 
     folder = fp8_of("qwen3", level)[0] if level.startswith("FP8") else packed_of("qwen3")
     unpacked: list[Any] = []
