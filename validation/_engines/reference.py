@@ -55,7 +55,7 @@ class Reference:
     arithmetic: str
     """The dtype that its model computed in."""
     execution: str
-    """Whether the model ran whole, see ``Loaded``."""
+    """Whether the model ran whole, see ``OpenModel``."""
 
 
 def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Reference, ...]:
@@ -173,7 +173,7 @@ def as_tensor(part: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class OpenModel:
     """A model that is ready to run, whole or layer by layer."""
 
     model: Any
@@ -193,7 +193,7 @@ class Loaded:
             self.stream.prepare([torch_ids(texts[0][:1]), *every], advance)
 
 
-def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path) -> Loaded:
+def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path) -> OpenModel:
     """The model of ``folder`` as ``load_model`` gives it, or layer by layer where memory is short.
 
     Of the worker's ``request`` counts ``device``, ``trust_remote_code`` and, if it is there, ``by_layer``, which decides
@@ -208,8 +208,8 @@ def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path)
         except Unstreamable as reason:
             execution = f"whole: {reason}"
         else:
-            return Loaded(stream.model, stream, "layer by layer")
-    return Loaded(load_model(folder, dtype, request["device"], trusted), None, execution)
+            return OpenModel(stream.model, stream, "layer by layer")
+    return OpenModel(load_model(folder, dtype, request["device"], trusted), None, execution)
 
 
 def adding(report: Callable[[float, float], None], total: int) -> Callable[[float], None]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``.
 
-    ``executions`` says of each whether it ran whole, see ``reference.Loaded``.
+    ``executions`` says of each whether it ran whole, see ``reference.OpenModel``.
     """
     import numpy as np
 
