@@ -99,6 +99,7 @@ def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
     prepare=prepare,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(_documents,)),
+    holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Tasks of lm-eval (when configured): accuracy beside the reference, by McNemar's exact test."""

@@ -66,6 +66,7 @@ def prepare(cases: Sequence[Case], progress: Progress, /) -> None:
     prepare=prepare,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
+    holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """A sentence hidden in long text (when configured), found by reference and artifact: depth by length."""
