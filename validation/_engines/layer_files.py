@@ -237,7 +237,7 @@ def _quiet() -> Iterator[None]:
 
     logging: Any = untyped
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         yield
     finally:
