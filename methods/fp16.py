@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, enc
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
     copy_companions,
+    finished,
     need_disk,
     relative_files,
 )
@@ -22,7 +23,7 @@ from quantool.methods._safetensors import cast
 from quantool.methods._safetensors.cast import cast_tensors
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan, file_record
+from quantool.records import Artifact, OutputPlan, PlannedFile, Source, StagePlan
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import link_file
@@ -152,7 +153,7 @@ def _export_gguf(job: Job, options: Options, progress: Progress) -> Artifact:
     for number, name in enumerate(names):
         made = shard_names("base.gguf", len(names))[number]
         link_file(base.with_name(made), job.folder / name)
-    return _finish(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
+    return finished(job, key, names, started, {"converter": toolchain.locate(options.llama_cpp_path).origin})
 
 
 def _export_safetensors(job: Job, options: Options, progress: Progress) -> Artifact:
@@ -177,7 +178,7 @@ def _export_safetensors(job: Job, options: Options, progress: Progress) -> Artif
         _write_config(source, part, output.level)
         write_index(part, shards)
         names = relative_files(part)
-    return _finish(job, key, names, started, {})
+    return finished(job, key, names, started, {})
 
 
 def _write_config(source: Source, folder: Path, level: str) -> None:
@@ -187,20 +188,3 @@ def _write_config(source: Source, folder: Path, level: str) -> None:
     config[key] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[level]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _finish(job: Job, key: str, names: list[str], started: float, details: dict[str, Any]) -> Artifact:
-    artifact = Artifact(
-        output=job.output.id,
-        method="fp16",
-        level=job.output.level,
-        folder=job.folder,
-        files=tuple(file_record(job.folder, name) for name in names),
-        bits_per_weight=job.output.bits_per_weight or 0.0,
-        seconds=time.monotonic() - started,
-        details=details,
-        versions=job.versions(),
-    )
-    paths = [job.folder / name for name in names]
-    job.workspace.keep(job.output.id, key, paths, artifact.model_dump(mode="json"))
-    return artifact

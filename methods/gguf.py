@@ -12,7 +12,7 @@ from pydantic import Field
 
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
-from quantool.methods._artifacts.files import need_disk
+from quantool.methods._artifacts.files import finished, need_disk
 from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -24,7 +24,6 @@ from quantool.records import (
     PlannedFile,
     Source,
     StagePlan,
-    file_record,
     fingerprint,
 )
 from quantool.runtime import process, toolchain
@@ -288,18 +287,12 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
     remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
-    artifact = Artifact(
-        output=output.id,
-        method="gguf",
-        level=output.level,
-        folder=job.folder,
-        files=tuple(file_record(job.folder, name) for name in names),
+    return finished(
+        job,
+        key,
+        names,
+        started,
+        {"base": kind, "note": note, **remarks},
         shared=(matrix[0],) if matrix else (),
-        bits_per_weight=output.bits_per_weight or 0.0,
-        seconds=time.monotonic() - started,
-        details={"base": kind, "note": note, **remarks},
-        versions=job.versions(),
         made_from=str(base.relative_to(workspace.root)),
     )
-    workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
-    return artifact

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -380,6 +381,8 @@ def theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         return tuple(reports)
 
     monkeypatch.setattr("quantool.pipeline.validate", validate)
+    headers = "quantool.given_artifacts.read_shards"
+    monkeypatch.setattr(headers, lambda path: [SimpleNamespace(path=path, tensors=())])
     monkeypatch.setattr("quantool.given_artifacts._bits_per_weight", lambda *_: 8.0)
     (tmp_path / "a-Q8_0.gguf").write_text("0.5")
     return asked

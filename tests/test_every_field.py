@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
-from quantool.config.schema import NO_EFFECT, Config
+from quantool.config.schema import Config
 from quantool.judging import findings_key
 from quantool.methods import gguf
 from quantool.methods._llama_cpp import dry_run
@@ -139,7 +139,6 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
-    *NO_EFFECT,  # keys of 0.2.0
 }  # fmt: skip
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -407,7 +406,7 @@ def test_a_new_version_of_what_computes_is_seen(
     )
     changed = moved(before, found())
     assert expected <= changed
-    assert library == "quantool" or "serving" not in changed
+    assert library == "quantool" or "generation" not in changed
 
 
 def test_another_external_server_is_seen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,7 @@ class AnswerPair:
         inputs=(inputs.prompts, inputs.held_out),
         gates=True,
     ),
+    holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Greedy answers beside the reference's: first tokens, where they stop, tool calls."""

@@ -42,8 +42,8 @@ from quantool.validation._engines.vocabulary import (
     of_gguf,
 )
 
-RENDERERS = Depends(libraries=("llama-cpp-python", "xllamacpp", "jinja2"))
-"""What users of a GGUF render with, beside an own llama-server."""
+RENDERERS = llama_server.SERVER | llama_cpp_python.PYTHON
+"""What users of a GGUF render with."""
 MALFORMED = "TemplateSyntaxError: "
 WITH_TOOLS = (
     "tool_use"  # the named template that transformers and llama.cpp's server take when tools are offered
@@ -52,7 +52,7 @@ WITH_TOOLS = (
 
 @check(
     NAME,
-    depends=TOKENIZER | RENDERERS | Depends(inputs=(inputs.conversations, llama_server.server), engine=True),
+    depends=TOKENIZER | RENDERERS | Depends(inputs=(inputs.conversations,), engine=True),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Chats rendered by the artifact's engines and by the source's tokenizer: template, text and token ids."""

@@ -141,9 +141,9 @@ def _level(case: Case, known: Sequence[str]) -> str | None:
 
 
 def _judge_loading(case: Case) -> Finding:
-    """llama.cpp loads header and vocabulary."""
+    """llama.cpp loads header and vocabulary, of this very file."""
     try:
-        of_gguf(case)
+        of_gguf(case, anew=True)
     except UnloadableError as error:
         return BUILD.fail("loads", str(error))
     return BUILD.fact("loads", "header and vocabulary", "")

@@ -92,6 +92,7 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(_documents,)),
+    holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Tasks of lm-eval (when configured): accuracy beside the reference, by McNemar's exact test."""

@@ -59,6 +59,7 @@ def require(config: Config, source: Source) -> None:
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
+    holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """A sentence hidden in long text (when configured), found by reference and artifact: depth by length."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from quantool.errors import DependencyError, SourceError
 from quantool.formats.safetensors import INDEX, check_index
 from quantool.plugins.contract import Job
-from quantool.records import Source
+from quantool.records import Artifact, FileRecord, Source, file_record
 from quantool.runtime.workspace import PART, Workspace, written
 
 
@@ -93,6 +95,41 @@ def move(source: Path, target: Path) -> None:
             if error.errno != errno.EXDEV:
                 raise
             shutil.copyfile(source, part)
+
+
+def finished(
+    job: Job,
+    key: str,
+    names: Sequence[str],
+    started: float,
+    details: dict[str, Any],
+    *,
+    bits_per_weight: float | None = None,
+    shared: tuple[FileRecord, ...] = (),
+    made_from: str | None = None,
+) -> Artifact:
+    """The artifact of the files ``names`` in the job's folder, kept under ``key``.
+
+    ``started`` is when the work began (``time.monotonic``), ``bits_per_weight`` by default that of the plan.
+    """
+    output = job.output
+    bits = output.bits_per_weight or 0.0 if bits_per_weight is None else bits_per_weight
+    artifact = Artifact(
+        output=output.id,
+        method=output.method,
+        level=output.level,
+        folder=job.folder,
+        files=tuple(file_record(job.folder, name) for name in names),
+        shared=shared,
+        bits_per_weight=bits,
+        seconds=time.monotonic() - started,
+        details=details,
+        versions=job.versions(),
+        made_from=made_from,
+    )
+    paths = [job.folder / name for name in names]
+    job.workspace.keep(output.id, key, paths, artifact.model_dump(mode="json"))
+    return artifact
 
 
 def need_disk(workspace: Workspace, wanted: int) -> None:

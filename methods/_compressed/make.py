@@ -12,6 +12,7 @@ from quantool.formats.safetensors_layout import arrange
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
     copy_companions,
+    finished,
     is_companion,
     relative_files,
 )
@@ -29,7 +30,7 @@ from quantool.methods._compressed.outline import (
 )
 from quantool.methods._compressed.proof import verify
 from quantool.plugins.contract import Draft, Job, Method, method
-from quantool.records import Artifact, Source, file_record
+from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
@@ -81,23 +82,9 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
         copy_companions(source, part)
         verify(part, task.tensors(located), task.selection, streamed=not task.calibrated)
         names = relative_files(part)
-    artifact = Artifact(
-        output=output.id,
-        method=recipe.method,
-        level=output.level,
-        folder=job.folder,
-        files=tuple(file_record(job.folder, name) for name in names),
-        bits_per_weight=8 * sum(t.bytes for t in task.tensors(located)) / source.facts.parameters,
-        seconds=time.monotonic() - started,
-        details={
-            "layers": len(task.selection.layers),
-            "ignored": list(task.selection.left),
-            **result,
-        },
-        versions=job.versions(),
-    )
-    workspace.keep(output.id, key, [job.folder / name for name in names], artifact.model_dump(mode="json"))
-    return artifact
+    details = {"layers": len(task.selection.layers), "ignored": list(task.selection.left), **result}
+    bits = 8 * sum(tensor.bytes for tensor in task.tensors(located)) / source.facts.parameters
+    return finished(job, key, names, started, details, bits_per_weight=bits)
 
 
 def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] | None:

@@ -30,6 +30,9 @@ def load(path: Path, overrides: Sequence[str], catalogue: Catalogue) -> Loaded:
     only fault is that its method lacks something on this machine raises that DependencyError.
     """
     document = read(path, overrides)
+    warnings = _warnings(document)
+    for key in NO_EFFECT:
+        document.data.pop(key, None)
     given: dict[str, Any] = rules.without_nulls(document.data, Config)
     data: dict[str, Any] = rules.without_nulls(document.data, Config)  # the rules mend spellings in this one
     homes = _homes()
@@ -50,13 +53,17 @@ def load(path: Path, overrides: Sequence[str], catalogue: Catalogue) -> Loaded:
         raise document.error(
             mistakes, hint="`quantool schema` describes every key, `quantool methods` the levels"
         )
-    return Loaded(Config.model_validate(data), _warnings(document))
+    return Loaded(Config.model_validate(data), warnings)
 
 
 def schema(catalogue: Catalogue) -> dict[str, Any]:
     """Build the JSON schema (draft 2020-12) of a configuration file, for editors."""
     built = Config.model_json_schema()
     built["properties"]["calibration_config"]["anyOf"][0] = Calibration.model_json_schema()
+    built["properties"] |= {
+        key: {"description": f"No effect any more: {reason}.", "deprecated": True}
+        for key, reason in NO_EFFECT.items()
+    }
     methods, checks = catalogue.names("methods"), catalogue.names("checks")
     for place, known in (
         (built["properties"]["method"]["anyOf"][0], methods),

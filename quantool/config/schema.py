@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -26,22 +26,14 @@ NO_EFFECT = {
     "verbose": "use --quiet",
     "use_auth_token": "the token of HF_TOKEN or of `hf auth login` is used",
 }
-"""Keys of 0.2.0 that are accepted and do nothing any more, with the reason that the warning gives."""
+"""Keys of 0.2.0 that are accepted and do nothing any more, with the reason that the warning gives.
+
+``load`` leaves them out: no record has them, and ``use_auth_token`` could be a secret.
+"""
 
 
 REPO_ID = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$|^$"
 """A Hub repository. Its name is a folder of the output as well, so it must not lead anywhere else."""
-
-
-def _retired(key: str) -> Any:
-    """The field of a key without effect. Never written to a record: ``use_auth_token`` could be a secret."""
-    return Field(
-        default=None,
-        exclude=True,
-        repr=False,
-        description=f"No effect any more: {NO_EFFECT[key]}.",
-        json_schema_extra={"deprecated": True},
-    )
 
 
 def _at_home(path: Path) -> Path:
@@ -293,18 +285,6 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] | None = Field(
         default=None, description="Where torch computes; default auto."
     )
-
-    load_in_pipeline: bool | None = _retired("load_in_pipeline")
-    preprocess_fn: str | None = _retired("preprocess_fn")
-    enable_evaluation: bool | None = _retired("enable_evaluation")
-    metrics: str | tuple[str, ...] | None = _retired("metrics")
-    report_to: str | tuple[str, ...] | None = _retired("report_to")
-    experiment_name: str | None = _retired("experiment_name")
-    save_logs: bool | None = _retired("save_logs")
-    log_dir: str | None = _retired("log_dir")
-    log_level: str | None = _retired("log_level")
-    verbose: bool | None = _retired("verbose")
-    use_auth_token: bool | str | None = _retired("use_auth_token")
 
     def requested(self) -> tuple[Quantization, ...]:
         """List the quantizations of the run: those of the list, or the one that the flat keys describe."""

@@ -87,7 +87,9 @@ def _explained(error: BaseException, what: str) -> PublicationError:
     if isinstance(error, errors.LocalTokenNotFoundError):
         return PublicationError(f"{what}: there is no token", hint=LOG_IN)
     if isinstance(error, HubSilentError):
-        return PublicationError(f"{what}: {error}", hint=f"publish.read_timeout (--read-timeout) sets how long; {UNREACHABLE}")
+        return PublicationError(
+            f"{what}: {error}", hint=f"publish.read_timeout (--read-timeout) sets how long; {UNREACHABLE}"
+        )
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return PublicationError(f"{what}: the connection failed ({type(error).__name__})", hint=UNREACHABLE)
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):

@@ -17,10 +17,13 @@ def stages(
     outputs: Sequence[OutputPlan],
     downloads: int,
     judging: int = 0,
+    *,
+    holds_model: bool = True,
 ) -> tuple[StagePlan, ...]:
     """The steps of the run in order; a stage that several methods share stands once.
 
-    ``downloads`` and ``judging`` are the bytes still to fetch, and those that the checks keep.
+    ``downloads`` and ``judging`` are the bytes still to fetch, and those that the checks keep; ``holds_model`` says that
+    one of them needs the checkpoint in memory as a whole, where the others take it layer by layer if they must.
     """
     shared = {stage.name: stage for outline in outlines for stage in outline.stages}
     scanned = all(file.sha256 for file in source.files)
@@ -30,9 +33,21 @@ def stages(
     for output in outputs:
         size = sum(file.bytes for file in output.files)
         steps.append(StagePlan(name=output.id, writes=size, peak_ram=output.peak_ram, done=output.done))
-    weights = sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
-    steps.append(StagePlan(name="judge", writes=judging, peak_ram=weights + (2 << 30), done=False))
+    needed = _weights(source) if holds_model else min(_weights(source), two_layers(source))
+    steps.append(StagePlan(name="judge", writes=judging, peak_ram=needed + (2 << 30), done=False))
     return tuple(steps)
+
+
+def _weights(source: Source) -> int:
+    return sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
+
+
+def two_layers(source: Source) -> int:
+    """Bytes of two layers of the checkpoint, and of its embedding and output head, which stay in memory beside them."""
+    facts = source.facts
+    ends = facts.vocabulary * facts.hidden * (1 if facts.tied_embeddings else 2)
+    inside = max(0, facts.parameters - ends)
+    return (ends + 2 * inside // max(1, facts.layers)) * _weights(source) // max(1, facts.parameters)
 
 
 def peak_disk(stages: Sequence[StagePlan], outputs: Sequence[OutputPlan], *, bounded: bool) -> int:

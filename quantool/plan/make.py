@@ -43,7 +43,14 @@ def plan_here(
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     refuse_collisions(outputs)
     refuse_own_folder(source, workspace.root, outputs)
-    steps = disk.stages(source, outlines, outputs, downloads, _judging(config, source, workspace))
+    steps = disk.stages(
+        source,
+        outlines,
+        outputs,
+        downloads,
+        _judging(config, source, workspace),
+        holds_model=_holds_model(config),
+    )
     free = shutil.disk_usage(disk.existing(workspace.root)).free
     notes = [
         *source.notes,
@@ -114,6 +121,16 @@ def _judging(config: Config, source: Source, workspace: Workspace) -> int:
             wanted += check.writes(config, source) if check.writes is not None else 0
     kept = sum(path.stat().st_size for path in (workspace.work / "reference").glob("*") if path.is_file())
     return max(0, wanted - kept)
+
+
+def _holds_model(config: Config) -> bool:
+    """Whether a check that will run needs memory for all weights of the checkpoint at once."""
+    settings = config.validation
+    for name in settings.checks or find.names("checks"):
+        with suppress(ConfigError, DependencyError):
+            if find.find_check(name).holds_model and getattr(settings, name, True) is not None:
+                return True
+    return False
 
 
 def _advice(source: Source, config: Config) -> list[str]:

@@ -188,6 +188,8 @@ class Check:
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
     writes: Writes | None = None
+    holds_model: bool = False
+    """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
 
 
 def method(
@@ -214,14 +216,23 @@ def check(
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
+    holds_model: bool = False,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
     ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
-    ``writes`` says how many bytes it keeps on disk, which the plan counts.
+    ``writes`` says how many bytes it keeps on disk, ``holds_model`` that it needs memory for all weights of the
+    checkpoint at once; the plan counts both.
     """
     return lambda judge: Check(
-        name, (judge.__doc__ or "").strip().partition("\n")[0], judge, prepare, require, depends, writes
+        name=name,
+        summary=(judge.__doc__ or "").strip().partition("\n")[0],
+        judge=judge,
+        prepare=prepare,
+        require=require,
+        depends=depends,
+        writes=writes,
+        holds_model=holds_model,
     )

@@ -63,9 +63,11 @@ def _used_seconds(pid: int) -> float:
 
 
 def _used_bytes(pid: int) -> int:
-    """What RLIMIT_DATA counts; FileNotFoundError where there is no /proc."""
+    """What RLIMIT_DATA counts; FileNotFoundError where there is no /proc, ProcessLookupError for one that has ended."""
     text = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8")
     lines = dict(line.split(":", 1) for line in text.splitlines())
+    if "VmData" not in lines:  # nobody has waited for it yet
+        raise ProcessLookupError(pid)
     return int(lines["VmData"].split()[0]) << 10
 
 

@@ -133,6 +133,43 @@ def test_what_is_done_needs_no_more_disk(model: Path) -> None:
     assert [stage.done for stage in found] == [False, False, True, False, False]
 
 
+def test_judging_needs_two_layers_unless_a_check_holds_the_model(model: Path) -> None:
+    small = planned(model).source
+    files = tuple(
+        file.model_copy(update={"bytes": 2_000_000}) if file.name.endswith(".safetensors") else file
+        for file in small.files
+    )
+    facts = small.facts.model_copy(
+        update={
+            "parameters": 1_000_000,
+            "vocabulary": 1000,
+            "hidden": 50,
+            "layers": 10,
+            "tied_embeddings": False,
+        }
+    )
+    source = small.model_copy(update={"files": files, "facts": facts})
+    weights = sum(file.bytes for file in files if file.name.endswith(".safetensors"))
+    per_parameter = weights // 1_000_000
+    assert disk.two_layers(source) == (100_000 + 2 * 90_000) * per_parameter
+    peaks = [disk.stages(source, (), (), 0, holds_model=whole)[-1].peak_ram for whole in (True, False)]
+    assert [peak - (2 << 30) for peak in peaks] == [weights, disk.two_layers(source)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        ({"checks": ["perplexity", "tokenizer", "overlap"]}, False),
+        ({"checks": ["perplexity", "behaviour"]}, True),
+        ({"checks": ["needle", "lm_eval"]}, False),
+        ({"checks": ["needle"], "needle": {}}, True),
+    ],
+)
+def test_a_check_that_holds_the_model_says_so(model: Path, settings: dict[str, Any], holds: bool) -> None:
+    wanted = {"model_id": str(model), "method": "fake", "quant_level": ["Q8_0"], "validation": settings}
+    assert make._holds_model(Config.model_validate(wanted)) == holds
+
+
 def test_free_disk_is_that_of_the_nearest_folder_there_is(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

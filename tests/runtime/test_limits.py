@@ -1,6 +1,8 @@
 import os
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,8 +73,19 @@ def test_a_child_that_nobody_listens_to_is_ended() -> None:
     def children() -> Iterator[Any]:
         yield from each_limited([1, -1], slowly)
 
+    def processes() -> set[str]:
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    before = processes()  # fork servers among them
     results = children()
     assert next(results) == 2
+    assert processes() > before
     results.close()  # type: ignore[attr-defined]
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert processes() == before
+
+
+def test_a_child_that_ended_and_waits_for_its_parent_is_not_limited() -> None:
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    limits.limit(child.pid)
+    assert child.wait() == 0

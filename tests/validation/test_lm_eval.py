@@ -16,12 +16,12 @@ import making
 import pytest
 import tampering
 
-from quantool import pipeline
+from quantool import judging, pipeline
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError
 from quantool.plugins.contract import Case
 from quantool.plugins.find import find_check
-from quantool.records import Finding, Gates, Verdict
+from quantool.records import Artifact, Finding, Gates, Verdict
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
@@ -262,10 +262,14 @@ def test_lm_eval_is_missing(
     with pytest.raises(DependencyError, match=r"validation\.lm_eval needs lm_eval") as caught:
         pipeline.plan(config(tasks), QUIET)
     assert caught.value.hint == "pip install 'quantool[lm-eval]'"
-    prepare = find_check("lm_eval").prepare
-    assert prepare is not None
-    with pytest.raises(DependencyError):
-        prepare([case(gguf, config(tasks), shared)], QUIET)
+    wanted = config(tasks)
+    settings = wanted.validation.model_copy(update={"checks": ("lm_eval",)})
+    given = case(gguf, wanted.model_copy(update={"validation": settings}), shared)
+    artifact = Artifact(
+        output="t/BF16", method="t", level="BF16", folder=gguf.parent, files=(), bits_per_weight=16, seconds=0
+    )
+    with pytest.raises(DependencyError, match=r"validation\.lm_eval needs lm_eval"):
+        judging.judge([given], [artifact], QUIET)
 
 
 def test_a_section_whose_check_is_left_out_is_told(tasks: Path) -> None:

@@ -12,20 +12,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantool.plugins.contract import Case
+from quantool.plugins.keys import Depends
 from quantool.runtime.limits import EndlessError, each_limited
 from quantool.runtime.process import call
 from quantool.runtime.worker import Report
+from quantool.runtime.workspace import Stage
 from quantool.validation._chat.conversations import Conversation
 from quantool.validation._engines.crash import WorkerError, crash
 from quantool.validation._engines.hf_tokenizer import template_errors
-from quantool.validation._engines.vocabulary import UnloadableError
+from quantool.validation._engines.vocabulary import UnloadableError, gguf_key
 
 OWN = "chat_template."  # formats of this name come from the file
+PYTHON = Depends(libraries=("llama-cpp-python", "jinja2"))
+"""What a rendered chat depends on beside the file."""
 
 
 def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
-    """What llama-cpp-python makes of ``conversations`` with the case's GGUF; raises UnloadableError.
+    """What llama-cpp-python makes of ``conversations`` with the case's GGUF or one of the same keys.
 
+    Raises UnloadableError.
     Returns ``engine`` (name and version), ``format`` (of its own, or an empty string where the file's template is used)
     and ``answers``: for each conversation ``text`` and ``ids``, or ``error``.
     """
@@ -34,13 +39,18 @@ def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
         "model": str(case.artifact.resolve()),
         "conversations": [conversation.request() for conversation in conversations],
     }
-    try:
+
+    def produce(_: object) -> list[dict[str, Any]]:
         answered = call(answer, request, log=log, failure=WorkerError)
+        if answered["failure"]:
+            raise UnloadableError(answered["failure"], case)
+        return [answered]
+
+    stage = Stage("rendered-python", gguf_key(case, PYTHON, request["conversations"]))
+    try:
+        return case.workspace.together([stage], produce)[0]
     except WorkerError as error:
         raise UnloadableError(crash(error, "llama-cpp-python"), case) from error
-    if answered["failure"]:
-        raise UnloadableError(answered["failure"], case)
-    return answered
 
 
 def answer(request: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -33,12 +33,14 @@ from typing import Any
 from quantool.config.schema import Config
 from quantool.errors import DependencyError, QuantizationError
 from quantool.plugins.contract import Case
+from quantool.plugins.keys import Depends
 from quantool.runtime.limits import BYTES, SECONDS, limit
 from quantool.runtime.process import call, tail
 from quantool.runtime.worker import PR_SET_PDEATHSIG, Report
+from quantool.runtime.workspace import Stage
 from quantool.validation._chat.conversations import Conversation
 from quantool.validation._engines.crash import WorkerError, crash
-from quantool.validation._engines.vocabulary import UnloadableError
+from quantool.validation._engines.vocabulary import UnloadableError, gguf_key
 
 START_SECONDS = (
     600.0  # a large file on a slow disk, other work on every core; one that dies is noticed at once
@@ -79,9 +81,14 @@ def server(config: Config) -> Iterator[tuple[str, str | None]]:
         yield BINARY, f"{status.st_size} {status.st_mtime_ns}"
 
 
-def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
-    """What llama.cpp's server makes of ``conversations`` with the case's GGUF; raises UnloadableError.
+SERVER = Depends(libraries=("xllamacpp",), inputs=(server,))
+"""What a rendered chat depends on beside the file."""
 
+
+def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
+    """What llama.cpp's server makes of ``conversations`` with the case's GGUF or one of the same keys.
+
+    Raises UnloadableError.
     Returns ``engine`` (which server), ``template`` and ``caps`` as it reports them, and ``answers``: for each
     conversation ``text``, ``ids`` and ``nfc_ids`` (of the text in Unicode's NFC), or ``error``.
     """
@@ -92,8 +99,11 @@ def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
         "binary": str(binary) if binary is not None else None,
         "bodies": [_body(conversation) for conversation in conversations],
     }
+    stage = Stage("rendered-server", gguf_key(case, SERVER, request["bodies"]))
     try:
-        return call(answer, request, log=log, failure=WorkerError)
+        return case.workspace.together(
+            [stage], lambda _: [call(answer, request, log=log, failure=WorkerError)]
+        )[0]
     except WorkerError as error:
         raise UnloadableError(crash(error, "llama.cpp's server"), case) from error
     except QuantizationError as error:

@@ -232,11 +232,12 @@ class LayerFiles:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings of the tensors that are for other layers, and its bars."""
-    from transformers.utils import logging
+    """Without transformers' warnings of the tensors that are for other layers."""
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         yield
     finally:

@@ -55,7 +55,12 @@ class LayerStream:
             raise Unstreamable(
                 f"its layers cannot run one by one ({type(error).__name__}: {error})"
             ) from error
-        self.model.register_forward_pre_hook(self._give_states, with_kwargs=True)
+        self._hook = self.model.register_forward_pre_hook(self._give_states, with_kwargs=True)
+
+    def close(self) -> None:
+        """Give back disk and memory; the model cannot be called any more."""
+        self._hook.remove()
+        self._states.close()
 
     @property
     def share(self) -> float:
@@ -115,7 +120,10 @@ class LayerStream:
         return module.eval().to(self._device)
 
     def _prove(self) -> None:
-        """Compare the first two layers, one by one, with both in one forward; raises Unstreamable, or one of REFUSALS."""
+        """Compare the first two layers, one by one, with both in one forward; raises Unstreamable, or one of REFUSALS.
+
+        Another text goes through the first in between, so that nothing is left of the own one outside its states.
+        """
         import torch
 
         size = min(TRIAL_TOKENS, self.model.get_input_embeddings().num_embeddings)
@@ -123,8 +131,10 @@ class LayerStream:
         first = self._layer(0)
         alone = self._pass(ids, 0, first, None)
         if self.layers > 1:
+            self._pass(ids.flip(1), 0, first, None)
             second = self._layer(1)
-            if not torch.equal(self._pass(ids, 1, second, alone), self._pass(ids, 1, second, first)):
+            apart = self._pass(ids, 1, second, alone)
+            if not torch.equal(apart, self._pass(ids, 1, second, first)):
                 raise Unstreamable("its layers give other results one by one than together")
         self._route.lead(self.layers, None, alone)
         with torch.no_grad(), self._route.inspected() as visited:
@@ -175,6 +185,12 @@ class _HiddenStates:
             self._slots[number] = _Slot(end, tuple(states.shape), states.dtype, states.device)
         self._file.seek(self._slots[number].offset)
         self._file.write(states.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Forget all states."""
+        self._held.clear()
+        if self._file is not None:
+            self._file.close()
 
     def read(self, number: int) -> Tensor:
         """What was written last, on the device that it came from."""

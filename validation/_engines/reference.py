@@ -55,7 +55,7 @@ class Reference:
     arithmetic: str
     """The dtype that its model computed in."""
     execution: str
-    """Whether the model ran whole, see ``Loaded``."""
+    """Whether the model ran whole, see ``RunningModel``."""
 
 
 def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tuple[Reference, ...]:
@@ -113,23 +113,25 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
     import numpy as np
 
     folder, outputs = Path(request["folder"]), [Path(output) for output in request["outputs"]]
-    loaded = open_model(folder, request["dtype"], request, outputs[0].parent)
-    model = loaded.model
-    plan = plan_head(model, folder)
-    head = Head(folder, plan)
     texts = [np.load(path) for path in request["windows"]]
-    for ids in texts:
-        if ids.max() >= head.rows:
-            raise SourceError(f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries")
-    advance = adding(report, sum(text.size for text in texts))
-    loaded.prepare(texts, advance, keep_logits=False)
-    verify(model, head, texts[0][:1])
-    for ids, output in zip(texts, outputs, strict=True):
-        with written(output) as part:
-            for tokens in _saved(model, ids, part):
-                advance(tokens * loaded.share)
-    arithmetic = str(model.dtype).removeprefix("torch.")
-    return {"head": plan.fields(), "arithmetic": arithmetic, "execution": loaded.execution}
+    with open_model(folder, request["dtype"], request, outputs[0].parent) as loaded:
+        model = loaded.model
+        plan = plan_head(model, folder)
+        head = Head(folder, plan)
+        for ids in texts:
+            if ids.max() >= head.rows:
+                raise SourceError(
+                    f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries"
+                )
+        advance = adding(report, sum(text.size for text in texts))
+        loaded.prepare(texts, advance, keep_logits=False)
+        verify(model, head, texts[0][:1])
+        for ids, output in zip(texts, outputs, strict=True):
+            with written(output) as part:
+                for tokens in _saved(model, ids, part):
+                    advance(tokens * loaded.share)
+        computed = str(model.dtype).removeprefix("torch.")
+        return {"head": plan.fields(), "arithmetic": computed, "execution": loaded.execution}
 
 
 def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
@@ -173,7 +175,7 @@ def as_tensor(part: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class RunningModel:
     """A model that is ready to run, whole or layer by layer."""
 
     model: Any
@@ -193,7 +195,8 @@ class Loaded:
             self.stream.prepare([torch_ids(texts[0][:1]), *every], advance)
 
 
-def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path) -> Loaded:
+@contextmanager
+def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path) -> Iterator[RunningModel]:
     """The model of ``folder`` as ``load_model`` gives it, or layer by layer where memory is short.
 
     Of the worker's ``request`` counts ``device``, ``trust_remote_code`` and, if it is there, ``by_layer``, which decides
@@ -208,8 +211,12 @@ def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path)
         except Unstreamable as reason:
             execution = f"whole: {reason}"
         else:
-            return Loaded(stream.model, stream, "layer by layer")
-    return Loaded(load_model(folder, dtype, request["device"], trusted), None, execution)
+            try:
+                yield RunningModel(stream.model, stream, "layer by layer")
+            finally:
+                stream.close()
+            return
+    yield RunningModel(load_model(folder, dtype, request["device"], trusted), None, execution)
 
 
 def adding(report: Callable[[float, float], None], total: int) -> Callable[[float], None]:

@@ -1,18 +1,21 @@
 """Texts as token ids on both sides: llama.cpp's tokenizer of a GGUF, and the tokenizers of ``hf_tokenizer``.
 
 llama.cpp loads the vocabulary only, in a worker: a file that it cannot load raises ``UnloadableError`` here, which a
-check turns into a REGRESSION.
+check turns into a REGRESSION. What it answers follows from the file's keys, so that levels which have the same keys, by
+the hash of each one's own, are asked once.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import QuantizationError, SourceError
-from quantool.formats.gguf_header import read_header
+from quantool.formats.gguf_header import SHARD, read_header, read_shards, shard_names
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends, key_of
 from quantool.runtime.llama_cpp import LlamaLog, load_gguf
@@ -27,6 +30,9 @@ TEMPLATE = "tokenizer.chat_template"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 TOKENIZER = Depends(libraries=("transformers", "tokenizers"))
 """What the source's tokenizer answers."""
+LLAMA_CPP = Depends(libraries=("llama-cpp-python",))
+OF_A_LEVEL = ("general.file_type", "general.quantization_version", "quantize.", "split.")
+"""Beginnings of the keys in which levels of one base may differ, and which no tokenizer or template reads."""
 
 
 class UnloadableError(Exception):
@@ -70,19 +76,60 @@ class Vocabulary:
     pieces: tuple[str, ...]
 
 
-def of_gguf(case: Case, texts: Sequence[ProbeText] = ()) -> tuple[Vocabulary, list[list[int]]]:
-    """The vocabulary of the case's GGUF and the ids of ``texts`` in it; raises UnloadableError."""
-    log = case.workspace.logs / f"vocabulary-{case.name.replace('/', '-')}.log"
-    request = {"model": str(case.artifact), "texts": [asdict(text) for text in texts]}
+def gguf_key(case: Case, depends: Depends, *parts: Any) -> str | None:
+    """The key of what llama.cpp says of the case's GGUF without its weights: that of its keys, less those of a level.
+
+    None for a file with a header that is refused, or that lacks a shard: such a one has to be asked itself.
+    """
+    first = case.artifact
+    shard = SHARD.match(first.name)
+    names = shard_names(f"{shard['stem']}.gguf", int(shard["total"])) if shard else [first.name]
     try:
-        result = call(tokenize, request, log=log, failure=WorkerError)
+        status = [first.with_name(name).stat() for name in names]
+        return case.key(
+            depends, _keys_hash(first, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in status)), *parts
+        )
+    except (OSError, SourceError):
+        return None
+
+
+@lru_cache(maxsize=16)
+def _keys_hash(first: Path, state: tuple[tuple[int, int, int], ...]) -> str:  # noqa: ARG001 - for the cache
+    """SHA-256 of the names and values of all keys of a GGUF but those ``OF_A_LEVEL``; raises SourceError."""
+    header = read_shards(first)[0]
+    digest = hashlib.sha256()
+    for name, (start, end) in sorted(header.spans.items()):
+        if not name.startswith(OF_A_LEVEL):
+            digest.update(f"{len(name)} {name} {end - start} ".encode() + header.raw[start:end])
+    return digest.hexdigest()
+
+
+def of_gguf(
+    case: Case, texts: Sequence[ProbeText] = (), *, anew: bool = False
+) -> tuple[Vocabulary, list[list[int]]]:
+    """The vocabulary of the case's GGUF and the ids of ``texts`` in it; raises UnloadableError.
+
+    Another file with the same keys may have been asked before, unless ``anew`` wants this one loaded.
+    """
+    log = case.workspace.logs / f"vocabulary-{case.name.replace('/', '-')}.log"
+    probes = [asdict(text) for text in texts]
+    stages = [Stage("vocabulary", gguf_key(case, LLAMA_CPP))]
+    if texts:
+        stages.append(Stage("vocabulary-texts", gguf_key(case, LLAMA_CPP, probes)))
+
+    def produce(missing: list[int]) -> list[dict[str, Any]]:
+        result = call(tokenize, {"model": str(case.artifact), "texts": probes}, log=log, failure=WorkerError)
+        return [(result["vocabulary"], {"ids": result["ids"]})[number] for number in missing]
+
+    try:
+        results = case.workspace.together(stages, produce, anew=anew)
     except WorkerError as error:
         raise UnloadableError(crash(error, "llama.cpp"), case) from error
     except QuantizationError as error:
         raise UnloadableError(f"llama.cpp: {error.message}", case) from error
-    fields = result["vocabulary"]
+    fields = results[0]
     lists = {name: tuple(fields[name]) for name in ("ends", "pieces", "template_names")}
-    return Vocabulary(**fields | lists), result["ids"]
+    return Vocabulary(**fields | lists), results[1]["ids"] if texts else []
 
 
 def by_source(case: Case, name: str, work: Work, request: dict[str, Any]) -> dict[str, Any]:

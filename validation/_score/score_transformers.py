@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``.
 
-    ``executions`` says of each whether it ran whole, see ``reference.Loaded``.
+    ``executions`` says of each whether it ran whole, see ``reference.RunningModel``.
     """
     import numpy as np
 
@@ -67,18 +67,23 @@ def _score_folder(
     advance: Callable[[float], None],
 ) -> str:
     """Score one folder on all texts; its memory is given back before the next one is loaded. Returns how it was run."""
-    loaded = open_model(folder, "auto", request, Path(outputs[0]).parent)
-    model = loaded.model
-    head, own = _heads(model, folder, request)
-    loaded.prepare(texts, advance, keep_logits=own is None)
-    if own is not None:
-        verify(model, Head(folder, own.plan), texts[0][:1])
-    for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
-        scores = _score_text(
-            model, head, own, ids, read_hidden(Path(hidden)), lambda tokens: advance(tokens * loaded.share)
-        )
-        scores.save(Path(output))
-    return loaded.execution
+    with open_model(folder, "auto", request, Path(outputs[0]).parent) as loaded:
+        model = loaded.model
+        head, own = _heads(model, folder, request)
+        loaded.prepare(texts, advance, keep_logits=own is None)
+        if own is not None:
+            verify(model, Head(folder, own.plan), texts[0][:1])
+        for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
+            scores = _score_text(
+                model,
+                head,
+                own,
+                ids,
+                read_hidden(Path(hidden)),
+                lambda tokens: advance(tokens * loaded.share),
+            )
+            scores.save(Path(output))
+        return loaded.execution
 
 
 def _heads(model: Any, folder: Path, request: dict[str, Any]) -> tuple[Head, Head | None]:

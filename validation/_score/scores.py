@@ -55,7 +55,7 @@ class ArtifactScores:
     kernels: tuple[str, ...] = ()
     """Matrix kernels that the engine said it chose."""
     execution: str = WHOLE
-    """How transformers ran it, see ``reference.Loaded``."""
+    """How transformers ran it, see ``reference.RunningModel``."""
 
 
 @dataclass(frozen=True)

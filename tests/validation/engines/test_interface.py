@@ -301,14 +301,15 @@ def test_a_model_that_reads_padding_answers_one_by_one(
     with opened("transformers", CHAT) as engine:
         expected = [engine.generate([prompt], 6)[0] for prompt in drawn]
     with opened("transformers", CHAT) as engine:
-        own = engine._model.forward
+        model: Any = engine._model  # type: ignore[attr-defined]
+        own = model.forward
 
         @functools.wraps(own)
         def forward(*inputs: Any, attention_mask: Any = None, **settings: Any) -> Any:
             del attention_mask
             return own(*inputs, **settings)
 
-        monkeypatch.setattr(engine._model, "forward", forward)
+        monkeypatch.setattr(model, "forward", forward)
         calls = counted(engine, monkeypatch)
         answers = engine.generate(drawn, 6)
     assert set(calls) == {1}
