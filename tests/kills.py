@@ -57,7 +57,8 @@ SETTINGS: dict[str, Any] = {
     "validation": {
         "max_tokens": 512,
         "context": 128,
-        "checks": ["perplexity", "integrity", "overlap", "tokenizer"],
+        "checks": ["perplexity", "integrity", "overlap", "tokenizer", "chat_template", "behaviour"],
+        "behaviour": {"max_new_tokens": 8},
         "corpora": [{"name": "docs", "path": "tests/models/text/heldout.en.txt"}],
         "gates": {"*": {"max_ln_ppl_ratio": 1, "max_mean_kld": 1, "min_same_top_p": 0.3}},
     },

@@ -72,7 +72,7 @@ class Calls:
         self.artifacts: list[str] = []
 
     def __call__(self, work: Work, request: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        self.artifacts.append(Path(request["artifact"]).name)
+        self.artifacts.append(Path(request["model"]).name)
         answer: dict[str, Any] = json.loads(
             json.dumps(work(json.loads(json.dumps(request)), lambda *_: None))
         )
