@@ -205,7 +205,10 @@ def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path)
     on_gpu = uses_gpu(request["device"])
     trusted: bool = request["trust_remote_code"]
     execution = WHOLE
-    if request.get("by_layer", not memory.fits(folder, on_gpu=on_gpu)):
+    by_layer = request.get("by_layer")
+    if by_layer is None:
+        by_layer = not memory.fits(folder, on_gpu=on_gpu)
+    if by_layer:
         try:
             stream = LayerStream(folder, dtype, on_gpu=on_gpu, trust_remote_code=trusted, scratch=scratch)
         except Unstreamable as reason:
