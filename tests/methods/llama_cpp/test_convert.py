@@ -395,10 +395,7 @@ def test_a_checkout_that_is_no_repository_is_planned_to_the_byte(tmp_path: Path)
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (
-            {"vocab_size": 10, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
-            r"^config\.json: vocab_size 10, but the tokenizer has ids up to 4095$",
-        ),
+        ({"vocab_size": 4092}, r"^config\.json: vocab_size 4092, but the tokenizer has ids up to 4095$"),
         ({"intermediate_size": -1}, r"refuses this checkpoint: struct\.error: ."),
         ({"num_attention_heads": 7}, r"refuses this checkpoint: RuntimeError: .*\(conversion/\w+\.py:\d+: "),
         ({"layer_types": ["x"]}, r"refuses this checkpoint: StrictDataclass\w+: .*layer_type"),
