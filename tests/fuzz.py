@@ -325,7 +325,8 @@ class Tally:
 
 
 def run_case(reader: Reader, seed: str, folder: Path) -> tuple[str, float, int]:
-    """How a case ended, its processor seconds, and bytes of memory at most: its own and of the children that it started."""
+    """How a case ended, its processor seconds, and the most bytes of memory of it or a child beyond what this process holds."""
+    inherited = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     child = os.fork()
     if child == 0:
         code = 3
@@ -342,7 +343,7 @@ def run_case(reader: Reader, seed: str, folder: Path) -> tuple[str, float, int]:
             os._exit(code)
     _, status, usage = os.wait4(child, 0)
     ended = {0: "accepted", 1: "refused"}.get(os.waitstatus_to_exitcode(status), "TRACEBACK")
-    seconds, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    seconds, memory = usage.ru_utime + usage.ru_stime, max(usage.ru_maxrss * 1024 - inherited, 0)
     if os.WIFSIGNALED(status) or seconds > SECONDS:
         ended = "HANG" if seconds > SECONDS else "CRASH"
     elif memory > MEMORY:

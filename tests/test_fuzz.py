@@ -19,12 +19,12 @@ def test_the_harness_counts_what_is_bad(
         raise RecursionError
 
     def hungry(dice: object, folder: object) -> None:
-        assert bytearray(1 << 20).count(1) == 0
+        assert bytearray(b"x" * (256 << 20)).count(1) == 0
 
     monkeypatch.setattr(fuzz, "READERS", {"broken": (broken, 1), "hungry": (hungry, 1)})
     assert fuzz.main(["--cases", "2", "--reader", "broken"]) == 1
     assert "broken: 2 TRACEBACK" in capsys.readouterr().out
     assert fuzz.main(["--cases", "1", "--reader", "hungry"]) == 0
-    monkeypatch.setattr(fuzz, "MEMORY", 1 << 20)
+    monkeypatch.setattr(fuzz, "MEMORY", 64 << 20)
     assert fuzz.main(["--cases", "1", "--reader", "hungry"]) == 1
     assert "hungry: 1 MEMORY" in capsys.readouterr().out

@@ -52,9 +52,11 @@ def _documents(config: Config) -> Iterator[tuple[str, str | None]]:
 
 
 QUESTIONS = Depends(
-    fields=("validation.lm_eval",), inputs=(_own_tasks,), libraries=("lm_eval", "datasets", "transformers")
+    fields=tuple(f"validation.lm_eval.{name}" for name in LmEval.model_fields if name != "max_drop"),
+    inputs=(_own_tasks,),
+    libraries=("lm_eval", "datasets", "transformers"),
 )
-"""What is asked; that the documents are the same is seen by asking both."""
+"""What is asked; that the documents are the same is seen by asking both. What may be lost changes no answer."""
 
 
 def require(config: Config, source: Source) -> None:
@@ -91,7 +93,7 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
 @check(
     NAME,
     require=require,
-    depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(_documents,)),
+    depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(("validation.lm_eval",), inputs=(_documents,)),
     holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:

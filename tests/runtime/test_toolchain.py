@@ -381,7 +381,7 @@ def test_a_program_that_lies_in_the_working_folder_is_not_run(
 
 ASK = """
 import json
-from quantool import toolchain
+from quantool.runtime import toolchain
 tool = toolchain.upstream_tool("llama-quantize")
 print(json.dumps([str(tool or ""), [[l.name, l.description] for l in toolchain.levels().values()]]))
 """

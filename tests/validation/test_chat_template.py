@@ -253,7 +253,9 @@ def test_llama_server_says_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("PATH", str(binary.parent))
     found = findings("chat_template", case("qwen3"))
     assert not regressions(found)
-    assert str(binary) in found["rendered_text"].detail
+    detail = found["rendered_text"].detail
+    assert "rendered by llama-server" in detail
+    assert str(binary.parent) not in detail  # findings are published
 
 
 def test_binary_is_found_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
