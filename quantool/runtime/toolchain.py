@@ -6,6 +6,7 @@ and engine are one commit. A llama.cpp checkout named by ``llama_cpp_path`` or `
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -207,7 +210,7 @@ def _extract(sdist: Path) -> Toolchain:
     if sdist.name not in (f"{name}.tar.gz", f"{name.replace('-', '_', 2)}.tar.gz"):
         raise DependencyError(f"{sdist.name} is not the source package of the installed {name}")
     folder = _installed()
-    with written(folder) as part:
+    with _alone(folder.parent), written(folder) as part:
         commit = _unpack(sdist, part)
         manifest = {"distribution": name, "commit": commit, "sdist_sha256": sha256_of(sdist)}
         write_text(part / MANIFEST, json.dumps(manifest, indent=1))
@@ -215,6 +218,21 @@ def _extract(sdist: Path) -> Toolchain:
     ggml_types.cache_clear()
     _fingerprint_of.cache_clear()
     return Toolchain(folder, commit, f"{DISTRIBUTION} {installed_version()}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process installs into ``folder``: two at once would take each other's files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise DependencyError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _unpack(sdist: Path, target: Path) -> str | None:

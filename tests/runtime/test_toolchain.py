@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def test_installing_again_replaces_all(sdist: Path) -> None:
     assert not (again.folder / "conversion" / "old.py").exists()
     assert (again.folder / "conversion" / "__init__.py").read_text() == "new = 1\n"
     assert toolchain.fingerprint_of(again) != before
+
+
+def test_two_at_once_leave_a_whole_toolchain(sdist: Path) -> None:
+    """One of them may not sweep away what the other is writing."""
+    with ThreadPoolExecutor(8) as lanes:
+        made = list(lanes.map(lambda _: toolchain.install(sdist), range(24)))
+    alone = toolchain.fingerprint_of(toolchain.install(sdist))
+    assert {toolchain.fingerprint_of(each) for each in made} == {alone}
+    assert [path.name for path in made[0].folder.parent.iterdir() if path.name.endswith(".part")] == []
 
 
 def test_a_package_that_does_not_tell_its_commit(sdist: Path) -> None:
