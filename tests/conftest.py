@@ -124,6 +124,7 @@ def quantool(
         out, err = capfd.readouterr()
         return Ended(code, out, err)
 
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist tells its processes the terminal's
     handler = signal.getsignal(signal.SIGTERM)
     yield command
     signal.signal(signal.SIGTERM, handler)
