@@ -479,7 +479,7 @@ def test_a_corpus_has_one_origin() -> None:
 def test_schema(fakes: None) -> None:
     built = schema(find)
     assert built["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(built["properties"]) == set(Config.model_fields)
+    assert set(built["properties"]) == set(Config.model_fields) | set(NO_EFFECT)
     assert built["required"] == ["model_id"]
     assert built["additionalProperties"] is False
     assert built["properties"]["method"]["anyOf"][0] == {"type": "string", "enum": ["awq", "gguf", "gptq"]}

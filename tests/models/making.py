@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -106,8 +106,9 @@ def own_cache() -> Iterator[None]:
     folder = room() / "cache" / "quantool"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("toolchain", "tools"):
-        if (toolchain.cache_folder() / name).exists() and not (folder / name).exists():
-            (folder / name).symlink_to(toolchain.cache_folder() / name)
+        if (toolchain.cache_folder() / name).exists():
+            with suppress(FileExistsError):  # another of pytest-xdist's processes was first
+                (folder / name).symlink_to(toolchain.cache_folder() / name)
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder.parent)
     try:
