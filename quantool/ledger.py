@@ -51,7 +51,7 @@ class LedgerEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StoredTensor(LedgerEntry):
+class ArtifactTensor(LedgerEntry):
     """A tensor of the artifact, or in a grouped line all of a pattern; ``shape`` as numpy has it, rows first."""
 
     name: str
@@ -69,7 +69,7 @@ class TensorLine(LedgerEntry):
     shape: tuple[int, ...] = ()
     part: str = TEXT
     fate: Fate
-    to: tuple[StoredTensor, ...] = ()
+    to: tuple[ArtifactTensor, ...] = ()
     """What holds it in the artifact; none when it was left out."""
     reason: str = ""
     """Why it was dropped, tied or added, or what more there is to say."""
@@ -82,7 +82,12 @@ class TensorLine(LedgerEntry):
         """Weights of all of them."""
         return self.count() * math.prod(self.shape)
 
-    def stored(self) -> Iterator[StoredTensor]:
+    @staticmethod
+    def numbers(name: str) -> list[str]:
+        """The numbers in a name, of which the first is the layer."""
+        return NUMBER.findall(name)
+
+    def stored(self) -> Iterator[ArtifactTensor]:
         """Every tensor of the artifact that the line promises, by itself."""
         for entry in self.to:
             for name in names(entry.name):
@@ -114,6 +119,10 @@ class Ledger(LedgerEntry):
             if line.fate is Fate.DROPPED and line.part not in kept and line.part != TEXT:
                 left[line.part] = left.get(line.part, 0) + line.elements()
         return left
+
+    def elements(self, fate: Fate) -> int:
+        """Weights of the source with this fate."""
+        return sum(line.elements() for line in self.tensors if line.fate is fate)
 
     def summary(self) -> str:
         """``291 tensors: 290 in, 1 tied``."""

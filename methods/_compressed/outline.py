@@ -17,6 +17,8 @@ from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
+from quantool.ledger import TensorLine
+from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.cuda import capabilities
@@ -180,7 +182,7 @@ def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
     if not source.facts.architecture.endswith("ForCausalLM"):
         raise SourceError(
             f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM) are",
+            hint="text models (…ForCausalLM) are; of others the method gguf makes a text-only file, with drop: [vision]",
         )
     odd = [
         tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
@@ -227,7 +229,15 @@ def outline(
         )
     outputs = [_output(task, request, options, located) for task in tasks]
     notes = [*warnings, *(note for task in tasks for note in (*task.selection.warnings, *_loading(task)))]
-    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+    lines = {output.id: _lines(task, source, located) for output, task in zip(outputs, tasks, strict=True)}
+    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)), lines=lines)
+
+
+def _lines(task: Task, source: Source, located: Mapping[str, TensorHeader]) -> tuple[TensorLine, ...]:
+    """What becomes of each tensor; calibrated levels are saved by transformers."""
+    chosen = [layer.name for layer in task.selection.layers]
+    absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
+    return account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
 
 
 def _loading(task: Task) -> Iterator[str]:

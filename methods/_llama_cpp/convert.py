@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
+from quantool.methods._llama_cpp.lineage import Lineage
 from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.model_card import front_matter
@@ -49,7 +50,8 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
     ``chat_template`` (text or null), ``named_templates`` (name to text),
     ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
-    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
+    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding), ``sources``
+    (of a rehearsal: name of a tensor to the names of those that it is made of),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
     """
     from huggingface_hub.errors import StrictDataclassError  # of a config.json that transformers refuses
@@ -70,7 +72,7 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
     _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
     _name_folder(gguf, request["folder_name"])
     _read_cards(gguf)
-    model, dropped = _prepare(conversion, gguf, request)
+    model, dropped, lineage = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     if request["rehearse"]:
         writer.write_header_to_file(path=model.fname_out)
@@ -85,6 +87,8 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
         writer.write_tensors_to_file(progress=False)
     files = writer.format_shard_names(writer.path)
     summary = _summarize(writer)
+    if request["rehearse"]:
+        summary["sources"] = lineage.sources(writer, Path(request["model"]))
     writer.close()
     return {
         "files": [str(file) for file in files],
@@ -191,7 +195,7 @@ def _unknown(digest: str, suggested: str | None) -> SourceError:
     )
 
 
-def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool]:
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool, Lineage]:
     """Make the upstream model object with header and (lazy) tensors complete."""
     import torch
 
@@ -213,6 +217,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
         metadata_override=Path(request["metadata"]),
         split_max_size=request["split_bytes"],
     )
+    lineage = Lineage(model, gguf)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     _type_added_tokens(model.gguf_writer, gguf, folder)
@@ -220,7 +225,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
-    return model, dropped
+    return model, dropped, lineage
 
 
 def _set_space_prefix(writer: Any, gguf: Any, request: dict[str, Any]) -> bool:
