@@ -19,8 +19,10 @@ from quantool.errors import SourceError
 
 NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]*)(?=\.|$)")
 BRACES = re.compile(r"\{([0-9,-]+)\}")
-TEXT = "text"
-"""The part of a checkpoint that every model has; the others are those of ``source.parts``."""
+TEXT, VISION, AUDIO, SPEECH, MTP, HEAD = "text", "vision", "audio", "speech", "mtp", "head"
+"""Parts of a checkpoint: the language model, eyes, ears, a voice, a head that drafts further tokens, a classifier's."""
+TOWERS = (VISION, AUDIO, SPEECH)
+"""What a checkpoint has beside its language model."""
 
 
 class Fate(StrEnum):
@@ -120,6 +122,17 @@ class Ledger(LedgerEntry):
                 left[line.part] = left.get(line.part, 0) + line.elements()
         return left
 
+    def left_out(self) -> list[str]:
+        """``vision (0.4 B)`` for each part that is not in the artifact."""
+        return [f"{part} ({_weights(weights)})" for part, weights in self.parts_left_out().items()]
+
+    def statement(self) -> str:
+        """``summary``, and what was left out: ``…; vision (0.4 B) left out: this is a text-only file``."""
+        if not (left := self.left_out()):
+            return self.summary()
+        means = ": this is a text-only file" if self.parts_left_out().keys() & TOWERS else ""
+        return f"{self.summary()}; {', '.join(left)} left out{means}"
+
     def elements(self, fate: Fate) -> int:
         """Weights of the source with this fate."""
         return sum(line.elements() for line in self.tensors if line.fate is fate)
@@ -142,10 +155,8 @@ def _counted(fates: Mapping[Fate, int]) -> str:
     return "".join(f", {count} {fate}" for fate, count in fates.items() if count)
 
 
-def left_out(part: str, weights: int) -> str:
-    """``vision 0.4 B left out``."""
-    size = f"{weights / 1e9:.1f} B" if weights >= 5e7 else f"{weights / 1e6:.1f} M"
-    return f"{part} ({size}) left out"
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 5e7 else f"{count / 1e6:.1f} M"
 
 
 def names(pattern: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from quantool.errors import SourceError
 from quantool.formats.safetensors import read_headers as read_safetensors
 from quantool.formats.safetensors import some
-from quantool.ledger import ArtifactTensor, Fate, Ledger, TensorLine, left_out, names
+from quantool.ledger import ArtifactTensor, Fate, Ledger, TensorLine, names
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
@@ -60,8 +60,7 @@ def _judge_tensors(ledger: Ledger, held: Mapping[str, HeldTensor]) -> Finding:
     more = sorted(held.keys() - promised.keys() - tied)
     problems = [f"missing: {some(lost)}"] * bool(lost) + changed[:4]
     problems += [f"not accounted for: {some(more)}"] * bool(more)
-    notes = [left_out(part, weights) for part, weights in ledger.parts_left_out().items()]
-    return BUILD.fact("tensors", ledger.summary(), "; ".join(problems), note="; ".join(notes))
+    return BUILD.fact("tensors", ledger.statement(), "; ".join(problems))
 
 
 def _origin(name: str, line: TensorLine) -> str:

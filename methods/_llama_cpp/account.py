@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from quantool.formats.safetensors import TensorHeader
-from quantool.ledger import ArtifactTensor, Fate, TensorLine
+from quantool.ledger import MTP, ArtifactTensor, Fate, TensorLine
 from quantool.methods._llama_cpp.dry_run import Rehearsal
 from quantool.records import Source
-from quantool.source.parts import MTP, Parts
+from quantool.source.parts import Parts
 from quantool.source.tensor_headers import headers
 
 BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")

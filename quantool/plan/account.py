@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, QuantoolError, SourceError, nearest
 from quantool.formats.safetensors import TensorHeader, some
-from quantool.ledger import TEXT, Fate, Ledger, TensorLine, grouped, left_out
+from quantool.ledger import TEXT, TOWERS, Fate, Ledger, TensorLine, grouped
 from quantool.plan.files import file_lines
 from quantool.plugins.contract import Outline
 from quantool.records import OutputPlan, Source
 from quantool.source.loaders import loader
-from quantool.source.parts import TOWERS, Parts, sizes
+from quantool.source.parts import Parts, sizes
 
 ON_PURPOSE = "left out on purpose: drop"
 
@@ -61,13 +61,19 @@ def with_ledgers(
     outputs, notes = [], []
     for output in outline.outputs:
         ledger = _ledger(output, outline, config, source, parts, tensors)
-        outputs.append(output.model_copy(update={"ledger": ledger}))
+        outputs.append(output.model_copy(update={"ledger": ledger, "repo": _repo(output, ledger)}))
         notes += [
-            f"{output.id}: {left_out(part, weights)}: {_reason(ledger, part)}"
-            for part, weights in ledger.parts_left_out().items()
+            f"{output.id}: {part} left out: {_reason(ledger, part)}"
+            for part in ledger.parts_left_out()
             if part not in config.drop
         ]
     return Outline(tuple(outputs), outline.stages, (*outline.warnings, *notes), outline.lines, outline.drops)
+
+
+def _repo(output: OutputPlan, ledger: Ledger) -> str:
+    """Its folder; that of a text-only file says so, unless the user named it."""
+    text_only = output.repo_id is None and ledger.parts_left_out().keys() & TOWERS
+    return f"{output.repo}-text-only" if text_only else output.repo
 
 
 def _reason(ledger: Ledger, part: str) -> str:

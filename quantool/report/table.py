@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantool.records import Finding, MachineState, Plan, Report
+from quantool.records import Finding, MachineState, OutputPlan, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
 from quantool.runtime.progress import amount
 
@@ -128,7 +128,7 @@ def planned(plan: Plan, machine: MachineState) -> str:
         for file in output.files
     ]
     lines += _aligned(rows, right={2, 3, 4})
-    lines.append("")
+    lines += ["", *_holdings(plan.outputs), ""]
     stages = [("stage", "writes", "peak RAM", "state")]
     stages += [
         (
@@ -145,6 +145,15 @@ def planned(plan: Plan, machine: MachineState) -> str:
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
     ]
     return "\n".join(lines)
+
+
+def _holdings(outputs: Sequence[OutputPlan]) -> list[str]:
+    """What becomes of the source's tensors, one line for outputs that hold the same."""
+    alike: dict[str, list[str]] = {}
+    for output in outputs:
+        if output.ledger is not None:
+            alike.setdefault(output.ledger.statement(), []).append(output.id)
+    return [f"holds    {statement} ({', '.join(names)})" for statement, names in alike.items()]
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:

@@ -13,12 +13,8 @@ from typing import Any
 from quantool.errors import SourceError
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import TensorHeader
-from quantool.ledger import TEXT
+from quantool.ledger import AUDIO, HEAD, MTP, SPEECH, TEXT, TOWERS, VISION
 from quantool.records import Source
-
-VISION, AUDIO, SPEECH, MTP, HEAD = "vision", "audio", "speech", "mtp", "head"
-TOWERS = (VISION, AUDIO, SPEECH)
-"""What a checkpoint has beside its language model: eyes, ears, a voice."""
 
 STEMS = {
     VISION: ("vision", "visual", "image", "vit", "vpm", "siglip", "sam_", "patch_embed", "resampler", "view_seperator"),
