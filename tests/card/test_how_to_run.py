@@ -23,6 +23,8 @@ from quantool.records import Finding, Report, Verdict
 from quantool.runtime import process
 from tests.loopback_hub import ID, Answer, Asked, Hub, Repository, reply, serving
 
+SERVED_WITH = " \\\n  --max-model-len 2048 \\\n  --enable-auto-tool-choice \\\n  --tool-call-parser hermes\n"
+"""The tiny chat model's template asks for calls as Hermes has them."""
 SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
 REPO = "us/tiny-chat-GGUF"
 
@@ -232,8 +234,8 @@ def test_parts_are_downloaded_together_and_the_first_is_named(made: making.Made)
 @pytest.mark.parametrize(
     ("level", "repo_id", "command", "capability"),
     [
-        ("FP8_DYNAMIC", "us/tiny-FP8", "vllm serve us/tiny-FP8 --max-model-len 2048\n", True),
-        ("W4A16", None, "vllm serve tiny-chat-GGUF --max-model-len 2048\n", False),
+        ("FP8_DYNAMIC", "us/tiny-FP8", f"vllm serve us/tiny-FP8{SERVED_WITH}", True),
+        ("W4A16", None, f"vllm serve tiny-chat-GGUF{SERVED_WITH}", False),
     ],
 )
 def test_vllm_serves_what_transformers_loads(
