@@ -36,7 +36,8 @@ def usage(
             sum(file.bytes for file in output.files) for output in outputs
         ]
         arguments = [f"--max-model-len {context}", *serve_arguments(plan.source.facts, sizes[0])]
-        return _vllm(outputs[0], named, arguments) + _client("transformers", named, sampling, chat=chat)
+        text = _vllm(outputs[0], named, arguments) + _client("transformers", named, sampling, chat=chat)
+        return text + ("" if _is_autoawq(outputs[0]) else "\n" + _transformers(named, sampling, chat=chat))
     files = {report.artifact.level: [file.name for file in report.artifact.files] for report in reports}
     files = files or {output.level: [file.name for file in output.files] for output in outputs}
     chosen = recommend(reports)
@@ -127,6 +128,33 @@ def _client(engine: str, model: str, sampling: Mapping[str, float], *, chat: boo
         "```python\nfrom openai import OpenAI\n\n"
         f'client = OpenAI(base_url="{url}", api_key="none")\n'
         f"answer = {call},\n    max_tokens=64{own},\n)\nprint({result})\n```\n",
+    )
+
+
+def _is_autoawq(output: OutputPlan) -> bool:
+    """Whether it is in a layout for which transformers asks for one more library."""
+    return output.options.get("format") == "autoawq"
+
+
+def _transformers(named: str, sampling: Mapping[str, float], *, chat: bool) -> str:
+    """The folder in transformers, which unpacks it with compressed-tensors."""
+    own = "".join(f", {name}={value:g}" for name, value in sampling.items())
+    own = f", do_sample={bool(sampling)}{own}"
+    if chat:
+        inputs = f"""inputs = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "{QUESTION}"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+).to(model.device)"""
+    else:
+        inputs = f'inputs = tokenizer("{START}", return_tensors="pt").to(model.device)'
+    return folded(
+        "From transformers",
+        "`pip install transformers accelerate compressed-tensors`, then:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{named}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{named}", device_map="auto")\n'
+        f"{inputs}\n"
+        f"answer = model.generate(**inputs, max_new_tokens=64{own})\n"
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n',
     )
 
 

@@ -121,8 +121,11 @@ class Workspace:
         self._save(self._record(name), {"name": name, "key": key, "files": stamps, "result": result})
 
     def _require_alone(self, name: str, key: str) -> None:
-        """Two results under one name would be done anew by turns, each time that the other was recalled."""
-        if self._locked and self._keys.setdefault(name, key) != key:
+        """Two results under one name would be done anew by turns, each time that the other was recalled.
+
+        No key marks files of a stage that is not finished.
+        """
+        if key and self._locked and self._keys.setdefault(name, key) != key:
             raise RuntimeError(f"stage {name} is used with two keys in one run")
 
     def forget(self, name: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import making
 import pytest
+import tampering
 
 from quantool.card.how_to_run import usage
 from quantool.records import Finding, Report, Verdict
@@ -62,6 +63,24 @@ def test_the_snippet_of_llama_cpp_python_runs(made: making.Made) -> None:
         check=False,
         env=process.environment(),
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_snippet_of_transformers_runs(made: making.Made, chat: bool) -> None:
+    with making.own_cache():
+        folder, output = tampering.fp8_of("tiny-chat")
+    plan = made.plan
+    facts = plan.source.facts if chat else plan.source.facts.model_copy(update={"chat_template": None})
+    source = plan.source.model_copy(update={"facts": facts})
+    text = usage(plan.model_copy(update={"source": source}), [output], [], SAMPLING if chat else {})
+    snippet = next(block for block in blocks(text, "python") if "transformers" in block)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet.replace(f'"{output.repo}"', f'"{folder}"')],
+        capture_output=True, text=True, check=False, env=process.environment(),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
