@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from quantool.ledger import TOWERS, Ledger
 from quantool.records import OutputPlan
+from quantool.report.holdings import of_outputs
 
 MULTIMODAL = frozenset({
     "image-text-to-text", "video-text-to-text", "audio-text-to-text", "image-to-text", "any-to-any", "visual-question-answering",
@@ -48,9 +49,5 @@ def left_out_sentence(outputs: Iterable[OutputPlan]) -> str:
 
 
 def holdings(outputs: Sequence[OutputPlan]) -> list[str]:
-    """What became of the source's tensors, one line for the outputs that hold the same."""
-    alike: dict[str, list[str]] = {}
-    for output in outputs:
-        if output.ledger is not None:
-            alike.setdefault(output.ledger.statement(), []).append(output.level)
-    return [f"- {', '.join(levels)}: {statement}" for statement, levels in alike.items()]
+    """What became of the source's tensors, as lines of Markdown."""
+    return [f"- {ids}: {statement}" for ids, statement in of_outputs(outputs)]

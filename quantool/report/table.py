@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantool.records import Finding, MachineState, OutputPlan, Plan, Report
+from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
+from quantool.report.holdings import of_outputs
 from quantool.runtime.progress import amount
 
 HEADINGS = (
@@ -134,7 +135,7 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
         longest = max(SHORTEST, max(len(row[1]) for row in rows) - excess)
         rows = [(row[0], _shortened(row[1], longest), *row[2:]) for row in rows]
     lines += _aligned(rows, right={2, 3, 4})
-    lines += ["", *_holdings(plan.outputs), ""]
+    lines += ["", *(f"holds    {statement} ({ids})" for ids, statement in of_outputs(plan.outputs)), ""]
     stages = [("stage", "writes", "peak RAM", "state")]
     stages += [
         (
@@ -151,15 +152,6 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
     ]
     return "\n".join(lines)
-
-
-def _holdings(outputs: Sequence[OutputPlan]) -> list[str]:
-    """What becomes of the source's tensors, one line for outputs that hold the same."""
-    alike: dict[str, list[str]] = {}
-    for output in outputs:
-        if output.ledger is not None:
-            alike.setdefault(output.ledger.statement(), []).append(output.id)
-    return [f"holds    {statement} ({', '.join(names)})" for statement, names in alike.items()]
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
