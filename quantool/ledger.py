@@ -156,6 +156,8 @@ def _counted(fates: Mapping[Fate, int]) -> str:
 
 
 def _weights(count: int) -> str:
+    if count < 50_000:
+        return f"{count:,} weights"
     return f"{count / 1e9:.1f} B" if count >= 5e7 else f"{count / 1e6:.1f} M"
 
 
