@@ -100,6 +100,7 @@ class AnswerPair:
         inputs=(inputs.prompts, inputs.held_out),
         gates=True,
     ),
+    loads_reference=True,
     holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:

@@ -59,6 +59,7 @@ def require(config: Config, source: Source) -> None:
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
+    loads_reference=True,
     holds_model=True,
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:

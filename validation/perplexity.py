@@ -53,6 +53,7 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     NAME,
     prepare=prepare,
     writes=writes,
+    loads_reference=True,
     depends=WINDOWS
     | REFERENCE
     | SCORES

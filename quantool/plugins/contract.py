@@ -195,6 +195,8 @@ class Check:
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
     writes: Writes | None = None
+    loads_reference: bool = False
+    """Whether it loads the checkpoint with transformers, where the section of its name (if there is one) is set."""
     holds_model: bool = False
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
 
@@ -223,6 +225,7 @@ def check(
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
+    loads_reference: bool = False,
     holds_model: bool = False,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
@@ -230,6 +233,7 @@ def check(
     ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
+    ``loads_reference`` says that it loads the checkpoint with transformers, so that the plan makes sure that it can.
     ``writes`` says how many bytes it keeps on disk, ``holds_model`` that it needs memory for all weights of the
     checkpoint at once; the plan counts both.
     """
@@ -241,5 +245,6 @@ def check(
         require=require,
         depends=depends,
         writes=writes,
+        loads_reference=loads_reference,
         holds_model=holds_model,
     )
