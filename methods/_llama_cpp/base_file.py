@@ -165,7 +165,7 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     code = [
         toolchain.fingerprint_of(tools),
         tools.commit,
-        sha256_of(Path(__file__).with_name("convert.py")),
+        *(sha256_of(Path(__file__).with_name(name)) for name in ("convert.py", "convert_ahead.py")),
     ]
     keys = sorted(origin_keys(source))
     templates = [source.facts.chat_template, source.facts.named_templates]

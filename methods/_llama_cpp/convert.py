@@ -10,6 +10,7 @@ What is changed around it, and why:
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
 * names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
 * a README.md whose front matter upstream cannot read gives what quantool can read of it, which the plan notes;
+* tensors are prepared ahead of the writer, with the same bytes (``convert_ahead``);
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
@@ -28,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
+from quantool.methods._llama_cpp.convert_ahead import cores, prepared_ahead, round_with_torch
 from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.model_card import front_matter
@@ -70,6 +72,7 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
     _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
     _name_folder(gguf, request["folder_name"])
     _read_cards(gguf)
+    round_with_torch(gguf)
     model, dropped = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     if request["rehearse"]:
@@ -82,7 +85,8 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
         _report_progress(writer, report)
         writer.write_header_to_file(path=model.fname_out)
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=False)
+        with prepared_ahead(writer, gguf, request.get("threads") or cores()):
+            writer.write_tensors_to_file(progress=False)
     files = writer.format_shard_names(writer.path)
     summary = _summarize(writer)
     writer.close()
