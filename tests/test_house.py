@@ -29,7 +29,9 @@ HEAVY = {
     "compressed_tensors",
 }
 PRINTING = {"progress.py", "cli.py"}
-GROUND = ("quantool", "quantool.errors", "quantool.records", "quantool.gates")
+GROUND = (
+    "quantool", "quantool.errors", "quantool.record", "quantool.origins", "quantool.records", "quantool.gates",
+)  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
     "publish", "app",
