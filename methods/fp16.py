@@ -59,10 +59,10 @@ def outline(request: Request, options: Options) -> Outline:
         return Outline(tuple(_outline_safetensors(request, options, level) for level in request.levels))
     drafts = [_outline_gguf(request, options, level) for level in request.levels]
     outputs, stages, notes = zip(*drafts, strict=True)
-    return Outline(outputs, stages, tuple(dict.fromkeys(filter(None, notes))))
+    return Outline(outputs, stages, tuple(dict.fromkeys(note for remarks in notes for note in remarks)))
 
 
-def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, StagePlan, str]:
+def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, StagePlan, list[str]]:
     source = request.source
     kind, _ = base_file.choose_type(source, level.lower())
     rehearsal = dry_run.rehearse(source, options, kind)
@@ -89,7 +89,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, dry_run.space_note(rehearsal)
+    return output, stage, dry_run.notes(rehearsal)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:

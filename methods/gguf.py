@@ -119,7 +119,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, dry_run.space_note(rehearsal), *aliases))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases))),
     )
 
 

@@ -29,7 +29,10 @@ HEAVY = {
     "compressed_tensors",
 }
 PRINTING = {"progress.py", "cli.py"}
-GROUND = ("quantool", "quantool.errors", "quantool.records", "quantool.gates", "quantool.ledger")
+GROUND = (
+    "quantool", "quantool.errors", "quantool.record", "quantool.origins", "quantool.ledger", "quantool.records",
+    "quantool.gates",
+)  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
     "publish", "app",
