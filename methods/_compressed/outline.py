@@ -21,6 +21,7 @@ from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.cuda import capabilities
 from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
     HEAD,
@@ -41,6 +42,7 @@ from quantool.records import (
     Source,
 )
 from quantool.runtime.arithmetic import native
+from quantool.source.mtp import head_tensors
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
@@ -85,6 +87,10 @@ class CompressedOptions(Options):
         None,
         description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
     )
+    mtp: Treatment = Field(
+        "keep",
+        description="A multi-token-prediction head: keep it as the source has it, or quantize it (levels without calibration).",
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,10 @@ class Task:
     autoawq: bool = False
     kv_cache: bool = False
     """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+    carried: tuple[str, ...] = ()
+    """Tensors of a multi-token-prediction head, which calibration does not see."""
+    kept: tuple[str, ...] = ()
+    """Patterns of the head's modules that are not quantized."""
 
     @property
     def id(self) -> str:
@@ -129,7 +139,7 @@ class Task:
                 stored += _autoawq.tensors(layer, self.scheme.group)
         if self.kv_cache:
             for name, tensor in located.items():
-                if name.endswith(".k_proj.weight"):
+                if name.endswith(".k_proj.weight") and name not in self.carried:
                     module = name.removesuffix(".k_proj.weight")
                     stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
         return stored
@@ -147,17 +157,19 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
     located = headers(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
-    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings)
+    cache = getattr(options, "kv_cache", None) is not None
+    calibrated = scheme.calibrated or cache
+    kept = kept_patterns(source, located, options.mtp, calibrated=calibrated)
+    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
-    cache = getattr(options, "kv_cache", None) is not None
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
     if autoawq:
         _check_autoawq(level, scheme, selection)
-    calibrated = scheme.calibrated or cache
-    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache)
+    head = head_tensors(located, source.facts.layers) if calibrated else ()
+    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
 
 
 def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:

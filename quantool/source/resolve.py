@@ -31,6 +31,7 @@ from quantool.records import Source, SourceFile, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
+from quantool.source.mtp import check_head
 
 MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
 TOKENIZER_FILES = (
@@ -88,6 +89,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     generation = read_optional(place.folder / "generation_config.json", JsonLimits(finite=True))
     _bound(tokenizer)
     facts, more = model_facts(configuration, generation, tokenizer.folder, headers)
+    more += check_head(configuration.top, headers, facts.layers)
     card, remarks = model_card(place.folder)
     ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
     files = [(place.folder, name) for name in ours]
