@@ -15,8 +15,10 @@ from pydantic import BeforeValidator, Field
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
+from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.cuda import capabilities
@@ -42,6 +44,7 @@ from quantool.records import (
     Source,
 )
 from quantool.runtime.arithmetic import native
+from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
@@ -90,6 +93,10 @@ class CompressedOptions(Options):
     mtp: Treatment = Field(
         "keep",
         description="A multi-token-prediction head: keep it as the source has it, or quantize it (levels without calibration).",
+    )
+    calibrate_all_experts: bool = Field(
+        True,
+        description="Send the calibration text through every expert of a mixture, wherever the router sends it.",
     )
 
 
@@ -222,11 +229,16 @@ def outline(
     if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
         levels = ", ".join(task.level for task in tasks)
         raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
+    calibrated = any(task.calibrated for task in tasks)
+    if "calibrate_all_experts" in options.model_fields_set and not calibrated:
+        raise ConfigError(
+            "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
+        )
     located = headers(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
         check(options.mappings, source.facts.architecture, modules, registries)
-    if any(task.calibrated for task in tasks) and corpus.calibration_corpus(config) is None:
+    if calibrated and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
@@ -238,8 +250,20 @@ def outline(
             hint="set device: auto, or run where there is one",
         )
     outputs = [_output(task, request, options, located) for task in tasks]
-    notes = [*warnings, *(note for task in tasks for note in (*task.selection.warnings, *_loading(task)))]
+    coverage = [] if options.calibrate_all_experts or not calibrated else _coverage(request)
+    notes = [
+        *warnings,
+        *coverage,
+        *(note for task in tasks for note in (*task.selection.warnings, *_loading(task))),
+    ]
     return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+
+
+def _coverage(request: Request) -> list[str]:
+    """A warning when too little text is asked for to reach all experts."""
+    config, least = request.config, request.gates(request.levels[0]).min_expert_tokens
+    model = read_json(request.source.folder / "config.json")
+    return coverage_note(model, config.sample_size * max_seq_length(config), least or MIN_EXPERT_TOKENS)
 
 
 def _loading(task: Task) -> Iterator[str]:

@@ -6,12 +6,12 @@ A method is a function marked ``@method(...)`` in a file of ``methods/`` named l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quantool.plugins.keys import UNDECLARED, Depends, key_of
 
@@ -136,6 +136,8 @@ class Case:
     """Its files and those it shares, by hash; empty where nobody hashed them."""
     neighbours: tuple[str, ...] = ()
     """Names of all files that the plan has for its folder."""
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What its method recorded while it made it; empty for an artifact that this run did not make."""
 
     @property
     def settings(self) -> Validation:
