@@ -14,7 +14,7 @@ from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
 from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
-from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
+from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
@@ -287,6 +287,8 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
     remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
+    if matrix and (seen := expert_tokens(read_matrix(job.folder / matrix[0].name))):
+        remarks["expert_tokens"] = seen
     return finished(
         job,
         key,

@@ -20,6 +20,11 @@ from quantool.records import Gates
 ALL_LEVELS = "*"
 """The entry of ``validation.gates`` that stands for every level."""
 
+MIN_EXPERT_TOKENS = 32
+"""Calibration tokens below which an expert is named in a warning; a limit only where ``min_expert_tokens`` is set."""
+_OPTIONAL = {"min_expert_tokens"}
+"""Gates that no level has by default."""
+
 _EXACT = (
     0.001,
     0.002,
@@ -92,7 +97,7 @@ def default_gates(level: str) -> Gates:
     if name not in _TABLE:
         raise ConfigError(
             f"there are no default gates for level {level!r}",
-            hint=f"give validation.gates.{level} in the configuration, with all of {', '.join(Gates.model_fields)}"
+            hint=f"give validation.gates.{level} in the configuration, with all of {', '.join(_required())}"
             + (f"; {near}" if (near := nearest(level, list(_TABLE))) else ""),
         )
     ratio, divergence, agreement = _TABLE[name]
@@ -107,9 +112,14 @@ def resolve(level: str, configured: Mapping[str, Gates]) -> Gates:
     """
     named = {_canonical(name): gates for name, gates in configured.items()}
     chosen = over(named.get(ALL_LEVELS, Gates()), named.get(_canonical(level), Gates()))
-    if chosen.model_fields_set == set(Gates.model_fields):
+    if chosen.model_fields_set >= set(_required()):
         return chosen
     return over(default_gates(level), chosen)
+
+
+def _required() -> list[str]:
+    """The gates that every level has."""
+    return [name for name in Gates.model_fields if name not in _OPTIONAL]
 
 
 def over(lower: Gates, upper: Gates) -> Gates:

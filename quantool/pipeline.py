@@ -276,6 +276,7 @@ def _case(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, wo
         base if base is not None and base.is_file() else None,
         (*artifact.files, *artifact.shared),
         tuple(file.name for other in own for file in other.files),
+        artifact.details,
     )
 
 

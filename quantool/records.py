@@ -141,6 +141,11 @@ class Gates(Record):
         le=1,
         description="Lower limit of the share (0 to 1) of positions whose most likely token is the reference's.",
     )
+    min_expert_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Lower limit of the calibration tokens that reach each expert; default: none.",
+    )
 
     @model_serializer(mode="wrap")
     def _as_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:

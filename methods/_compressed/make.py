@@ -17,6 +17,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
     CALIBRATED,
     CompressedOptions,
@@ -73,6 +74,8 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
             work, request = _work(task, job, options, source, part)
             with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
                 result = process.call(work, request, log=log, bar=bar)
+            if task.carried:
+                carry(source.folder, part, task.carried, task.kept)
         if task.autoawq:
             rewrite = _rewrite(task, source.facts.tied_embeddings, part)
             with progress.bar("AutoAWQ layout", "layers") as bar:

@@ -15,11 +15,14 @@ from pydantic import BeforeValidator, Field
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
+from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
     HEAD,
@@ -41,6 +44,8 @@ from quantool.records import (
 )
 from quantool.runtime.arithmetic import native
 from quantool.runtime.gpus import capabilities, devices
+from quantool.source.experts import coverage_note
+from quantool.source.mtp import head_tensors
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
@@ -85,6 +90,14 @@ class CompressedOptions(Options):
         None,
         description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
     )
+    mtp: Treatment = Field(
+        "keep",
+        description="A multi-token-prediction head: keep it as the source has it, or quantize it (levels without calibration).",
+    )
+    calibrate_all_experts: bool = Field(
+        True,
+        description="Send the calibration text through every expert of a mixture, wherever the router sends it.",
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,10 @@ class Task:
     autoawq: bool = False
     kv_cache: bool = False
     """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+    carried: tuple[str, ...] = ()
+    """Tensors of a multi-token-prediction head, which calibration does not see."""
+    kept: tuple[str, ...] = ()
+    """Patterns of the head's modules that are not quantized."""
 
     @property
     def id(self) -> str:
@@ -129,7 +146,7 @@ class Task:
                 stored += _autoawq.tensors(layer, self.scheme.group)
         if self.kv_cache:
             for name, tensor in located.items():
-                if name.endswith(".k_proj.weight"):
+                if name.endswith(".k_proj.weight") and name not in self.carried:
                     module = name.removesuffix(".k_proj.weight")
                     stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
         return stored
@@ -147,17 +164,19 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
     located = headers(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
-    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings)
+    cache = getattr(options, "kv_cache", None) is not None
+    calibrated = scheme.calibrated or cache
+    kept = kept_patterns(source, located, options.mtp, calibrated=calibrated)
+    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
-    cache = getattr(options, "kv_cache", None) is not None
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
     if autoawq:
         _check_autoawq(level, scheme, selection)
-    calibrated = scheme.calibrated or cache
-    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache)
+    head = head_tensors(located, source.facts.layers) if calibrated else ()
+    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
 
 
 def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:
@@ -210,11 +229,16 @@ def outline(
     if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
         levels = ", ".join(task.level for task in tasks)
         raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
+    calibrated = any(task.calibrated for task in tasks)
+    if "calibrate_all_experts" in options.model_fields_set and not calibrated:
+        raise ConfigError(
+            "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
+        )
     located = headers(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
         check(options.mappings, source.facts.architecture, modules, registries)
-    if any(task.calibrated for task in tasks) and corpus.calibration_corpus(config) is None:
+    if calibrated and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
@@ -226,8 +250,20 @@ def outline(
             hint="set device: auto, or run where there is one",
         )
     outputs = [_output(task, request, options, located) for task in tasks]
-    notes = [*warnings, *(note for task in tasks for note in (*task.selection.warnings, *_loading(task)))]
+    coverage = [] if options.calibrate_all_experts or not calibrated else _coverage(request)
+    notes = [
+        *warnings,
+        *coverage,
+        *(note for task in tasks for note in (*task.selection.warnings, *_loading(task))),
+    ]
     return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+
+
+def _coverage(request: Request) -> list[str]:
+    """A warning when too little text is asked for to reach all experts."""
+    config, least = request.config, request.gates(request.levels[0]).min_expert_tokens
+    model = read_json(request.source.folder / "config.json")
+    return coverage_note(model, config.sample_size * max_seq_length(config), least or MIN_EXPERT_TOKENS)
 
 
 def _loading(task: Task) -> Iterator[str]:

@@ -34,6 +34,7 @@ from quantool.source.adapter import CONFIG as ADAPTER
 from quantool.source.adapter import WEIGHTS, LoraAdapter, base_of
 from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
+from quantool.source.mtp import check_head
 from quantool.source.prepare import found_headers, sketch
 from quantool.source.rewrite import recipe_of
 
@@ -94,7 +95,9 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     tokenizer = _tokenizer(place, adapter, config)
     generation = read_optional(place.folder / "generation_config.json", JsonLimits(finite=True))
     _bound(tokenizer)
-    facts, more = model_facts(configuration, generation, tokenizer.folder, recipe.made_headers())
+    made = recipe.made_headers()
+    facts, more = model_facts(configuration, generation, tokenizer.folder, made)
+    more += check_head(configuration.top, made, facts.layers)
     card, remarks = model_card(place.folder)
     ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
     files = [(place.folder, name) for name in ours]
