@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
+from quantool.tasks import Task
+
 
 class Record(BaseModel):
     """Frozen, closed to unknown keys, equal by value."""
@@ -83,6 +85,7 @@ class ModelFacts(Record):
     """Templates that are asked for by name (``tool_use``, which is also taken when tools are offered; ``rag``)."""
     has_sentencepiece: bool
     """Whether tokenizer.model is there."""
+    task: Task = Task()
 
 
 class ModelCard(Record):
@@ -163,6 +166,19 @@ class Gates(Record):
         ge=0,
         le=1,
         description="Lower limit of the share (0 to 1) of positions whose most likely token is the reference's.",
+    )
+    min_cosine: float | None = Field(default=None, ge=-1, le=1, description="Lower limit of the mean cosine.")
+    min_recall_at_10: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of the ten nearest neighbours kept."
+    )
+    max_logit_error: float | None = Field(
+        default=None, ge=0, description="Upper limit of the squared error of logits over their variance."
+    )
+    min_same_label: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of texts with the same label."
+    )
+    min_rank_correlation: float | None = Field(
+        default=None, ge=-1, le=1, description="Lower limit of Kendall's tau of documents put in order."
     )
 
     @model_serializer(mode="wrap")

@@ -12,6 +12,7 @@ from quantool import __version__
 from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
+from quantool.methods._llama_cpp.pooled import gguf_pooling
 from quantool.plugins.contract import Job, Options, Request
 from quantool.plugins.keys import Depends, key_of
 from quantool.records import Source, StagePlan, sha256_of
@@ -119,6 +120,7 @@ def conversion(
         "chat_template": source.facts.chat_template,
         "named_templates": source.facts.named_templates,
         "add_space_prefix": options.add_space_prefix,
+        "pooling": gguf_pooling(source),
         "extra": extra,
         "split_bytes": options.base_split_bytes(source),
         "rehearse": False,
@@ -165,9 +167,9 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     code = [
         toolchain.fingerprint_of(tools),
         tools.commit,
-        sha256_of(Path(__file__).with_name("convert.py")),
+        *(sha256_of(Path(__file__).with_name(name)) for name in ("convert.py", "pooled.py")),
     ]
-    keys = sorted(origin_keys(source))
+    keys = [*sorted(origin_keys(source)), gguf_pooling(source)]
     templates = [source.facts.chat_template, source.facts.named_templates]
     return [metadata(source, options), _folder_name(source), keys, templates, chosen, code, kind]
 

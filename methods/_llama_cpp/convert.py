@@ -10,6 +10,7 @@ What is changed around it, and why:
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
 * names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
 * a README.md whose front matter upstream cannot read gives what quantool can read of it, which the plan notes;
+* how states are pooled is what ``1_Pooling/config.json`` says, for every architecture (``pooled.py``);
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
@@ -28,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
+from quantool.methods._llama_cpp import pooled
 from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.model_card import front_matter
@@ -48,7 +50,7 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
     (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
     ``chat_template`` (text or null), ``named_templates`` (name to text),
-    ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    ``add_space_prefix`` (bool or null), ``pooling`` (name or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
     """
@@ -206,6 +208,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
             hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
         ) from error
     torch.set_grad_enabled(False)
+    pooled.keep_classifier(kind, parameters)
     model = kind(
         folder,
         getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
@@ -218,6 +221,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
     _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
+    pooled.set_pooling(model.gguf_writer, gguf, request["pooling"])
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
     return model, dropped

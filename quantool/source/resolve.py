@@ -31,8 +31,9 @@ from quantool.records import Source, SourceFile, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
+from quantool.source.task import SENTENCE_FILES, module_files, task_of
 
-MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
+MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX, *SENTENCE_FILES)
 TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
@@ -82,6 +83,8 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     if config.trust_remote_code:
         small += _chosen(place.sizes, CODE_FILES)
     _get(place, small, config)
+    small += (further := module_files(place.folder, place.sizes))
+    _get(place, further, config)
     configuration, notes = read_configuration(place.folder, trust_remote_code=config.trust_remote_code)
     names, headers = _headers(place, config, weights=weights, progress=progress)
     tokenizer = _tokenizer(place, config)
@@ -89,6 +92,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     _bound(tokenizer)
     facts, more = model_facts(configuration, generation, tokenizer.folder, headers)
     card, remarks = model_card(place.folder)
+    task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
     ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
     files = [(place.folder, name) for name in ours]
     if tokenizer is not place:
@@ -102,7 +106,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
             *(_read_file(folder, name) for folder, name in sorted(files, key=lambda entry: entry[1])),
             *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
         ),
-        facts=facts,
+        facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
         trust_remote_code=config.trust_remote_code,
@@ -168,9 +172,8 @@ def _local(name: str, path: Path, revision: str | None) -> _Place:
         raise ConfigError(
             f"revision {revision!r} means nothing for the local folder {name}", hint="remove revision"
         )
-    files = [
-        file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()
-    ]
+    below = (*folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json"))
+    files = [file for file in (*folder.iterdir(), *below) if file.is_file()]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     if cached:
         hub_id = cached["id"].replace("--", "/")
