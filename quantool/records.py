@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
+from quantool.ledger import Ledger
 from quantool.tasks import Task
 
 
@@ -112,6 +113,8 @@ class Source(Record):
     folder: MachinePath
     """Where the files lie (or will lie, for weights that a plan does not download)."""
     files: tuple[SourceFile, ...]
+    others: tuple[SourceFile, ...] = ()
+    """Files beside these that nothing reads; no result depends on them."""
     facts: ModelFacts
     card: ModelCard
     generation: dict[str, JsonValue] = {}
@@ -216,6 +219,8 @@ class OutputPlan(Record):
     """Whether an earlier run left it finished, said by an outline; a ``MachineState`` says it beside a plan."""
     needs: tuple[str, ...] = ()
     """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
+    ledger: Ledger | None = None
+    """What becomes of every tensor and file of the source; the plan completes what the method says of it."""
 
 
 class StagePlan(Record):

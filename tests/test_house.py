@@ -29,7 +29,14 @@ HEAVY = {
     "compressed_tensors",
 }
 PRINTING = {"progress.py", "cli.py"}
-GROUND = ("quantool", "quantool.errors", "quantool.records", "quantool.gates", "quantool.tasks")
+GROUND = (
+    "quantool",
+    "quantool.errors",
+    "quantool.records",
+    "quantool.gates",
+    "quantool.tasks",
+    "quantool.ledger",
+)
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
     "publish", "app",

@@ -6,8 +6,8 @@ A method is a function marked ``@method(...)`` in a file of ``methods/`` named l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ from quantool.tasks import TaskKind
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config, Validation
+    from quantool.ledger import TensorLine
     from quantool.records import Artifact, FileRecord, Finding, Gates, OutputPlan, Plan, Source, StagePlan
     from quantool.runtime.progress import Progress
     from quantool.runtime.workspace import Workspace
@@ -55,6 +56,12 @@ class Outline:
     outputs: tuple[OutputPlan, ...]
     stages: tuple[StagePlan, ...] = ()
     warnings: tuple[str, ...] = ()
+    lines: Mapping[str, Sequence[TensorLine]] = field(default_factory=dict)
+    """By an output's id: what becomes of every tensor of the source, one line each; one that is dropped has a reason, or
+    the user must leave its part out (``drop``). An output without lines counts as holding the whole source but
+    ``drops``."""
+    drops: Mapping[str, str] = field(default_factory=dict)
+    """Parts of a checkpoint (``vision``, ``mtp`` …) that no output of this method holds, with the reason."""
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,11 @@ def _shortened(name: str, length: int) -> str:
     return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
-def planned(plan: Plan, machine: MachineState) -> str:
-    """The plan for people: source, outputs with sizes, stages with disk, memory and state."""
+def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
+    """The plan for people: source, outputs with sizes, stages with disk, memory and state.
+
+    ``width`` is the longest line that there is room for: names of files are shortened until they fit.
+    """
     facts = plan.source.facts
     lines = [
         f"source   {plan.source.label()}",
@@ -127,6 +130,9 @@ def planned(plan: Plan, machine: MachineState) -> str:
         for output in plan.outputs
         for file in output.files
     ]
+    if width is not None and (excess := _total(rows) - width) > 0:
+        longest = max(SHORTEST, max(len(row[1]) for row in rows) - excess)
+        rows = [(row[0], _shortened(row[1], longest), *row[2:]) for row in rows]
     lines += _aligned(rows, right={2, 3, 4})
     lines.append("")
     stages = [("stage", "writes", "peak RAM", "state")]

@@ -54,6 +54,8 @@ class Workspace:
         self.stages = self.state / "stages"
         self.work = self.state / "work"
         self.logs = root / "logs"
+        self._locked = False
+        self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -77,8 +79,11 @@ class Workspace:
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
             self._sweep()
+            self._keys.clear()
+            self._locked = True
             yield
         finally:
+            self._locked = False
             os.close(handle)
 
     def _sweep(self) -> None:
@@ -97,6 +102,7 @@ class Workspace:
 
     def recall(self, name: str, key: str) -> dict[str, Any] | None:
         """The result of stage ``name`` if it was finished with this ``key`` and its files are as it left them."""
+        self._require_alone(name, key)
         saved = self._saved(self._record(name))
         if saved is None or saved["key"] != key:
             return None
@@ -110,8 +116,17 @@ class Workspace:
 
     def keep(self, name: str, key: str, files: Iterable[Path], result: dict[str, Any]) -> None:
         """Record stage ``name`` as finished; ``files`` must have their final names."""
+        self._require_alone(name, key)
         stamps = {str(self._relative(path)): _stamp(path) for path in files}
         self._save(self._record(name), {"name": name, "key": key, "files": stamps, "result": result})
+
+    def _require_alone(self, name: str, key: str) -> None:
+        """Two results under one name would be done anew by turns, each time that the other was recalled.
+
+        No key marks files of a stage that is not finished.
+        """
+        if key and self._locked and self._keys.setdefault(name, key) != key:
+            raise RuntimeError(f"stage {name} is used with two keys in one run")
 
     def forget(self, name: str) -> None:
         """Let the stage be done again."""
