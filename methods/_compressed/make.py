@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
+from quantool.tasks import Task as ModelTask
+from quantool.tasks import TaskKind
 
 
 def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:
@@ -123,6 +126,8 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
+            "architecture": source.facts.architecture,
+            "loader": loader(source.facts.task, located),
             "options": options.model_dump(mode="json"),
             "max_seq_length": max_seq_length(job.config),
             "seed": job.plan.seed,
@@ -132,6 +137,14 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
         "layers": [layer.name for layer in task.selection.layers],
         "workers": workers(options, located),
     }
+
+
+def loader(task: ModelTask, names: Iterable[str]) -> str:
+    """The class of transformers whose tensors have the ``names`` of the checkpoint: an embedding model may have no head."""
+    if task.kind in (TaskKind.RERANKING, TaskKind.CLASSIFICATION):
+        return "AutoModelForSequenceClassification"
+    headless = task.kind is TaskKind.EMBEDDING and not any(name.startswith("model.") for name in names)
+    return "AutoModel" if headless else "AutoModelForCausalLM"
 
 
 def _rewrite(task: Task, tied: bool, part: Path) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class CompressedOptions(Options):
     )
     ignore: Patterns | None = Field(
         None,
-        description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
+        description="Layers to leave alone, as names or re: patterns. Default: lm_head and a classifier's head. Routers of experts always are.",
     )
 
 
@@ -155,12 +155,17 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
     if autoawq:
-        _check_autoawq(level, scheme, selection)
+        _check_autoawq(level, scheme, selection, source)
     calibrated = scheme.calibrated or cache
     return Task(recipe, level, scheme, selection, calibrated, autoawq, cache)
 
 
-def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:
+def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
+    if not source.facts.task.generates:
+        raise ConfigError(
+            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
+            hint="leave format out: transformers and vLLM read compressed-tensors",
+        )
     if scheme.bits != 4:
         raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
     if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
@@ -177,10 +182,10 @@ def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> No
 
 
 def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
-    if not source.facts.architecture.endswith("ForCausalLM"):
+    if not source.facts.architecture.endswith("ForCausalLM") and source.facts.task.generates:
         raise SourceError(
             f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM) are",
+            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are",
         )
     odd = [
         tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS

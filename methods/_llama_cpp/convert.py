@@ -131,6 +131,8 @@ def _watch_pre_tokenizer(conversion: ModuleType, name: str | None) -> None:
     def answer(model: Any, tokenizer: Any) -> str:
         path = Path(model.dir_model) / "tokenizer.json"
         saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if saved and saved["model"].get("type") == "WordPiece":
+            return name or pooled.WORD_PIECE
         if saved and not is_byte_level(saved):
             raise SourceError(
                 f"the tokenizer is a SentencePiece model, and its tokenizer.model is missing in {model.dir_model}",

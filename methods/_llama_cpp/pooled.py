@@ -15,6 +15,8 @@ from quantool.records import Source
 from quantool.tasks import TaskKind
 
 GGUF_POOLINGS = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST", "rank": "RANK"}
+WORD_PIECE = "bert-bge"
+"""A name for a WordPiece vocabulary: llama.cpp cuts all of them in the same way, whatever the name (src/llama-vocab.cpp)."""
 BERT = "BertForSequenceClassification"
 POOLER, CLASSIFIER = "pooler.dense.", "classifier."
 

@@ -110,7 +110,7 @@ def task_of(folder: Path, architecture: str, top: dict[str, Any], pipeline_tag: 
     Raises SourceError as ``sentence_task`` does, and for labels that are none.
     """
     if architecture.endswith(CLASSIFIER):
-        labels = _labels(top, folder / "config.json")
+        labels = labels_of(top, folder / "config.json")
         ranks = len(labels) == 1 or pipeline_tag == PIPELINE_TAGS[TaskKind.RERANKING]
         return Task(kind=TaskKind.RERANKING if ranks else TaskKind.CLASSIFICATION, labels=labels)
     if (folder / MODULES).is_file():
@@ -120,8 +120,8 @@ def task_of(folder: Path, architecture: str, top: dict[str, Any], pipeline_tag: 
     return Task()
 
 
-def _labels(top: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of the labels; without ``id2label`` transformers has ``num_labels`` of them, two by default."""
+def labels_of(top: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of a classifier's labels, ``top`` being config.json; without ``id2label`` transformers has ``num_labels`` of them, two by default."""
     match top.get("id2label"), top.get("num_labels"):
         case dict() as named, _:
             try:

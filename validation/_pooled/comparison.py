@@ -62,6 +62,21 @@ def logit_error(reference: Vectors, artifact: Vectors) -> Estimate:
     return mean(squares / variance) if variance > 0 else Estimate(math.nan, 0.0)
 
 
+def permutation(reference: Vectors, artifact: Vectors) -> list[int] | None:
+    """Which of the reference's logits stands at each place of the artifact's, if they are the same in another order."""
+    import numpy as np
+
+    labels = reference.shape[1]
+    if labels < 2:
+        return None
+    apart = np.abs(artifact[:, :, None] - reference[:, None, :]).mean(0)
+    order = [int(number) for number in apart.argmin(1)]
+    if order == [*range(labels)] or sorted(order) != [*range(labels)]:
+        return None
+    straight, permuted = (logit_error(part, artifact).value for part in (reference, reference[:, order]))
+    return order if permuted < straight / 2 else None
+
+
 def same_label(reference: Vectors, artifact: Vectors) -> NDArray[np.float64]:
     """1 for each text whose largest logit is of the same label, else 0."""
     import numpy as np

@@ -30,7 +30,7 @@ def artifact(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: run a GGUF on the texts of ``probes``.
 
     Request: ``model``, ``kind`` (of the task), ``gpu``, ``probes``, ``ids`` and ``outputs`` (paths, one a corpus). Result:
-    ``pooling`` (its name), ``failure`` (why there are no vectors, or None).
+    ``pooling`` (its name), ``labels`` (of a classifier), ``failure`` (why there are no vectors, or None).
     """
     listed = [load_probes(Path(path)) for path in request["probes"]]
     with ExitStack() as stack:
@@ -82,7 +82,9 @@ def _save_vectors(
             report(done, total)
         with written(Path(output)) as part, part.open("wb") as file:
             np.save(file, np.stack(rows))
-    return {"pooling": POOLINGS[pooling], "failure": None}
+    labels = [api.llama_model_cls_label(model, number) for number in range(width)] if pooling == RANK else []
+    named = [(label or b"").decode("utf-8", "replace") for label in labels]
+    return {"pooling": POOLINGS[pooling], "labels": named, "failure": None}
 
 
 def _context(model: Any, longest: int) -> Any:

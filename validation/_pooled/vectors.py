@@ -64,6 +64,8 @@ class ArtifactVectors:
     """Why it has no vectors; empty when it has."""
     pooling: str
     """How llama.cpp pools by the file's own key; empty of a folder, whose files say it."""
+    labels: tuple[str, ...]
+    """Names of a GGUF's labels; empty of a folder, whose config.json has them."""
     probes: Path
     """The texts with the token ids of the artifact's own tokenizer."""
     values: Path
@@ -176,7 +178,7 @@ def artifact_vectors(
                 f"vectors/{case.name}/{known[number].corpus.name}", keys[number], made, answer
             )
     return tuple(
-        ArtifactVectors(record["failure"], record["pooling"], *pair)
+        ArtifactVectors(record["failure"], record["pooling"], tuple(record["labels"]), *pair)
         for record, pair in zip(records, files, strict=True)
         if record is not None
     )
@@ -206,4 +208,8 @@ def _answer(
     except SourceError as error:
         answer = {"failure": error.message}
     failure = answer["failure"] and without_folders(answer["failure"], case.artifact, case.artifact.parent)
-    return {"failure": failure or "", "pooling": answer.get("pooling", "")}
+    return {
+        "failure": failure or "",
+        "pooling": answer.get("pooling", ""),
+        "labels": answer.get("labels", []),
+    }
