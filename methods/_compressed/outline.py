@@ -254,6 +254,7 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
+    hashed = all(file.sha256 for file in source.files)  # before that it has another key
     name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
     return OutputPlan(
         id=task.id,
@@ -267,7 +268,8 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
         gates=request.gates(task.level),
-        done=request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
+        done=hashed
+        and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
     )
 
 
