@@ -126,7 +126,8 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
         bits_per_weight=8 * sum(data.values()) / source.facts.parameters,
         peak_ram=2 * source.facts.largest_tensor * 2 + base_file.GIB,
         gates=request.gates(level),
-        done=request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
+        done=all(file.sha256 for file in source.files)
+        and request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, JsonValue, SerializerFunctionWrapHandler,
 from quantool.ledger import Ledger
 from quantool.origins import Prepared, SourceFile, identities
 from quantool.record import MachinePath, NameOrPath, Privacy, Record
+from quantool.tasks import Task
 
 
 class FileRecord(Record):
@@ -58,6 +59,7 @@ class ModelFacts(Record):
     """Templates that are asked for by name (``tool_use``, which is also taken when tools are offered; ``rag``)."""
     has_sentencepiece: bool
     """Whether tokenizer.model is there."""
+    task: Task = Task()
 
 
 class ModelCard(Record):
@@ -145,6 +147,19 @@ class Gates(Record):
         default=None,
         ge=0,
         description="Lower limit of the calibration tokens that reach each expert; default: none.",
+    )
+    min_cosine: float | None = Field(default=None, ge=-1, le=1, description="Lower limit of the mean cosine.")
+    min_recall_at_10: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of the ten nearest neighbours kept."
+    )
+    max_logit_error: float | None = Field(
+        default=None, ge=0, description="Upper limit of the squared error of logits over their variance."
+    )
+    min_same_label: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of texts with the same label."
+    )
+    min_rank_correlation: float | None = Field(
+        default=None, ge=-1, le=1, description="Lower limit of Kendall's tau of documents put in order."
     )
 
     @model_serializer(mode="wrap")

@@ -88,7 +88,7 @@ class CompressedOptions(Options):
     )
     ignore: Patterns | None = Field(
         None,
-        description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
+        description="Layers to leave alone, as names or re: patterns. Default: lm_head and a classifier's head. Routers of experts always are.",
     )
     mtp: Treatment = Field(
         "keep",
@@ -115,7 +115,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Task:
+class LevelTask:
     """One level, decided: everything that its bytes depend on besides the source and the calibration text."""
 
     recipe: Recipe
@@ -159,7 +159,7 @@ def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False)
     return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}"
 
 
-def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
+def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTask:
     """Decide one level; raises what makes it impossible."""
     located = headers(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
@@ -174,12 +174,17 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
     if autoawq:
-        _check_autoawq(level, scheme, selection)
+        _check_autoawq(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
-    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
+    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
 
 
-def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:
+def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
+    if not source.facts.task.generates:
+        raise ConfigError(
+            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
+            hint="leave format out: transformers and vLLM read compressed-tensors",
+        )
     if scheme.bits != 4:
         raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
     if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
@@ -196,10 +201,10 @@ def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> No
 
 
 def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
-    if not source.facts.architecture.endswith("ForCausalLM"):
+    if not source.facts.architecture.endswith("ForCausalLM") and source.facts.task.generates:
         raise SourceError(
             f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM) are",
+            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are",
         )
     odd = [
         tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
@@ -266,7 +271,7 @@ def _coverage(request: Request) -> list[str]:
     return coverage_note(model, config.sample_size * max_seq_length(config), least or MIN_EXPERT_TOKENS)
 
 
-def _loading(task: Task) -> Iterator[str]:
+def _loading(task: LevelTask) -> Iterator[str]:
     """What the installed transformers cannot load, although vLLM can."""
     experts = any(".experts." in layer.name for layer in task.selection.layers)
     if task.autoawq:
@@ -281,10 +286,11 @@ def _loading(task: Task) -> Iterator[str]:
         )
 
 
-def _output(task: Task, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
+def _output(task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
+    hashed = all(file.sha256 for file in source.files)  # before that it has another key
     name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
     return OutputPlan(
         id=task.id,
@@ -298,12 +304,13 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
         gates=request.gates(task.level),
-        done=request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
+        done=hashed
+        and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
     )
 
 
 def _files(
-    task: Task, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
+    task: LevelTask, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
 ) -> list[PlannedFile]:
     """Weights and companions.
 
@@ -321,7 +328,7 @@ def _files(
     return sorted(files, key=lambda file: file.name)
 
 
-def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list[Stored]]:
+def _streamed(located: Mapping[str, TensorHeader], task: LevelTask) -> dict[str, list[Stored]]:
     """The source's own shards, with what stands for their tensors."""
     return {
         shard: planned({tensor.name: tensor for tensor in tensors}, task.selection, task.scheme)
@@ -346,7 +353,7 @@ def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
 
 
 def _peak_ram(
-    task: Task, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
+    task: LevelTask, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
 ) -> int:
     """An estimate, from above.
 
@@ -365,7 +372,7 @@ def _peak_ram(
     return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
 
 
-def _widened(task: Task, config: Config, source: Source) -> bool:
+def _widened(task: LevelTask, config: Config, source: Source) -> bool:
     """Whether calibration computes in another type than the checkpoint's (``arithmetic.widen``)."""
     own = {"BF16": "bfloat16", "F16": "float16"}.get(source.facts.dtype)
     on_cpu = config.device == "cpu" or not capabilities()
@@ -384,7 +391,7 @@ def max_seq_length(config: Config) -> int:
     return value if isinstance(value, int) else MAX_SEQ_LENGTH
 
 
-def task_key(task: Task, config: Config, options: Any, source: Source) -> str:
+def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
     depends = CALIBRATED if task.calibrated else STREAMED
     return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)

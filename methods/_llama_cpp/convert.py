@@ -12,6 +12,7 @@ What is changed around it, and why:
 * names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
 * a README.md whose front matter upstream cannot read gives what quantool can read of it, which the plan notes;
 * tensors are prepared ahead of the writer, with the same bytes (``convert_ahead``);
+* how states are pooled is what ``1_Pooling/config.json`` says, for every architecture (``pooled``);
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
@@ -29,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
+from quantool.methods._llama_cpp import pooled
 from quantool.methods._llama_cpp.convert_ahead import cores, prepared_ahead, round_with_torch
 from quantool.methods._llama_cpp.name_pre_tokenizer import PreTokenizer
 from quantool.runtime.worker import Report, preloaded
@@ -50,7 +52,7 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
     (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
     ``chat_template`` (text or null), ``named_templates`` (name to text),
-    ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    ``add_space_prefix`` (bool or null), ``pooling`` (name or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
     Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``equal_steps`` (the pre-tokenizer that the steps
     named, or null), ``tensors`` (name to shape, type, bytes and number of the shard).
@@ -160,6 +162,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
             hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
         ) from error
     torch.set_grad_enabled(False)
+    pooled.keep_classifier(kind, parameters)
     model = kind(
         folder,
         getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
@@ -172,6 +175,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
     _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
+    pooled.set_pooling(model.gguf_writer, gguf, request["pooling"])
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
     return model, dropped

@@ -37,8 +37,9 @@ from quantool.source.model_facts import model_facts, read_configuration
 from quantool.source.mtp import check_head
 from quantool.source.prepare import found_headers, sketch
 from quantool.source.rewrite import recipe_of
+from quantool.source.task import SENTENCE_FILES, module_files, task_of
 
-MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
+MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX, *SENTENCE_FILES)
 TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
@@ -88,6 +89,8 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     if config.trust_remote_code:
         small += _chosen(place.sizes, CODE_FILES)
     _get(place, small, config)
+    small += (further := module_files(place.folder, place.sizes))
+    _get(place, further, config)
     configuration, notes = read_configuration(place.folder, trust_remote_code=config.trust_remote_code)
     names, headers = _headers(place, config, weights=weights, progress=progress)
     added = _adapter(adapter, config, weights=weights, progress=progress) if adapter is not None else None
@@ -99,6 +102,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     facts, more = model_facts(configuration, generation, tokenizer.folder, made)
     more += check_head(configuration.top, made, facts.layers)
     card, remarks = model_card(place.folder)
+    task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
     ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
     files = [(place.folder, name) for name in ours]
     if tokenizer is not place:
@@ -113,7 +117,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
             *(_read_file(folder, name) for folder, name in sorted(files, key=lambda entry: entry[1])),
             *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
         ),
-        facts=facts,
+        facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
         trust_remote_code=config.trust_remote_code,
@@ -244,9 +248,8 @@ def _local(name: str, path: Path, revision: str | None) -> _Place:
         raise ConfigError(
             f"revision {revision!r} means nothing for the local folder {name}", hint="remove revision"
         )
-    files = [
-        file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()
-    ]
+    below = (*folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json"))
+    files = [file for file in (*folder.iterdir(), *below) if file.is_file()]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     if cached:
         hub_id = cached["id"].replace("--", "/")
