@@ -13,7 +13,7 @@ from pydantic import Field
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
 from quantool.plugins.contract import Job, Outline, Request, method
@@ -120,6 +120,10 @@ def outline(request: Request, options: Options) -> Outline:
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
         tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases))),
+        {
+            output.id: account.lines(source, rehearsal, run["types"])
+            for output, run in zip(outputs, runs, strict=True)
+        },
     )
 
 

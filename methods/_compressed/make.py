@@ -22,8 +22,8 @@ from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
     CALIBRATED,
     CompressedOptions,
-    Recipe,
     LevelTask,
+    Recipe,
     max_seq_length,
     split,
     task_key,
@@ -38,8 +38,7 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
-from quantool.tasks import Task
-from quantool.tasks import TaskKind
+from quantool.tasks import Task, TaskKind
 
 
 def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:

@@ -19,6 +19,8 @@ from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
 from quantool.gates import MIN_EXPERT_TOKENS
+from quantool.ledger import TensorLine
+from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.mappings import check
@@ -204,7 +206,8 @@ def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
     if not source.facts.architecture.endswith("ForCausalLM") and source.facts.task.generates:
         raise SourceError(
             f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are",
+            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are; of others the method gguf"
+            " makes a text-only file, with drop: [vision]",
         )
     odd = [
         tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
@@ -261,7 +264,15 @@ def outline(
         *coverage,
         *(note for task in tasks for note in (*task.selection.warnings, *_loading(task))),
     ]
-    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+    lines = {output.id: _lines(task, source, located) for output, task in zip(outputs, tasks, strict=True)}
+    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)), lines=lines)
+
+
+def _lines(task: LevelTask, source: Source, located: Mapping[str, TensorHeader]) -> tuple[TensorLine, ...]:
+    """What becomes of each tensor; calibrated levels are saved by transformers."""
+    chosen = [layer.name for layer in task.selection.layers]
+    absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
+    return account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
 
 
 def _coverage(request: Request) -> list[str]:

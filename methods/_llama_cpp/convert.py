@@ -32,6 +32,7 @@ from typing import Any
 from quantool.errors import DependencyError, QuantizationError, SourceError
 from quantool.methods._llama_cpp import pooled
 from quantool.methods._llama_cpp.convert_ahead import cores, prepared_ahead, round_with_torch
+from quantool.methods._llama_cpp.lineage import Lineage
 from quantool.methods._llama_cpp.name_pre_tokenizer import PreTokenizer
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.model_card import front_matter
@@ -53,7 +54,8 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
     ``chat_template`` (text or null), ``named_templates`` (name to text),
     ``add_space_prefix`` (bool or null), ``pooling`` (name or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
-    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
+    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding), ``sources``
+    (of a rehearsal: name of a tensor to the names of those that it is made of),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``equal_steps`` (the pre-tokenizer that the steps
     named, or null), ``tensors`` (name to shape, type, bytes and number of the shard).
     """
@@ -77,7 +79,7 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
     _name_folder(gguf, request["folder_name"])
     _read_cards(gguf)
     round_with_torch(gguf)
-    model, dropped = _prepare(conversion, gguf, request)
+    model, dropped, lineage = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     pre_tokenizer.write_bos(writer, gguf)
     if request["rehearse"]:
@@ -94,6 +96,8 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
             writer.write_tensors_to_file(progress=False)
     files = writer.format_shard_names(writer.path)
     summary = _summarize(writer)
+    if request["rehearse"]:
+        summary["sources"] = lineage.sources(writer, Path(request["model"]))
     writer.close()
     return {
         "files": [str(file) for file in files],
@@ -147,7 +151,7 @@ def _read_cards(gguf: Any) -> None:
     gguf.Metadata.load_model_card = staticmethod(load_readable)
 
 
-def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool]:
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool, Lineage]:
     """Make the upstream model object with header and (lazy) tensors complete."""
     import torch
 
@@ -170,6 +174,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
         metadata_override=Path(request["metadata"]),
         split_max_size=request["split_bytes"],
     )
+    lineage = Lineage(model, gguf)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     _type_added_tokens(model.gguf_writer, gguf, folder)
@@ -178,7 +183,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
     pooled.set_pooling(model.gguf_writer, gguf, request["pooling"])
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
-    return model, dropped
+    return model, dropped, lineage
 
 
 def _set_space_prefix(writer: Any, gguf: Any, request: dict[str, Any]) -> bool:

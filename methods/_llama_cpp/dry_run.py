@@ -50,6 +50,8 @@ class Rehearsal:
     """Bytes of each shard's header, without the padding that follows."""
     keys: dict[str, Any]
     tensors: dict[str, ConvertedTensor]
+    sources: dict[str, list[str]]
+    """Name of a converted tensor to the names of the checkpoint's that it is made of."""
     space_prefix_dropped: bool = False
     equal_steps: str | None = None
     """llama.cpp's name of the pre-tokenizer where the steps in tokenizer.json gave it, not the user and no hash."""
@@ -102,6 +104,7 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
         tuple(summary["headers"]),
         summary["keys"],
         tensors,
+        summary["sources"],
         summary["space_prefix_dropped"],
         summary["equal_steps"],
     )

@@ -247,6 +247,10 @@ class Config(Section):
     trust_remote_code: bool = Field(
         default=False, description="Allow the checkpoint's own Python code to run."
     )
+    drop: tuple[Literal["vision", "audio", "speech", "mtp"], ...] = Field(
+        default=(),
+        description="Parts of the checkpoint to leave out on purpose: the rest is what is published.",
+    )
 
     method: str | None = Field(default=None, description="Name of the method; `quantool methods` lists them.")
     quant_level: Annotated[str | list[str] | None, Field(description="One level or a list of them.")] = None

@@ -117,6 +117,11 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
             *(_read_file(folder, name) for folder, name in sorted(files, key=lambda entry: entry[1])),
             *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
         ),
+        others=tuple(
+            SourceFile(name=name, bytes=size)
+            for name, size in sorted(place.sizes.items())
+            if name not in small and name not in names
+        ),
         facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
@@ -248,8 +253,7 @@ def _local(name: str, path: Path, revision: str | None) -> _Place:
         raise ConfigError(
             f"revision {revision!r} means nothing for the local folder {name}", hint="remove revision"
         )
-    below = (*folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json"))
-    files = [file for file in (*folder.iterdir(), *below) if file.is_file()]
+    files = [file for file in (*folder.iterdir(), *folder.glob("[!.]*/*")) if file.is_file()]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     if cached:
         hub_id = cached["id"].replace("--", "/")
