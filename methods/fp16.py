@@ -66,12 +66,12 @@ def outline(request: Request, options: Options) -> Outline:
     drafts = [_outline_gguf(request, options, level) for level in request.levels]
     outputs, stages, notes, accounts = zip(*drafts, strict=True)
     lines = {output.id: account for output, account in zip(outputs, accounts, strict=True)}
-    return Outline(outputs, stages, tuple(dict.fromkeys(filter(None, notes))), lines)
+    return Outline(outputs, stages, tuple(dict.fromkeys(note for remarks in notes for note in remarks)), lines)
 
 
 def _outline_gguf(
     request: Request, options: Options, level: str
-) -> tuple[OutputPlan, StagePlan, str, tuple[TensorLine, ...]]:
+) -> tuple[OutputPlan, StagePlan, list[str], tuple[TensorLine, ...]]:
     source = request.source
     kind, _ = base_file.choose_type(source, level.lower())
     rehearsal = dry_run.rehearse(source, options, kind)
@@ -98,7 +98,7 @@ def _outline_gguf(
         done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, dry_run.space_note(rehearsal), gguf_account.lines(source, rehearsal, types)
+    return output, stage, dry_run.notes(rehearsal), gguf_account.lines(source, rehearsal, types)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:
@@ -143,7 +143,8 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
         bits_per_weight=8 * sum(data.values()) / source.facts.parameters,
         peak_ram=2 * source.facts.largest_tensor * 2 + base_file.GIB,
         gates=request.gates(level),
-        done=request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
+        done=all(file.sha256 for file in source.files)
+        and request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
     )
 
 

@@ -61,7 +61,7 @@ def plan_here(
         outputs,
         downloads,
         _judging(config, source, workspace),
-        holds_model=_holds_model(config),
+        holds_model=_holds_model(config, source),
     )
     free = shutil.disk_usage(disk.existing(workspace.root)).free
     notes = [
@@ -95,7 +95,7 @@ def options_of(wanted: Quantization, method: contract.Method) -> contract.Option
 
 def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
     method = find.find_method(wanted.method)
-    chosen = partial(gates.resolve, configured=config.validation.gates)
+    chosen = partial(gates.resolve, configured=config.validation.gates, kind=source.facts.task.kind)
     levels, depends = tuple(wanted.levels()), depends_of(method)
     request = Request(config, source, levels, wanted.repo_id, workspace, chosen, depends)
     return method.outline(request, options_of(wanted, method))
@@ -117,7 +117,7 @@ def _refuse_texts(config: Config, source: Source) -> None:
 def _ask_checks(config: Config, source: Source) -> None:
     """Let each check that has a section of the configuration say what it cannot judge."""
     settings = config.validation
-    for name in settings.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         if name in settings.model_fields_set and (require := find.find_check(name).require) is not None:
             require(config, source)
 
@@ -125,7 +125,7 @@ def _ask_checks(config: Config, source: Source) -> None:
 def _judging(config: Config, source: Source, workspace: Workspace) -> int:
     """Bytes that the checks keep on disk, without those that an earlier run left."""
     wanted = 0
-    for name in config.validation.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         with suppress(
             ConfigError, DependencyError
         ):  # one that cannot be loaded: a run says so before it starts
@@ -135,10 +135,10 @@ def _judging(config: Config, source: Source, workspace: Workspace) -> int:
     return max(0, wanted - kept)
 
 
-def _holds_model(config: Config) -> bool:
+def _holds_model(config: Config, source: Source) -> bool:
     """Whether a check that will run needs memory for all weights of the checkpoint at once."""
     settings = config.validation
-    for name in settings.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         with suppress(ConfigError, DependencyError):
             if find.find_check(name).holds_model and getattr(settings, name, True) is not None:
                 return True
@@ -151,6 +151,11 @@ def _advice(source: Source, config: Config) -> list[str]:
         f"validation.{name} has no effect: validation.checks leaves {name} out"
         for name in find.names("checks")
         if settings.checks is not None and name in settings.model_fields_set and name not in settings.checks
+    ]
+    notes += [
+        f"validation.{name} has no effect: {name} says nothing about models for {source.facts.task.kind}"
+        for name in find.names("checks")
+        if name in settings.model_fields_set and not find.applies(name, source.facts.task)
     ]
     if unknown := unknown_files(source):
         notes.append(f"files that are not carried, because nothing is known of them: {some(unknown)}")

@@ -6,14 +6,15 @@ A method is a function marked ``@method(...)`` in a file of ``methods/`` named l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quantool.plugins.keys import UNDECLARED, Depends, key_of
+from quantool.tasks import TaskKind
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config, Validation
@@ -143,6 +144,8 @@ class Case:
     """Its files and those it shares, by hash; empty where nobody hashed them."""
     neighbours: tuple[str, ...] = ()
     """Names of all files that the plan has for its folder."""
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What its method recorded while it made it; empty for an artifact that this run did not make."""
 
     @property
     def settings(self) -> Validation:
@@ -199,6 +202,8 @@ class Check:
     """Whether it loads the checkpoint with transformers, where the section of its name (if there is one) is set."""
     holds_model: bool = False
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
+    tasks: frozenset[TaskKind] = frozenset(TaskKind)
+    """What the models that it judges are for."""
 
 
 def method(
@@ -227,6 +232,7 @@ def check(
     writes: Writes | None = None,
     loads_reference: bool = False,
     holds_model: bool = False,
+    tasks: Iterable[TaskKind] = TaskKind,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
@@ -234,6 +240,7 @@ def check(
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
     ``loads_reference`` says that it loads the checkpoint with transformers, so that the plan makes sure that it can.
+    ``tasks`` are what the models that it judges are for; models for something else are judged without it.
     ``writes`` says how many bytes it keeps on disk, ``holds_model`` that it needs memory for all weights of the
     checkpoint at once; the plan counts both.
     """
@@ -247,4 +254,5 @@ def check(
         writes=writes,
         loads_reference=loads_reference,
         holds_model=holds_model,
+        tasks=frozenset(tasks),
     )

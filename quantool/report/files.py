@@ -93,6 +93,7 @@ def as_markdown(
     parts = [
         f"# quantool: {verdict_of(reports)}\n",
         f"Reference: {references}\n",
+        *(f"{text[0].upper()}{text[1:]}.\n" for text in dict.fromkeys(r.prepared for r in reports) if text),
         markdown(HEADINGS, [columns(report) for report in reports]),
         *_failed(reports),
         *(["## Figures by corpus\n", corpora(reports)] if any(r.find("perplexity") for r in reports) else []),
