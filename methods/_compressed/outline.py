@@ -297,7 +297,9 @@ def _loading(task: LevelTask) -> Iterator[str]:
         )
 
 
-def _output(task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
+def _output(
+    task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]
+) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
