@@ -72,7 +72,6 @@ def test_what_a_run_took_is_what_the_next_plan_says(config_file: Callable[..., P
     again = pipeline.plan_here(job, Progress(quiet=True))[1].seconds
     for name in ("fake/Q8_0", "fake/Q4_K_M", "scan"):
         assert again[name] == pytest.approx(known[name][-1].seconds)
-        assert 0 < again[name] < guessed[name]  # the fake does nothing
     pipeline.run(job, Progress(quiet=True))
     assert machine.measured()["fake/Q8_0"] == known["fake/Q8_0"]  # recalled: nothing was measured
     assert again["judge"] == pytest.approx(sum(report.seconds for report in result.reports), abs=1e-6)
