@@ -19,7 +19,6 @@ from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
-from quantool.methods._compressed.cuda import capabilities
 from quantool.methods._compressed.mappings import check
 from quantool.methods._compressed.schemes import (
     FLOATS,
@@ -41,6 +40,7 @@ from quantool.records import (
     Source,
 )
 from quantool.runtime.arithmetic import native
+from quantool.runtime.gpus import capabilities, devices
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
@@ -220,7 +220,7 @@ def outline(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
             hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
         )
-    if config.device == "cuda" and not capabilities():
+    if devices(config.device).kind == "cuda" and not capabilities():
         raise DependencyError(
             "device: cuda is asked for, but this machine has no CUDA device",
             hint="set device: auto, or run where there is one",
