@@ -15,6 +15,7 @@ from quantool.plan.account import refuse_unjudged, with_ledgers
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
 from quantool.plan.files import unknown_files
+from quantool.plan.loading import refuse_unloadable
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import MachineState, Plan, Source
@@ -47,6 +48,7 @@ def plan_here(
     refuse_unjudged(config, source, parts, tensors)
     _refuse_texts(config, source)
     _ask_checks(config, source)
+    refuse_unloadable(config, source, parts, tensors)
     outlines = [
         with_ledgers(_outline(config, source, workspace, wanted), config, source, parts, tensors)
         for wanted in config.requested()
