@@ -18,6 +18,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed.mappings import decoder_of
 from quantool.methods._compressed.outline import (
     CALIBRATED,
     CompressedOptions,
@@ -126,7 +127,7 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
-            "architecture": source.facts.architecture,
+            "architecture": decoder_of(source.facts.architecture),
             "loader": loader(source.facts.task, located),
             "options": options.model_dump(mode="json"),
             "max_seq_length": max_seq_length(job.config),

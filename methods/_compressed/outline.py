@@ -20,7 +20,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, fil
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.cuda import capabilities
-from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.schemes import (
     FLOATS,
     HEAD,
@@ -218,7 +218,7 @@ def outline(
     located = headers(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
-        check(options.mappings, source.facts.architecture, modules, registries)
+        check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
     if any(task.calibrated for task in tasks) and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
