@@ -25,6 +25,9 @@ from quantool.tasks import TaskKind
 ALL_LEVELS = "*"
 """The entry of ``validation.gates`` that stands for every level."""
 
+MIN_EXPERT_TOKENS = 32
+"""Calibration tokens below which an expert is named in a warning; a limit only where ``min_expert_tokens`` is set."""
+
 _EXACT = (
     0.001,
     0.002,

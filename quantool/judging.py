@@ -86,6 +86,7 @@ def _report(case: Case, artifact: Artifact, results: Mapping[str, dict[str, Any]
     return Report(
         artifact=artifact,
         reference=case.source.label(),
+        prepared=case.source.prepared.described() if case.source.prepared is not None else "",
         findings=tuple(findings),
         seconds=sum(result["seconds"] for result in results.values()),
         check_seconds={name: result["seconds"] for name, result in results.items()},

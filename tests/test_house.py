@@ -30,13 +30,9 @@ HEAVY = {
 }
 PRINTING = {"progress.py", "cli.py"}
 GROUND = (
-    "quantool",
-    "quantool.errors",
-    "quantool.records",
-    "quantool.gates",
-    "quantool.tasks",
-    "quantool.ledger",
-)
+    "quantool", "quantool.errors", "quantool.record", "quantool.origins", "quantool.ledger", "quantool.tasks",
+    "quantool.records", "quantool.gates",
+)  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
     "publish", "app",

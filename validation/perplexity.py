@@ -19,7 +19,8 @@ from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Scores, summarize
 from quantool.validation._score import conversion_loss
-from quantool.validation._score.scores import SCORES, ArtifactScores, compute, kept_scores, require
+from quantool.validation._score.score_files import SCORES
+from quantool.validation._score.scores import ArtifactScores, compute, kept_scores, require
 
 NAME = "perplexity"
 BUILD = FindingBuilder(NAME)

@@ -168,14 +168,23 @@ def linears(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
 
 
 def select(
-    headers: Mapping[str, TensorHeader], targets: Sequence[str], ignore: Sequence[str] | None, *, tied: bool
+    headers: Mapping[str, TensorHeader],
+    targets: Sequence[str],
+    ignore: Sequence[str] | None,
+    *,
+    tied: bool,
+    kept: Sequence[str] = (),
 ) -> Selection:
     """Apply ``targets`` and ``ignore`` (None: the output head, and a classifier's) to the tensors of a checkpoint.
 
-    Routers are always left alone. ``tied`` says that the output head is the embedding. Raises ConfigError naming
-    patterns that match nothing, SourceError for experts stored as one 3-D tensor.
+    Routers are always left alone, and so is what the patterns ``kept`` mean. ``tied`` says that the output head is the
+    embedding. Raises ConfigError naming patterns that match nothing, SourceError for experts stored as one 3-D tensor.
     """
-    fused = [name for name, tensor in headers.items() if len(tensor.shape) == 3 and "conv" not in name]
+    fused = [
+        name
+        for name, tensor in headers.items()
+        if len(tensor.shape) == 3 and "conv" not in name and not any(matches(name, p) for p in kept)
+    ]
     if fused:
         raise SourceError(
             f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor, which is not supported",
@@ -199,7 +208,7 @@ def select(
         )
     routers = tuple(p for p in ROUTERS if any(matches(m, p) for m in found))
     added = tuple(p for p in routers if p not in wanted)
-    everything = (*wanted, *added)
+    everything = (*wanted, *added, *(p for p in kept if p not in wanted))
     layers: list[TensorHeader] = []
     left: list[TensorHeader] = []
     for module, tensor in found.items():

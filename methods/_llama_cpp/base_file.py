@@ -32,7 +32,8 @@ class GgufOptions(Options):
     llama_cpp_path: Path | None = Field(None, description="llama.cpp checkout whose converter to use.")
     pre_tokenizer: str | None = Field(
         None,
-        description="llama.cpp's name of the BPE pre-tokenizer, for a tokenizer whose hash it does not know.",
+        description="llama.cpp's name of the BPE pre-tokenizer, for a tokenizer whose hash it does not know; default: the "
+        "name whose steps tokenizer.json has.",
     )
     add_space_prefix: bool | None = Field(
         None,
@@ -150,6 +151,8 @@ def choose_type(source: Source, wanted: str) -> tuple[str, str]:
     return wanted, ""
 
 
+CODE = ("convert.py", "convert_ahead.py", "name_pre_tokenizer.py", "pooled.py", "pre_tokenizer.py")
+"""Files of this folder that decide what is written."""
 BASE = Depends(libraries=("numpy", "torch", "transformers", "tokenizers"))
 """A converted file; converter, names and options count by what ``recipe`` says of them."""
 
@@ -167,7 +170,7 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     code = [
         toolchain.fingerprint_of(tools),
         tools.commit,
-        *(sha256_of(Path(__file__).with_name(name)) for name in ("convert.py", "pooled.py")),
+        *(sha256_of(Path(__file__).with_name(name)) for name in CODE),
     ]
     keys = [*sorted(origin_keys(source)), gguf_pooling(source)]
     templates = [source.facts.chat_template, source.facts.named_templates]

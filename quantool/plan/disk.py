@@ -9,6 +9,7 @@ from quantool.errors import DependencyError
 from quantool.plugins.contract import Outline
 from quantool.records import MachineState, OutputPlan, Source, StagePlan
 from quantool.runtime.progress import amount
+from quantool.source.prepare import PEAK, STAGE, is_prepared
 
 
 def stages(
@@ -28,6 +29,9 @@ def stages(
     shared = {stage.name: stage for outline in outlines for stage in outline.stages}
     scanned = all(file.sha256 for file in source.files)
     steps = [StagePlan(name="download", writes=downloads, peak_ram=0, done=not downloads)]
+    if source.prepared is not None:
+        size = sum(file.bytes for file in source.files)
+        steps.append(StagePlan(name=STAGE, writes=size, peak_ram=PEAK, done=is_prepared(source)))
     steps.append(StagePlan(name="scan", writes=0, peak_ram=100 << 20, done=scanned))
     steps += shared.values()
     for output in outputs:

@@ -9,15 +9,20 @@ from functools import partial
 from quantool import gates
 from quantool.config.schema import Config, Quantization
 from quantool.errors import ConfigError, DependencyError
+from quantool.formats.safetensors import some
 from quantool.plan import disk
+from quantool.plan.account import refuse_unjudged, with_ledgers
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
+from quantool.plan.files import unknown_files
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import MachineState, Plan, Source
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
+from quantool.source.parts import Parts
+from quantool.source.tensor_headers import headers
 
 JUDGED_FROM = 1_000_000_000
 """Parameters from which the default gates hold."""
@@ -37,9 +42,14 @@ def plan_here(
     other or the checkpoint, for texts and windows that the checks would refuse hours later, and what the methods
     raise. Nothing is written to the output folder.
     """
+    parts, tensors = Parts.of(source), headers(source)
+    refuse_unjudged(config, source, parts, tensors)
     _refuse_texts(config, source)
     _ask_checks(config, source)
-    outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
+    outlines = [
+        with_ledgers(_outline(config, source, workspace, wanted), config, source, parts, tensors)
+        for wanted in config.requested()
+    ]
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     refuse_collisions(outputs)
     refuse_own_folder(source, workspace.root, outputs)
@@ -145,6 +155,8 @@ def _advice(source: Source, config: Config) -> list[str]:
         for name in find.names("checks")
         if name in settings.model_fields_set and not find.applies(name, source.facts.task)
     ]
+    if unknown := unknown_files(source):
+        notes.append(f"files that are not carried, because nothing is known of them: {some(unknown)}")
     if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
         notes.append(
             f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quantool.plugins.keys import UNDECLARED, Depends, key_of
 from quantool.tasks import TaskKind
@@ -144,6 +144,8 @@ class Case:
     """Its files and those it shares, by hash; empty where nobody hashed them."""
     neighbours: tuple[str, ...] = ()
     """Names of all files that the plan has for its folder."""
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What its method recorded while it made it; empty for an artifact that this run did not make."""
 
     @property
     def settings(self) -> Validation:
