@@ -66,7 +66,9 @@ def outline(request: Request, options: Options) -> Outline:
     drafts = [_outline_gguf(request, options, level) for level in request.levels]
     outputs, stages, notes, accounts = zip(*drafts, strict=True)
     lines = {output.id: account for output, account in zip(outputs, accounts, strict=True)}
-    return Outline(outputs, stages, tuple(dict.fromkeys(note for remarks in notes for note in remarks)), lines)
+    return Outline(
+        outputs, stages, tuple(dict.fromkeys(note for remarks in notes for note in remarks)), lines
+    )
 
 
 def _outline_gguf(

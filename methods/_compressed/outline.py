@@ -23,7 +23,7 @@ from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
-from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
@@ -245,7 +245,7 @@ def outline(
     located = headers(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
-        check(options.mappings, source.facts.architecture, modules, registries)
+        check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
     if calibrated and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
@@ -297,7 +297,9 @@ def _loading(task: LevelTask) -> Iterator[str]:
         )
 
 
-def _output(task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
+def _output(
+    task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]
+) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
