@@ -42,7 +42,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
     ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
-    ``architecture``, ``loader`` (name of transformers' class that loads it), ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written). Writes
+    ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written). Writes
     weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
     ``samples``, ``tokens``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether all
     tokens went through all of them nevertheless). Progress is counted in decoder layers.

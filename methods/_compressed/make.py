@@ -18,6 +18,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed.mappings import decoder_of
 from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
     CALIBRATED,
@@ -128,7 +129,7 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
-            "architecture": source.facts.architecture,
+            "architecture": decoder_of(source.facts.architecture),
             "loader": loader(source.facts.task, located),
             "options": options.model_dump(mode="json"),
             "max_seq_length": max_seq_length(job.config),
