@@ -10,7 +10,7 @@ from quantool.formats.safetensors import TensorHeader, some
 from quantool.ledger import HEAD, TEXT, Fate, TensorLine, grouped
 from quantool.plugins import find
 from quantool.records import Source
-from quantool.source.parts import Parts
+from quantool.source.parts import BESIDE_VECTORS, Parts
 from quantool.source.reference_names import ReferenceNames, reference_names
 from quantool.tasks import TaskKind
 
@@ -25,8 +25,6 @@ BUFFERS = (
 """Ends of names of what old checkpoints hold and every model computes anew."""
 UNUSED = ("pooler.", "embeddings.position_ids")
 """Beginnings of names of what a model for vectors has, and pooled states do not need."""
-UNREAD = ("lm_head.", "cls.", "pooler.")
-"""Likewise of what its checkpoint may hold beside: heads that write text."""
 HINT = "config.json and the weights are of different models, or the checkpoint is not whole"
 
 
@@ -51,7 +49,7 @@ def refuse_unloadable(
         for name in found.unexpected
         if parts.part_of(name) in (TEXT, HEAD)
         and not name.endswith(BUFFERS)
-        and not (vectors and name.startswith(UNREAD))
+        and not (vectors and name.startswith(BESIDE_VECTORS))
     ]
     if strange:
         raise SourceError(

@@ -34,6 +34,8 @@ SECTIONS = {
     AUDIO: ("audio_config", "audio_processor", "audio_cfg", "sound_config", "speech_config"),
     SPEECH: ("talker_config", "token2wav_config", "code2wav_config"),
 }
+BESIDE_VECTORS = ("lm_head.", "cls.", "pooler.", "bert.pooler.")
+"""Beginnings of names of what an embedding model's checkpoint may hold and no pooled vector reads: heads of its training."""
 ADVICE = "fetch the rest of the checkpoint, or mend config.json if it never had this part"
 
 
