@@ -227,6 +227,8 @@ class MachineState(Record):
     """Bytes that the steps still to do write."""
     done: tuple[str, ...] = ()
     """Names of the steps that are finished, outputs among them."""
+    engines: dict[str, str] = {}
+    """Where torch and llama.cpp compute."""
 
 
 class Plan(Record):

@@ -149,6 +149,7 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
     lines += [
         "",
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
+        *(f"{engine:<9}{place}" for engine, place in machine.engines.items()),
     ]
     return "\n".join(lines)
 

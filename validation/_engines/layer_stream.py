@@ -43,6 +43,7 @@ class LayerStream:
         ``scratch`` is a folder for hidden states. Raises Unstreamable when they cannot, SourceError for missing weights.
         """
         self._device = "cuda" if on_gpu else "cpu"
+        self._reads_ahead = on_gpu  # a CPU has one memory, and no time while it computes
         self._route = Route()
         self._states = _HiddenStates(scratch)
         self._numbers: dict[bytes, int] = {}
@@ -60,6 +61,7 @@ class LayerStream:
     def close(self) -> None:
         """Give back disk and memory; the model cannot be called any more."""
         self._hook.remove()
+        self._files.close()
         self._states.close()
 
     @property
@@ -88,6 +90,8 @@ class LayerStream:
         """Run all layers on the ids ``fresh``, whose states are kept under ``numbers``."""
         for layer in range(self.layers if fresh else 0):
             module = self._layer(layer)
+            if self._reads_ahead and layer + 1 < self.layers:
+                self._files.read_ahead(layer + 1)
             for key, ids in fresh.items():
                 before = self._states.read(numbers[key]) if layer else None
                 try:
