@@ -9,6 +9,7 @@ embeddings; the waypoint before it gives what the layer before it gave.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ class LayerStream:
 
     def close(self) -> None:
         """Give back disk and memory; the model cannot be called any more."""
+        import torch
+
+        if self._reads_ahead:
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            sys.stdout.write(f"layer by layer: at most {peak:.2f} GB of the GPU's memory\n")
         self._hook.remove()
         self._files.close()
         self._states.close()

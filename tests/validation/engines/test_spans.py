@@ -192,7 +192,7 @@ def test_scores_go_on_behind_the_last_span(
     loaded = np.load(own_file(one, en).file)
     rows = slice(4 * (CONTEXT // 2 - 1), 8 * (CONTEXT // 2 - 1))
     kept.parent.mkdir()
-    np.savez(kept.open("wb"), **{name: loaded[name][rows] for name in loaded.files})
+    np.savez(kept, **{name: loaded[name][rows] for name in loaded.files})
     for name in ("en", "other"):
         one.workspace.forget(f"scores/t/copy/{name}")
     perplexity.compute([one], (en, other), QUIET)
