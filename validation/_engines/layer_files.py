@@ -170,11 +170,11 @@ def _strip(model: Any, path: Sequence[str]) -> None:
 class LayerFiles:
     """A folder of weights, of which transformers makes parts of a model."""
 
-    def __init__(self, folder: Path, dtype: str, *, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self._folder = folder
+        self._folder, self._device = folder, device
         self._headers = check_index(folder)
         self._unpack = unpacked.must_unpack(folder)
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -212,7 +212,7 @@ class LayerFiles:
             self._reader.shutdown(cancel_futures=True)
 
     def load(self, route: Route, kept: int | None = None) -> Any:
-        """The model without its layers, or (``kept``) only this layer of it, on the CPU.
+        """The model without its layers, or (``kept``) only this layer of it, on the device.
 
         Raises SourceError when a weight is missing.
         """
@@ -249,8 +249,7 @@ class LayerFiles:
                 dtype=self._dtype,
                 output_loading_info=True,
             )
-        if hasattr(model, "ct_decompress_hook"):  # what the first forward of a whole model does
-            model.hf_quantizer.compressor.decompress_model(model)
+        unpacked.decompress(model.to(self._device))
         return model, sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
 
 

@@ -49,7 +49,7 @@ class LayerStream:
         self._states = _HiddenStates(scratch)
         self._numbers: dict[bytes, int] = {}
         try:
-            self._files = LayerFiles(folder, dtype, trust_remote_code=trust_remote_code)
+            self._files = LayerFiles(folder, dtype, self._device, trust_remote_code=trust_remote_code)
             self.model = self._placed(self._files.load(self._route))
             self.layers = len(decoder_layers(self.model)[1])
             self._prove()

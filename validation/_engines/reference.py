@@ -307,7 +307,9 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
         raise SourceError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(absent[:5])}")
     if not on_gpu:
         arithmetic.widen(model)
-    return model.eval().to("cuda" if on_gpu else "cpu")
+        return model.eval()
+    unpacked.decompress(model.to("cuda"))
+    return model.eval()
 
 
 def _straight_to(*, on_gpu: bool) -> str | None:

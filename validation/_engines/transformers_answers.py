@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantool.errors import SourceError
 from quantool.runtime import gpus
+from quantool.validation._engines import unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, SLICE_BYTES, Unsound, transforms
 from quantool.validation._engines.interface import Answer, Engine, Scored, require_room
 from quantool.validation._engines.memory import HALVINGS
@@ -41,18 +42,12 @@ PADDING_TOLERANCE = 2**-4
 activations are rounded to FP8 and 0.02 in bfloat16; 0.3 and more with a model that reads padding."""
 
 
-def unpack(model: Any) -> None:
-    """Unpack the weights of a compressed-tensors model now, not in the first step of an answer; others are left alone."""
-    if hasattr(model, "ct_decompress_hook"):
-        model.hf_quantizer.compressor.decompress_model(model)
-
-
 @contextmanager
 def load_engine(folder: Path, context: int, device: str, trust_remote_code: bool) -> Iterator[Engine]:
     """Load a folder in the dtype it is saved in. Raises Unsound when transformers does not load it."""
     try:
         model = load_model(folder, "auto", device, trust_remote_code)
-        unpack(model)
+        unpacked.decompress(model)
         engine = TransformersEngine(model, context)
     except SourceError as error:
         raise Unsound(error.message) from error

@@ -244,7 +244,7 @@ def test_a_full_gpu_gets_half_the_batch_and_says_so(
     assert found["execution"] == (
         f"{way}, in batches of 1024 tokens instead of 2048: the GPU's memory was full"
     )
-    assert {512, 1024, 2048} == set(gpu.seen) | {512}
+    assert set(gpu.seen) - {64, 512} == {1024, 2048}  # the trial of layers, the window that is verified
     as_float = [torch.from_numpy(states).view(torch.bfloat16).float() if states.dtype == np.uint16
                 else torch.from_numpy(states) for states in (np.load(tmp_path / "out.npy"), roomy)]  # fmt: skip
     assert near(as_float[:1], as_float[1:])
@@ -258,7 +258,7 @@ def test_a_gpu_that_stays_full_is_no_verdict(tmp_path: Path, monkeypatch: pytest
         DependencyError, match=r"the GPU's memory is full: .*20 GiB \(batches of 512 tokens\)"
     ):
         reference.capture(request(folder, tmp_path, by_layer=False), lambda *_: None)
-    assert [size for size in gpu.seen if size > 512] == [2048, 1024]
+    assert gpu.seen == [512] * 3
 
 
 def test_a_batch_of_one_window_is_not_halved() -> None:
