@@ -13,8 +13,8 @@ from pydantic import Field
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
-from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files
+from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.quantize import rehearse
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
@@ -126,7 +126,11 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, dry_run.space_note(rehearsal), *aliases))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases))),
+        {
+            output.id: account.lines(source, rehearsal, run["types"])
+            for output, run in zip(outputs, runs, strict=True)
+        },
     )
 
 
@@ -308,6 +312,8 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
     remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
+    if matrix and (seen := expert_tokens(read_matrix(job.folder / matrix[0].name))):
+        remarks["expert_tokens"] = seen
     return finished(
         job,
         key,

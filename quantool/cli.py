@@ -225,7 +225,7 @@ def validate(
     if base is not None and not base.is_file():
         raise ConfigError(f"--base {base} is no file")
     artifacts = [entry for entry, _ in given]
-    limits = [gates.resolve(entry.level, settings.validation.gates) for entry in artifacts]
+    limits = [gates.resolve(entry.level, settings.validation.gates, None) for entry in artifacts]
     progress = Progress(quiet=quiet)
     with progress.whole():
         reports = pipeline.validate(artifacts, engine, settings, limits, progress, base)

@@ -19,8 +19,10 @@ from quantool.errors import SourceError
 
 NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]*)(?=\.|$)")
 BRACES = re.compile(r"\{([0-9,-]+)\}")
-TEXT = "text"
-"""The part of a checkpoint that every model has; the others are those of ``source.parts``."""
+TEXT, VISION, AUDIO, SPEECH, MTP, HEAD = "text", "vision", "audio", "speech", "mtp", "head"
+"""Parts of a checkpoint: the language model, eyes, ears, a voice, a head that drafts further tokens, a classifier's."""
+TOWERS = (VISION, AUDIO, SPEECH)
+"""What a checkpoint has beside its language model."""
 
 
 class Fate(StrEnum):
@@ -51,7 +53,7 @@ class LedgerEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StoredTensor(LedgerEntry):
+class ArtifactTensor(LedgerEntry):
     """A tensor of the artifact, or in a grouped line all of a pattern; ``shape`` as numpy has it, rows first."""
 
     name: str
@@ -69,7 +71,7 @@ class TensorLine(LedgerEntry):
     shape: tuple[int, ...] = ()
     part: str = TEXT
     fate: Fate
-    to: tuple[StoredTensor, ...] = ()
+    to: tuple[ArtifactTensor, ...] = ()
     """What holds it in the artifact; none when it was left out."""
     reason: str = ""
     """Why it was dropped, tied or added, or what more there is to say."""
@@ -82,7 +84,12 @@ class TensorLine(LedgerEntry):
         """Weights of all of them."""
         return self.count() * math.prod(self.shape)
 
-    def stored(self) -> Iterator[StoredTensor]:
+    @staticmethod
+    def numbers(name: str) -> list[str]:
+        """The numbers in a name, of which the first is the layer."""
+        return NUMBER.findall(name)
+
+    def stored(self) -> Iterator[ArtifactTensor]:
         """Every tensor of the artifact that the line promises, by itself."""
         for entry in self.to:
             for name in names(entry.name):
@@ -115,6 +122,21 @@ class Ledger(LedgerEntry):
                 left[line.part] = left.get(line.part, 0) + line.elements()
         return left
 
+    def left_out(self) -> list[str]:
+        """``vision (0.4 B)`` for each part that is not in the artifact."""
+        return [f"{part} ({_weights(weights)})" for part, weights in self.parts_left_out().items()]
+
+    def statement(self) -> str:
+        """``summary``, and what was left out: ``…; vision (0.4 B) left out: this is a text-only file``."""
+        if not (left := self.left_out()):
+            return self.summary()
+        means = ": this is a text-only file" if self.parts_left_out().keys() & TOWERS else ""
+        return f"{self.summary()}; {', '.join(left)} left out{means}"
+
+    def elements(self, fate: Fate) -> int:
+        """Weights of the source with this fate."""
+        return sum(line.elements() for line in self.tensors if line.fate is fate)
+
     def summary(self) -> str:
         """``291 tensors: 290 in, 1 tied``."""
         fates = {Fate.TIED: 0, Fate.DROPPED: 0}
@@ -133,10 +155,10 @@ def _counted(fates: Mapping[Fate, int]) -> str:
     return "".join(f", {count} {fate}" for fate, count in fates.items() if count)
 
 
-def left_out(part: str, weights: int) -> str:
-    """``vision 0.4 B left out``."""
-    size = f"{weights / 1e9:.1f} B" if weights >= 5e7 else f"{weights / 1e6:.1f} M"
-    return f"{part} ({size}) left out"
+def _weights(count: int) -> str:
+    if count < 50_000:
+        return f"{count:,} weights"
+    return f"{count / 1e9:.1f} B" if count >= 5e7 else f"{count / 1e6:.1f} M"
 
 
 def names(pattern: str) -> Iterator[str]:

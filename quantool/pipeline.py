@@ -41,6 +41,9 @@ from quantool.report.plots import draw
 from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, link_file, write_text
+from quantool.source.prepare import forget as forget_prepared
+from quantool.source.prepare import prepare, to_fetch
+from quantool.source.prepare import recall as recall_prepared
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import forget_scan, recall_scan, scan_source
 
@@ -74,10 +77,9 @@ def plan_here(config: Config, progress: Progress) -> tuple[Plan, MachineState]:
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     with progress.step(f"read the headers of {config.model_id}"):
         source = resolve(config, weights=False, progress=progress)
-    missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
-    source = recall_scan(source, workspace)
+    source = recall_scan(recall_prepared(source, workspace), workspace)
     with progress.step("work out files, sizes and memory"):
-        return _checked_plan(config, source, workspace, downloads=sum(missing))
+        return _checked_plan(config, source, workspace, downloads=to_fetch(source))
 
 
 def run(
@@ -96,6 +98,7 @@ def run(
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
         if rehash:
+            forget_prepared(workspace)
             forget_scan(workspace)
         plan, machine = _planned(config, workspace, progress)
         if rehash:
@@ -173,14 +176,16 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[
         source = resolve(config, weights=True, progress=progress)
         source = overlay(source, workspace.work / "source")
     with progress.step("work out files, sizes and memory"):
-        plan, machine = _checked_plan(config, recall_scan(source, workspace), workspace)
+        known = recall_scan(recall_prepared(source, workspace), workspace)
+        plan, machine = _checked_plan(config, known, workspace)
     require_room(config, plan, machine)
+    source = prepare(source, workspace, progress)
     with progress.step("scan weights"):
         source = scan_source(source, workspace, progress)
     plan, machine = _checked_plan(config, source, workspace)
-    known = _warned(workspace)
+    warned = _warned(workspace)
     for note in plan.warnings:
-        if note not in known:
+        if note not in warned:
             progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
     return plan, machine
@@ -279,6 +284,7 @@ def _case(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, wo
         base if base is not None and base.is_file() else None,
         (*artifact.files, *artifact.shared),
         tuple(file.name for other in own for file in other.files),
+        artifact.details,
     )
 
 
@@ -300,6 +306,7 @@ def validate(
         with progress.step(f"read {config.model_id}"):
             source = resolve(config, weights=True, progress=progress)
             source = overlay(source, workspace.work / "source")
+            source = prepare(source, workspace, progress)
             source = scan_source(source, workspace, progress)
         cases = [
             Case(

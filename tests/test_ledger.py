@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from quantool.errors import SourceError
-from quantool.ledger import Fate, Ledger, StoredTensor, TensorLine, grouped, names
+from quantool.ledger import ArtifactTensor, Fate, Ledger, TensorLine, grouped, names
 
 
 def line(name: str, to: str = "", fate: Fate = Fate.CONVERTED, **more: object) -> TensorLine:
@@ -94,7 +94,7 @@ def test_summary_and_parts() -> None:
             line("visual.kept", "v.kept", part="audio"),
             line("audio.{0-1}", fate=Fate.DROPPED, part="audio", reason="drop"),
             TensorLine(
-                name="", fate=Fate.ADDED, to=(StoredTensor(name="rope_freqs", dtype="F32", shape=(4,)),)
+                name="", fate=Fate.ADDED, to=(ArtifactTensor(name="rope_freqs", dtype="F32", shape=(4,)),)
             ),
         )
     )

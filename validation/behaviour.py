@@ -28,6 +28,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Gates, Source
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import inputs
 from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import ask_artifact, ask_reference
@@ -112,6 +113,7 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
     ),
     computes=computes,
     holds_model=True,
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Greedy answers beside the reference's: first tokens, where they stop, tool calls."""

@@ -15,6 +15,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Source, Verdict
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import corpus, inputs
 from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
@@ -71,6 +72,7 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
     computes=computes,
     holds_model=True,
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """A sentence hidden in long text (when configured), found by reference and artifact: depth by length."""

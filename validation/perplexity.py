@@ -10,6 +10,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Gates, Source, Verdict
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import inputs
 from quantool.texts.corpus import corpora
 from quantool.validation._engines.reference import REFERENCE, WHOLE, Reference, references
@@ -66,6 +67,7 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     | REFERENCE
     | SCORES
     | Depends(fields=("validation.corpora",), inputs=(inputs.held_out, _conversion_gates), gates=True),
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Perplexity, KL divergence and same-top-p beside the bf16 reference, on the reference's token ids."""

@@ -52,7 +52,11 @@ class Rehearsal:
     """Bytes of each shard's header, without the padding that follows."""
     keys: dict[str, Any]
     tensors: dict[str, ConvertedTensor]
+    sources: dict[str, list[str]]
+    """Name of a converted tensor to the names of the checkpoint's that it is made of."""
     space_prefix_dropped: bool = False
+    equal_steps: str | None = None
+    """llama.cpp's name of the pre-tokenizer where the steps in tokenizer.json gave it, not the user and no hash."""
 
     @property
     def header(self) -> Path:
@@ -64,14 +68,20 @@ class Rehearsal:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def space_note(rehearsal: Rehearsal) -> str:
-    """A sentence where the converter was told to put no space after special tokens though nobody asked."""
-    if not rehearsal.space_prefix_dropped:
-        return ""
-    return (
-        f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
-        "after every special token; a text without a template starts without that space in llama.cpp"
-    )
+def notes(rehearsal: Rehearsal) -> list[str]:
+    """What the converter decided though nobody asked: the pre-tokenizer, and no space after special tokens."""
+    found = []
+    if rehearsal.equal_steps is not None:
+        found.append(
+            f"pre-tokenizer {rehearsal.equal_steps}: llama.cpp's converter does not know this vocabulary, but the steps in "
+            "tokenizer.json are those that it calls so; the tokenizer check proves it"
+        )
+    if rehearsal.space_prefix_dropped:
+        found.append(
+            f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
+            "after every special token; a text without a template starts without that space in llama.cpp"
+        )
+    return found
 
 
 def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
@@ -96,7 +106,9 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
         tuple(summary["headers"]),
         summary["keys"],
         tensors,
+        summary["sources"],
         summary["space_prefix_dropped"],
+        summary["equal_steps"],
     )
 
 

@@ -13,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
-from quantool.records import Gates, NameOrPath, Privacy
+from quantool.record import NameOrPath, Privacy
+from quantool.records import Gates
 from quantool.runtime import gpus
 
 NO_EFFECT = {
@@ -232,11 +233,23 @@ class Config(Section):
     tokenizer_name: NameOrPath | None = Field(
         default=None, description="Folder or Hub id of the tokenizer, if not the model's own."
     )
+    adapter: NameOrPath | None = Field(
+        default=None,
+        description="Folder or Hub id of a PEFT LoRA adapter to merge into model_id first.",
+        min_length=1,
+    )
+    adapter_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the adapter on the Hub."
+    )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
     )
     trust_remote_code: bool = Field(
         default=False, description="Allow the checkpoint's own Python code to run."
+    )
+    drop: tuple[Literal["vision", "audio", "speech", "mtp"], ...] = Field(
+        default=(),
+        description="Parts of the checkpoint to leave out on purpose: the rest is what is published.",
     )
 
     method: str | None = Field(default=None, description="Name of the method; `quantool methods` lists them.")

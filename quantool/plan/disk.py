@@ -13,6 +13,7 @@ from quantool.plugins.contract import Outline
 from quantool.records import MachineState, OutputPlan, Plan, Source, StagePlan
 from quantool.runtime import arithmetic, machine
 from quantool.runtime.progress import amount
+from quantool.source.prepare import PEAK, STAGE, is_prepared
 
 LIBRARIES = 1 << 30
 """Bytes that torch, transformers and the activations of a batch take."""
@@ -40,6 +41,9 @@ def stages(
     shared = {stage.name: stage for outline in outlines for stage in outline.stages}
     scanned = all(file.sha256 for file in source.files)
     steps = [StagePlan(name="download", writes=downloads, peak_ram=0, done=not downloads)]
+    if source.prepared is not None:
+        size = sum(file.bytes for file in source.files)
+        steps.append(StagePlan(name=STAGE, writes=size, peak_ram=PEAK, done=is_prepared(source)))
     steps.append(StagePlan(name="scan", writes=0, peak_ram=100 << 20, done=scanned))
     steps += shared.values()
     for output in outputs:
@@ -111,7 +115,7 @@ def _smaller(plan: Plan, stage: StagePlan, config: Config) -> str:
     """What makes a stage fit."""
     output = next((output for output in plan.outputs if output.id == stage.name), None)
     if stage.name == "judge":
-        holders = ", ".join(holding(config))
+        holders = ", ".join(holding(config, plan.source))
         return (
             f"leave {holders} out of validation.checks: the others judge layer by layer"
             if holders
@@ -124,11 +128,11 @@ def _smaller(plan: Plan, stage: StagePlan, config: Config) -> str:
     return LARGER
 
 
-def holding(config: Config) -> tuple[str, ...]:
+def holding(config: Config, source: Source) -> tuple[str, ...]:
     """The checks that will run and need memory for all weights of the checkpoint at once."""
     settings = config.validation
     found: list[str] = []
-    for name in settings.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         with suppress(
             ConfigError, DependencyError
         ):  # one that cannot be loaded: a run says so before it starts

@@ -6,14 +6,15 @@ A method is a function marked ``@method(...)`` in a file of ``methods/`` named l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quantool.plugins.keys import UNDECLARED, Depends, key_of
+from quantool.tasks import TaskKind
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config, Validation
@@ -143,6 +144,8 @@ class Case:
     """Its files and those it shares, by hash; empty where nobody hashed them."""
     neighbours: tuple[str, ...] = ()
     """Names of all files that the plan has for its folder."""
+    details: Mapping[str, JsonValue] = field(default_factory=dict)
+    """What its method recorded while it made it; empty for an artifact that this run did not make."""
 
     @property
     def settings(self) -> Validation:
@@ -207,6 +210,8 @@ class Check:
     """None: nothing that takes time."""
     holds_model: bool = False
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
+    tasks: frozenset[TaskKind] = frozenset(TaskKind)
+    """What the models that it judges are for."""
 
 
 def method(
@@ -235,12 +240,14 @@ def check(
     writes: Writes | None = None,
     computes: Computes | None = None,
     holds_model: bool = False,
+    tasks: Iterable[TaskKind] = TaskKind,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
     ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
+    ``tasks`` are what the models that it judges are for; models for something else are judged without it.
     ``writes`` says how many bytes it keeps on disk, ``computes`` how many tokens it runs through a model, ``holds_model``
     that it needs memory for all weights of the checkpoint at once; the plan counts them.
     """
@@ -254,4 +261,5 @@ def check(
         writes=writes,
         computes=computes,
         holds_model=holds_model,
+        tasks=frozenset(tasks),
     )

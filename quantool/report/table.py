@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
+from quantool.report.holdings import of_outputs
 from quantool.runtime.progress import amount, span
 
 HEADINGS = (
@@ -134,7 +135,7 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
         longest = max(SHORTEST, max(len(row[1]) for row in rows) - excess)
         rows = [(row[0], _shortened(row[1], longest), *row[2:]) for row in rows]
     lines += _aligned(rows, right={2, 3, 4})
-    lines.append("")
+    lines += ["", *(f"holds    {statement} ({ids})" for ids, statement in of_outputs(plan.outputs)), ""]
     stages = [("stage", "writes", "peak RAM", "time", "state")]
     stages += [
         (

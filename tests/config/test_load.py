@@ -13,7 +13,8 @@ from quantool.config.schema import NO_EFFECT, Calibration, Config, Section
 from quantool.errors import ConfigError, DependencyError
 from quantool.plugins import find
 from quantool.plugins.contract import Method, Options
-from quantool.records import Gates, Record
+from quantool.record import Record
+from quantool.records import Gates
 
 ROOT = Path(__file__).parents[2]
 Load = Callable[..., Loaded]

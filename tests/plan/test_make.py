@@ -183,7 +183,7 @@ def test_judging_needs_two_layers_where_a_model_does_not_fit(
 )
 def test_a_check_that_holds_the_model_says_so(model: Path, settings: dict[str, Any], holds: bool) -> None:
     wanted = {"model_id": str(model), "method": "fake", "quant_level": ["Q8_0"], "validation": settings}
-    assert bool(disk.holding(Config.model_validate(wanted))) == holds
+    assert bool(disk.holding(Config.model_validate(wanted), planned(model).source)) == holds
 
 
 def test_free_disk_is_that_of_the_nearest_folder_there_is(
