@@ -17,7 +17,7 @@ from quantool.methods._artifacts.files import (
     is_companion,
     relative_files,
 )
-from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed import autoawq, calibrate, cost, stream
 from quantool.methods._compressed.mappings import decoder_of
 from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
@@ -25,7 +25,6 @@ from quantool.methods._compressed.outline import (
     CompressedOptions,
     LevelTask,
     Recipe,
-    max_seq_length,
     split,
     task_key,
     task_of,
@@ -134,7 +133,7 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
             "architecture": decoder_of(source.facts.architecture),
             "loader": loader(source.facts.task, located),
             "options": options.model_dump(mode="json"),
-            "max_seq_length": max_seq_length(job.config),
+            "max_seq_length": cost.max_seq_length(job.config),
             "seed": job.plan.seed,
         }
     return stream.quantize, request | {

@@ -193,7 +193,7 @@ def test_a_folder_where_the_file_should_be(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, pathlib
-from quantool.runtime.workspace import Stage, Workspace
+from quantool.runtime.workspace import Workspace
 with Workspace(pathlib.Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()
