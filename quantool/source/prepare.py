@@ -25,19 +25,31 @@ from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace, written
 from quantool.source.adapter import WEIGHTS
 from quantool.source.quantized import SETTINGS
-from quantool.source.rewrite import Recipe, recipe_of, rewrite
+from quantool.source.rewrite import Preparation, preparation_of, rewrite
 
 STAGE = "prepared"
 PEAK = 1 << 30
 """Bytes of memory that preparing takes: a slice of a weight in float32 a few times over, and the libraries."""
 
 
-def sketch(source: Source, recipe: Recipe, prepared: Prepared, places: Mapping[str, Path]) -> Source:
-    """``source`` as ``recipe`` makes it: its folder holds everything but the weights.
+def sketch(
+    source: Source,
+    preparation: Preparation,
+    origins: tuple[Origin, Origin | None],
+    places: Mapping[str, Path],
+) -> Source:
+    """``source`` as ``preparation`` makes it of the ``origins`` (model and adapter): its folder holds all but the weights.
 
-    ``places`` are the folders of the small files that stay as they are, by their names.
+    ``places`` are the folders of its small files by their names; config.json and the index are written anew.
     """
-    shards = recipe.shards()
+    prepared = Prepared(
+        origin=origins[0],
+        form=preparation.unpacking.form if preparation.unpacking is not None else "",
+        adapter=origins[1],
+        merged=preparation.adapter.described() if preparation.adapter is not None else "",
+    )
+    places = {name: folder for name, folder in places.items() if name not in ("config.json", INDEX)}
+    shards = preparation.shards()
     texts = {"config.json": _config(prepared.origin.folder)}
     if len(shards) > 1:
         texts[INDEX] = index_bytes(shards).decode()
@@ -89,11 +101,11 @@ def found_headers(origin: Origin) -> dict[str, TensorHeader]:
         return remote_headers(origin.model_id, origin.commit, sizes)
 
 
-def recipe_for(prepared: Prepared) -> Recipe:
-    """The recipe that a prepared source is made by, from the headers of its origins."""
+def preparation_for(prepared: Prepared) -> Preparation:
+    """The preparation that a prepared source is made by, from the headers of its origins."""
     adapter = prepared.adapter
     parts = (adapter.folder, found_headers(adapter)) if adapter is not None else None
-    return recipe_of(prepared.origin.folder, found_headers(prepared.origin), parts)
+    return preparation_of(prepared.origin.folder, found_headers(prepared.origin), parts)
 
 
 def to_fetch(source: Source) -> int:

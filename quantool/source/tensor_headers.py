@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantool.formats.safetensors import TensorHeader, check_index, remote_headers
 from quantool.hub.download import hub_errors
 from quantool.records import Source
-from quantool.source.prepare import recipe_for
+from quantool.source.prepare import preparation_for
 
 
 def headers(source: Source) -> dict[str, TensorHeader]:
@@ -15,7 +15,7 @@ def headers(source: Source) -> dict[str, TensorHeader]:
     """
     names = [file.name for file in source.files if file.name.endswith(".safetensors")]
     if source.prepared is not None and not all((source.folder / name).exists() for name in names):
-        return recipe_for(source.prepared).made_headers()
+        return preparation_for(source.prepared).made_headers()
     if source.commit is None or all((source.folder / name).exists() for name in names):
         return check_index(source.folder)
     with hub_errors(source.model_id, source.commit):

@@ -17,7 +17,7 @@ from quantool.errors import SourceError
 from quantool.formats.quantized_weights import mxfp4
 from quantool.formats.safetensors import SINGLE, TensorHeader, check_index
 from quantool.source import rewrite as rewriting
-from quantool.source.rewrite import recipe_of, rewrite
+from quantool.source.rewrite import preparation_of, rewrite
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-chat"
 
@@ -58,7 +58,7 @@ def test_weights_are_bit_for_bit_those_of_the_library(
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_planned_is_what_is_written(name: str, written: Any, tmp_path: Path) -> None:
     folder, _ = written[name]
-    planned = recipe_of(folder, check_index(folder), None).made_headers()
+    planned = preparation_of(folder, check_index(folder), None).made_headers()
     read(folder, tmp_path / "out")
     assert check_index(tmp_path / "out") == planned
 
@@ -74,7 +74,7 @@ def test_what_is_planned_is_what_is_written(name: str, written: Any, tmp_path: P
 )
 def test_form_is_said(name: str, form: str, written: Any) -> None:
     folder, _ = written[name]
-    unpacking = recipe_of(folder, check_index(folder), None).unpacking
+    unpacking = preparation_of(folder, check_index(folder), None).unpacking
     assert unpacking is not None
     assert unpacking.form == form
     dropped = {tensor.name.rpartition(".")[2] for tensor in unpacking.dropped}
@@ -87,7 +87,7 @@ def lost(written: Any, name: str, end: str) -> SourceError:
     headers = check_index(folder)
     gone = next(key for key in headers if key.endswith(end))
     with pytest.raises(SourceError) as error:
-        recipe_of(folder, {key: tensor for key, tensor in headers.items() if key != gone}, None)
+        preparation_of(folder, {key: tensor for key, tensor in headers.items() if key != gone}, None)
     assert gone.rpartition(".")[0] in error.value.message
     return error.value
 
@@ -112,7 +112,7 @@ def test_scale_of_another_shape_is_refused(written: Any) -> None:
     name = next(key for key in headers if key.endswith("scale_inv"))
     headers[name] = TensorHeader(name, "F32", (3, 7), SINGLE, 0, 84)
     with pytest.raises(SourceError, match="do not fit each other"):
-        recipe_of(folder, headers, None)
+        preparation_of(folder, headers, None)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ def test_form_that_cannot_be_read_is_refused_by_name(name: str, written: Any, tm
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": SETTINGS[name]}))
     with pytest.raises(SourceError, match="in a form that quantool cannot read") as error:
-        recipe_of(tmp_path, check_index(folder), None)
+        preparation_of(tmp_path, check_index(folder), None)
     assert name.partition("-")[0] in error.value.message or name in ("no method", "rotated")
     assert error.value.hint == "start from the bf16 or f16 checkpoint it was made from"
 
