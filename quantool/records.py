@@ -15,8 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
+from quantool.ledger import Ledger
 from quantool.origins import Prepared, SourceFile, identities
 from quantool.record import MachinePath, NameOrPath, Privacy, Record
+from quantool.tasks import Task
 
 
 class FileRecord(Record):
@@ -57,6 +59,7 @@ class ModelFacts(Record):
     """Templates that are asked for by name (``tool_use``, which is also taken when tools are offered; ``rag``)."""
     has_sentencepiece: bool
     """Whether tokenizer.model is there."""
+    task: Task = Task()
 
 
 class ModelCard(Record):
@@ -83,6 +86,8 @@ class Source(Record):
     folder: MachinePath
     """Where the files lie (or will lie, for weights that a plan does not download)."""
     files: tuple[SourceFile, ...]
+    others: tuple[SourceFile, ...] = ()
+    """Files beside these that nothing reads; no result depends on them."""
     facts: ModelFacts
     card: ModelCard
     generation: dict[str, JsonValue] = Field(default={})
@@ -138,6 +143,24 @@ class Gates(Record):
         le=1,
         description="Lower limit of the share (0 to 1) of positions whose most likely token is the reference's.",
     )
+    min_expert_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Lower limit of the calibration tokens that reach each expert; default: none.",
+    )
+    min_cosine: float | None = Field(default=None, ge=-1, le=1, description="Lower limit of the mean cosine.")
+    min_recall_at_10: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of the ten nearest neighbours kept."
+    )
+    max_logit_error: float | None = Field(
+        default=None, ge=0, description="Upper limit of the squared error of logits over their variance."
+    )
+    min_same_label: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of texts with the same label."
+    )
+    min_rank_correlation: float | None = Field(
+        default=None, ge=-1, le=1, description="Lower limit of Kendall's tau of documents put in order."
+    )
 
     @model_serializer(mode="wrap")
     def _as_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
@@ -169,11 +192,15 @@ class OutputPlan(Record):
     files: tuple[PlannedFile, ...]
     bits_per_weight: float | None
     peak_ram: int
+    operations: float = 0.0
+    """Multiplications and additions that making it takes, from which the plan tells the time."""
     gates: Gates
     done: bool = Field(default=False, exclude=True)
     """Whether an earlier run left it finished, said by an outline; a ``MachineState`` says it beside a plan."""
     needs: tuple[str, ...] = ()
     """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
+    ledger: Ledger | None = None
+    """What becomes of every tensor and file of the source; the plan completes what the method says of it."""
 
 
 class StagePlan(Record):
@@ -182,6 +209,8 @@ class StagePlan(Record):
     name: str
     writes: int
     peak_ram: int
+    operations: float = 0.0
+    """As in ``OutputPlan``."""
     done: bool = Field(default=False, exclude=True)
     """As in ``OutputPlan``."""
 
@@ -195,6 +224,10 @@ class MachineState(Record):
     """Bytes that the steps still to do write."""
     done: tuple[str, ...] = ()
     """Names of the steps that are finished, outputs among them."""
+    seconds: dict[str, float] = Field(default={})
+    """By stage, the time that it is expected to need here."""
+    ram: int = 0
+    """Bytes of memory that this machine has; 0: not looked at."""
 
 
 class Plan(Record):

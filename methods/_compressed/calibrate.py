@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import ConfigError, QuantizationError, SourceError
+from quantool.methods._compressed.experts import counted_routing
 from quantool.methods._compressed.torch_setup import (
     choose_device,
     peak_memory,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD = "5GB"
+MISMATCH = "AWQ needs to match"
+"""In what llmcompressor says of mappings that join layers with experts and layers without."""
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
@@ -39,9 +42,10 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
     ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
-    ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written). Writes
+    ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written). Writes
     weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
-    ``samples``, ``tokens``. Progress is counted in decoder layers.
+    ``samples``, ``tokens``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether all
+    tokens went through all of them nevertheless). Progress is counted in decoder layers.
     """
     device = choose_device(request["device"])
     import torch
@@ -54,7 +58,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(request["source"], trust_remote_code=trust)
     samples = _samples(request, tokenizer)
     try:
-        arithmetic = _run(request, samples, tokenizer, report)
+        outcome = _run(request, samples, tokenizer, report)
     except torch.OutOfMemoryError as error:
         raise QuantizationError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
@@ -71,12 +75,20 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
             f"llmcompressor cannot follow the layers of this architecture: {error}",
             hint="a level without calibration (FP8_DYNAMIC, FP8_BLOCK) works on the files alone",
         ) from error
+    except ValueError as error:
+        if MISMATCH not in str(error):
+            raise
+        raise QuantizationError(
+            f"llmcompressor's own AWQ mappings do not fit this checkpoint: {error}",
+            hint="name smooth_layer and balance_layers in quantization_config.mappings",
+        ) from error
     tokens = sum(len(sample) for sample in samples)
     return {
         "device": device,
-        "arithmetic": arithmetic,
         "samples": len(samples),
         "tokens": tokens,
+        "all_experts": request["options"]["calibrate_all_experts"],
+        **outcome,
         **peak_memory(),
     }
 
@@ -124,8 +136,8 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _run(
     request: dict[str, Any], samples: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, report: Report
-) -> str:
-    """Calibrate and save; the name of the dtype that the model computed in."""
+) -> dict[str, Any]:
+    """Calibrate and save; ``arithmetic`` and ``expert_tokens`` of the result."""
     import torch
     from datasets import Dataset
     from llmcompressor.entrypoints.oneshot import oneshot
@@ -136,7 +148,10 @@ def _run(
         widen(model)
     recipe = _recipe(request, model)
     data = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(ids) for ids in samples]})
-    with _counted(report, model.config.get_text_config().num_hidden_layers + 1):
+    with (
+        _counted(report, model.config.get_text_config().num_hidden_layers + 1),
+        counted_routing(model, len(samples)) as routed,
+    ):
         oneshot(
             model=model,
             processor=tokenizer,  # type: ignore[arg-type]
@@ -146,6 +161,7 @@ def _run(
             max_seq_length=request["max_seq_length"],
             shuffle_calibration_samples=False,
             pipeline="sequential",
+            moe_calibrate_all_experts=request["options"]["calibrate_all_experts"],
         )
     output, used = Path(request["output"]), model.dtype
     if used != stored:
@@ -156,7 +172,10 @@ def _run(
     # The source's own file is published, or none; transformers writes one even where there was none.
     (output / "generation_config.json").unlink(missing_ok=True)
     write_config(Path(request["source"]), output)
-    return str(used).removeprefix("torch.")
+    return {
+        "arithmetic": str(used).removeprefix("torch."),
+        "expert_tokens": {name: counter.tokens.tolist() for name, counter in routed.items()},
+    }
 
 
 def _round_scales(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -184,12 +203,12 @@ def _narrow(folder: Path, dtypes: Mapping[str, str]) -> None:
 
 def _load(request: dict[str, Any]) -> PreTrainedModel:
     """The model on the CPU, experts as separate linear layers."""
+    import transformers
     from llmcompressor.utils import load_context
-    from transformers import AutoModelForCausalLM
 
     try:
         with load_context():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = getattr(transformers, request["loader"]).from_pretrained(
                 request["source"], dtype="auto", trust_remote_code=request["config"]["trust_remote_code"]
             )
     except (ValueError, KeyError) as error:
@@ -205,6 +224,7 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
     from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
         get_layer_mappings_from_model,
     )
+    from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     options, ignore = request["options"], list(request["ignore"])
@@ -214,7 +234,7 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
         mappings = (
             [AWQMapping(m["smooth_layer"], list(m["balance_layers"])) for m in given]
             if given
-            else get_layer_mappings_from_model(model)
+            else AWQ_MAPPING_REGISTRY.get(request["architecture"]) or get_layer_mappings_from_model(model)
         )
         _require_match(model, [(m.smooth_layer, m.balance_layers) for m in mappings])
         recipe.append(

@@ -15,12 +15,16 @@ from pydantic import BeforeValidator, Field
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
+from quantool.gates import MIN_EXPERT_TOKENS
+from quantool.ledger import TensorLine
+from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
-from quantool.methods._compressed.cuda import capabilities
-from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.mappings import check, decoder_of
+from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
     HEAD,
@@ -41,6 +45,9 @@ from quantool.records import (
     Source,
 )
 from quantool.runtime.arithmetic import native
+from quantool.runtime.gpus import capabilities, devices
+from quantool.source.experts import coverage_note
+from quantool.source.mtp import head_tensors
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
@@ -83,7 +90,15 @@ class CompressedOptions(Options):
     )
     ignore: Patterns | None = Field(
         None,
-        description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
+        description="Layers to leave alone, as names or re: patterns. Default: lm_head and a classifier's head. Routers of experts always are.",
+    )
+    mtp: Treatment = Field(
+        "keep",
+        description="A multi-token-prediction head: keep it as the source has it, or quantize it (levels without calibration).",
+    )
+    calibrate_all_experts: bool = Field(
+        True,
+        description="Send the calibration text through every expert of a mixture, wherever the router sends it.",
     )
 
 
@@ -102,7 +117,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Task:
+class LevelTask:
     """One level, decided: everything that its bytes depend on besides the source and the calibration text."""
 
     recipe: Recipe
@@ -113,6 +128,10 @@ class Task:
     autoawq: bool = False
     kv_cache: bool = False
     """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+    carried: tuple[str, ...] = ()
+    """Tensors of a multi-token-prediction head, which calibration does not see."""
+    kept: tuple[str, ...] = ()
+    """Patterns of the head's modules that are not quantized."""
 
     @property
     def id(self) -> str:
@@ -129,7 +148,7 @@ class Task:
                 stored += _autoawq.tensors(layer, self.scheme.group)
         if self.kv_cache:
             for name, tensor in located.items():
-                if name.endswith(".k_proj.weight"):
+                if name.endswith(".k_proj.weight") and name not in self.carried:
                     module = name.removesuffix(".k_proj.weight")
                     stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
         return stored
@@ -142,25 +161,32 @@ def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False)
     return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}"
 
 
-def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
+def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTask:
     """Decide one level; raises what makes it impossible."""
     located = headers(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
-    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings)
+    cache = getattr(options, "kv_cache", None) is not None
+    calibrated = scheme.calibrated or cache
+    kept = kept_patterns(source, located, options.mtp, calibrated=calibrated)
+    selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
-    cache = getattr(options, "kv_cache", None) is not None
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
     if autoawq:
-        _check_autoawq(level, scheme, selection)
-    calibrated = scheme.calibrated or cache
-    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache)
+        _check_autoawq(level, scheme, selection, source)
+    head = head_tensors(located, source.facts.layers) if calibrated else ()
+    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
 
 
-def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:
+def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
+    if not source.facts.task.generates:
+        raise ConfigError(
+            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
+            hint="leave format out: transformers and vLLM read compressed-tensors",
+        )
     if scheme.bits != 4:
         raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
     if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
@@ -177,10 +203,11 @@ def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> No
 
 
 def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
-    if not source.facts.architecture.endswith("ForCausalLM"):
+    if not source.facts.architecture.endswith("ForCausalLM") and source.facts.task.generates:
         raise SourceError(
             f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM) are",
+            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are; of others the method gguf"
+            " makes a text-only file, with drop: [vision]",
         )
     odd = [
         tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
@@ -210,27 +237,52 @@ def outline(
     if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
         levels = ", ".join(task.level for task in tasks)
         raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
+    calibrated = any(task.calibrated for task in tasks)
+    if "calibrate_all_experts" in options.model_fields_set and not calibrated:
+        raise ConfigError(
+            "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
+        )
     located = headers(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
-        check(options.mappings, source.facts.architecture, modules, registries)
-    if any(task.calibrated for task in tasks) and corpus.calibration_corpus(config) is None:
+        check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
+    if calibrated and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
             hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
         )
-    if config.device == "cuda" and not capabilities():
+    if devices(config.device).kind == "cuda" and not capabilities():
         raise DependencyError(
             "device: cuda is asked for, but this machine has no CUDA device",
             hint="set device: auto, or run where there is one",
         )
     outputs = [_output(task, request, options, located) for task in tasks]
-    notes = [*warnings, *(note for task in tasks for note in (*task.selection.warnings, *_loading(task)))]
-    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+    coverage = [] if options.calibrate_all_experts or not calibrated else _coverage(request)
+    notes = [
+        *warnings,
+        *coverage,
+        *(note for task in tasks for note in (*task.selection.warnings, *_loading(task))),
+    ]
+    lines = {output.id: _lines(task, source, located) for output, task in zip(outputs, tasks, strict=True)}
+    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)), lines=lines)
 
 
-def _loading(task: Task) -> Iterator[str]:
+def _lines(task: LevelTask, source: Source, located: Mapping[str, TensorHeader]) -> tuple[TensorLine, ...]:
+    """What becomes of each tensor; calibrated levels are saved by transformers."""
+    chosen = [layer.name for layer in task.selection.layers]
+    absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
+    return account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+
+
+def _coverage(request: Request) -> list[str]:
+    """A warning when too little text is asked for to reach all experts."""
+    config, least = request.config, request.gates(request.levels[0]).min_expert_tokens
+    model = read_json(request.source.folder / "config.json")
+    return coverage_note(model, config.sample_size * max_seq_length(config), least or MIN_EXPERT_TOKENS)
+
+
+def _loading(task: LevelTask) -> Iterator[str]:
     """What the installed transformers cannot load, although vLLM can."""
     experts = any(".experts." in layer.name for layer in task.selection.layers)
     if task.autoawq:
@@ -245,10 +297,13 @@ def _loading(task: Task) -> Iterator[str]:
         )
 
 
-def _output(task: Task, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
+def _output(
+    task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]
+) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
+    hashed = all(file.sha256 for file in source.files)  # before that it has another key
     name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
     return OutputPlan(
         id=task.id,
@@ -261,13 +316,15 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
+        operations=_operations(task, request.config, source),
         gates=request.gates(task.level),
-        done=request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
+        done=hashed
+        and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
     )
 
 
 def _files(
-    task: Task, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
+    task: LevelTask, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
 ) -> list[PlannedFile]:
     """Weights and companions.
 
@@ -285,7 +342,7 @@ def _files(
     return sorted(files, key=lambda file: file.name)
 
 
-def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list[Stored]]:
+def _streamed(located: Mapping[str, TensorHeader], task: LevelTask) -> dict[str, list[Stored]]:
     """The source's own shards, with what stands for their tensors."""
     return {
         shard: planned({tensor.name: tensor for tensor in tensors}, task.selection, task.scheme)
@@ -310,7 +367,7 @@ def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
 
 
 def _peak_ram(
-    task: Task, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
+    task: LevelTask, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
 ) -> int:
     """An estimate, from above.
 
@@ -329,7 +386,20 @@ def _peak_ram(
     return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
 
 
-def _widened(task: Task, config: Config, source: Source) -> bool:
+PASSES = {"awq": 20, "gptq": 4, "rtn": 2}
+"""Forward passes of the calibration text that an algorithm costs, its search or factorizations among them."""
+
+
+def _operations(task: LevelTask, config: Config, source: Source) -> float:
+    if not task.calibrated:
+        return 0.0
+    path, tokens = config.dataset_path, config.sample_size * max_seq_length(config)
+    if path is not None and path.is_file() and path.suffix != ".parquet":
+        tokens = min(tokens, path.stat().st_size // 4)  # characters of a token, usually
+    return 2.0 * source.facts.parameters * tokens * PASSES[task.recipe.algorithm]
+
+
+def _widened(task: LevelTask, config: Config, source: Source) -> bool:
     """Whether calibration computes in another type than the checkpoint's (``arithmetic.widen``)."""
     own = {"BF16": "bfloat16", "F16": "float16"}.get(source.facts.dtype)
     on_cpu = config.device == "cpu" or not capabilities()
@@ -348,7 +418,7 @@ def max_seq_length(config: Config) -> int:
     return value if isinstance(value, int) else MAX_SEQ_LENGTH
 
 
-def task_key(task: Task, config: Config, options: Any, source: Source) -> str:
+def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
     depends = CALIBRATED if task.calibrated else STREAMED
     return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)

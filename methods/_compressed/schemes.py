@@ -31,6 +31,9 @@ ROUTERS = (
 )
 """Routers of a mixture of experts: small, decisive, and held in full precision by every engine."""
 
+CLASSIFIERS = (r"re:(classifier|score|pre_classifier)(\..*)?$", r"re:(.*\.)?pooler\.dense$")
+"""Heads of classifiers and rerankers: small, and each of their numbers is an answer."""
+
 GROUPS = (32, 64, 128)
 """Group sizes that Marlin of vLLM 0.24 multiplies (``marlin_utils.py``, MARLIN_SUPPORTED_GROUP_SIZES); Machete takes the last two."""
 
@@ -165,21 +168,31 @@ def linears(headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
 
 
 def select(
-    headers: Mapping[str, TensorHeader], targets: Sequence[str], ignore: Sequence[str] | None, *, tied: bool
+    headers: Mapping[str, TensorHeader],
+    targets: Sequence[str],
+    ignore: Sequence[str] | None,
+    *,
+    tied: bool,
+    kept: Sequence[str] = (),
 ) -> Selection:
-    """Apply ``targets`` and ``ignore`` (None: the output head) to the tensors of a checkpoint.
+    """Apply ``targets`` and ``ignore`` (None: the output head, and a classifier's) to the tensors of a checkpoint.
 
-    Routers are always left alone. ``tied`` says that the output head is the embedding. Raises ConfigError naming
-    patterns that match nothing, SourceError for experts stored as one 3-D tensor.
+    Routers are always left alone, and so is what the patterns ``kept`` mean. ``tied`` says that the output head is the
+    embedding. Raises ConfigError naming patterns that match nothing, SourceError for experts stored as one 3-D tensor.
     """
-    fused = [name for name, tensor in headers.items() if len(tensor.shape) == 3 and "conv" not in name]
+    fused = [
+        name
+        for name, tensor in headers.items()
+        if len(tensor.shape) == 3 and "conv" not in name and not any(matches(name, p) for p in kept)
+    ]
     if fused:
         raise SourceError(
             f"{fused[0]} and {len(fused) - 1} more hold all experts of a layer in one tensor, which is not supported",
             hint="a checkpoint with a tensor per expert can be quantized",
         )
     found = linears(headers)
-    wanted = (HEAD,) if ignore is None else tuple(ignore)
+    heads = tuple(p for p in CLASSIFIERS if any(matches(m, p) for m in found))
+    wanted = (HEAD, *heads) if ignore is None else tuple(ignore)
     modules = [*found, *([HEAD] if tied else [])]
     lost = [p for p in wanted if not any(matches(m, p) for m in modules)] if ignore is not None else []
     lost += [t for t in targets if t != "Linear" and not any(matches(m, t) for m in modules)]
@@ -195,7 +208,7 @@ def select(
         )
     routers = tuple(p for p in ROUTERS if any(matches(m, p) for m in found))
     added = tuple(p for p in routers if p not in wanted)
-    everything = (*wanted, *added)
+    everything = (*wanted, *added, *(p for p in kept if p not in wanted))
     layers: list[TensorHeader] = []
     left: list[TensorHeader] = []
     for module, tensor in found.items():

@@ -11,6 +11,8 @@ What is changed around it, and why:
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
 * names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
 * a README.md whose front matter upstream cannot read gives what quantool can read of it, which the plan notes;
+* tensors are prepared ahead of the writer, with the same bytes (``convert_ahead``);
+* how states are pooled is what ``1_Pooling/config.json`` says, for every architecture (``pooled``);
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
@@ -28,6 +30,9 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
+from quantool.methods._llama_cpp import pooled
+from quantool.methods._llama_cpp.convert_ahead import cores, prepared_ahead, round_with_torch
+from quantool.methods._llama_cpp.lineage import Lineage
 from quantool.methods._llama_cpp.name_pre_tokenizer import PreTokenizer
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.model_card import front_matter
@@ -48,8 +53,9 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
     (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
     ``chat_template`` (text or null), ``named_templates`` (name to text),
-    ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
-    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
+    ``add_space_prefix`` (bool or null), ``pooling`` (name or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding), ``sources``
+    (of a rehearsal: name of a tensor to the names of those that it is made of),
     ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``equal_steps`` (the pre-tokenizer that the steps
     named, or null), ``tensors`` (name to shape, type, bytes and number of the shard).
     """
@@ -72,7 +78,8 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
     pre_tokenizer.watch(conversion)
     _name_folder(gguf, request["folder_name"])
     _read_cards(gguf)
-    model, dropped = _prepare(conversion, gguf, request)
+    round_with_torch(gguf)
+    model, dropped, lineage = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
     pre_tokenizer.write_bos(writer, gguf)
     if request["rehearse"]:
@@ -85,9 +92,12 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
         _report_progress(writer, report)
         writer.write_header_to_file(path=model.fname_out)
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=False)
+        with prepared_ahead(writer, gguf, request.get("threads") or cores()):
+            writer.write_tensors_to_file(progress=False)
     files = writer.format_shard_names(writer.path)
     summary = _summarize(writer)
+    if request["rehearse"]:
+        summary["sources"] = lineage.sources(writer, Path(request["model"]))
     writer.close()
     return {
         "files": [str(file) for file in files],
@@ -141,7 +151,7 @@ def _read_cards(gguf: Any) -> None:
     gguf.Metadata.load_model_card = staticmethod(load_readable)
 
 
-def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool]:
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool, Lineage]:
     """Make the upstream model object with header and (lazy) tensors complete."""
     import torch
 
@@ -156,6 +166,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
             hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
         ) from error
     torch.set_grad_enabled(False)
+    pooled.keep_classifier(kind, parameters)
     model = kind(
         folder,
         getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
@@ -163,14 +174,16 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
         metadata_override=Path(request["metadata"]),
         split_max_size=request["split_bytes"],
     )
+    lineage = Lineage(model, gguf)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
+    pooled.set_pooling(model.gguf_writer, gguf, request["pooling"])
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
-    return model, dropped
+    return model, dropped, lineage
 
 
 def _set_space_prefix(writer: Any, gguf: Any, request: dict[str, Any]) -> bool:

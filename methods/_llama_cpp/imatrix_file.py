@@ -13,6 +13,7 @@ from quantool.formats.gguf_header import read_header
 
 DATASETS, CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
 SUMS, COUNTS = ".in_sum2", ".counts"
+EXPERTS = "_exps."
 MADE_BY = "llama-imatrix writes them as GGUF"
 
 
@@ -50,6 +51,15 @@ def read_matrix(path: Path) -> ImportanceMatrix:
             raise ConfigError(f"{path}: {name} has {sums.size} sums for {len(counts)} counts", hint=MADE_BY)
         entries[name] = (np.array(sums.reshape(len(counts), -1)), np.array(counts))
     return ImportanceMatrix(label[0], chunks, entries)
+
+
+def expert_tokens(matrix: ImportanceMatrix) -> dict[str, list[int]]:
+    """Tokens that each expert saw, by layer (``blk.3``): its matrices are all counted alike."""
+    found: dict[str, list[int]] = {}
+    for name, (_, counts) in matrix.entries.items():
+        if EXPERTS in name and len(counts) > 1:
+            found.setdefault(name.partition(".ffn_")[0], [round(float(count)) for count in counts.ravel()])
+    return found
 
 
 def check_matrix(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.methods._llama_cpp.pooled import WORD_PIECE
 from quantool.methods._llama_cpp.pre_tokenizer import equal_steps, is_byte_level, other_steps, suggest
 
 
@@ -41,6 +42,8 @@ class PreTokenizer:
         def answer(model: Any, tokenizer: Any) -> str:
             path = Path(model.dir_model) / "tokenizer.json"
             saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            if saved and saved["model"].get("type") == "WordPiece":
+                return self.name or WORD_PIECE
             if saved and not is_byte_level(saved):
                 raise SourceError(
                     f"the tokenizer is a SentencePiece model, and its tokenizer.model is missing in {model.dir_model}",

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from quantool.card.holdings import holdings, left_out_sentence, tags_of, task_of
 from quantool.card.how_to_run import usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
@@ -91,7 +92,7 @@ def _sections(
     figures = corpora(reports) + "\n" + "\n".join(pictures([name for name in plots if name == CORPORA]))
     parts = {
         "title": f"# {outputs[0].repo}\n",
-        "introduction": _introduction(plan, reports),
+        "introduction": left_out_sentence(outputs) + _introduction(plan, reports),
         "choosing": "## Which file\n\n" + which_file(plan.source.facts, reports) if reports else "",
         "usage": "## How to run it\n\n" + usage(plan, outputs, reports, known),
         "sampling": f"Recommended sampling: {listed(sampling)} ({_origin(plan)}).\n" if known else "",
@@ -141,9 +142,9 @@ def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any
     found |= {"license": card.license, "license_name": card.license_name, "license_link": card.license_link}
     causal = source.facts.architecture.endswith("ForCausalLM")
     task = card.pipeline_tag or ("text-generation" if causal else None)
-    found |= {"language": list(card.languages), "pipeline_tag": task}
+    found |= {"language": list(card.languages), "pipeline_tag": task_of(outputs, task)}
     found["library_name"] = "gguf" if gguf else "transformers"
-    tags = [tag for tag in card.tags if tag not in ("safetensors", "transformers")]
+    tags = tags_of(outputs, [tag for tag in card.tags if tag not in ("safetensors", "transformers")])
     found["tags"] = list(dict.fromkeys([*tags, *(["gguf"] if gguf else _tags(outputs[0])), "quantized"]))
     found["quantized_by"] = "quantool"
     return {key: value for key, value in found.items() if value not in (None, [], "")}
@@ -220,6 +221,7 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         f"- source: {_link(plan.source)}{_prepared(plan.source)}, {facts.architecture}, {amount(facts.parameters, '')} parameters, {facts.dtype}",
         f"- seed {plan.seed}; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
+    lines += holdings(outputs)
     for report in reports:
         details = report.artifact.details
         if details.get("base"):

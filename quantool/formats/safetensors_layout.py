@@ -121,7 +121,7 @@ def arrange(folder: Path, shards: Mapping[str, Sequence[Stored]]) -> None:
         return
     if {name: tensor.file for name, tensor in found.items()} != wanted:
         for shard, stored in shards.items():
-            _gather(folder, f"{shard}.arranged", [found[tensor.name] for tensor in stored])
+            copy_tensors(folder, [found[tensor.name] for tensor in stored], folder / f"{shard}.arranged")
         for name in {tensor.file for tensor in found.values()}:
             (folder / name).unlink()
         for shard in shards:
@@ -129,12 +129,13 @@ def arrange(folder: Path, shards: Mapping[str, Sequence[Stored]]) -> None:
     write_index(folder, shards)
 
 
-def _gather(folder: Path, name: str, tensors: Sequence[TensorHeader]) -> None:
+def copy_tensors(source: Path, tensors: Sequence[TensorHeader], target: Path) -> None:
+    """Write ``tensors`` of the checkpoint in the folder ``source``, byte for byte, to the new file ``target``."""
     head, starts = encode(map(as_stored, tensors))
-    with (folder / name).open("wb") as writing:
+    with target.open("wb") as writing:
         writing.write(head)
         for tensor in sorted(tensors, key=lambda tensor: starts[tensor.name]):
-            with (folder / tensor.file).open("rb") as reading:
+            with (source / tensor.file).open("rb") as reading:
                 reading.seek(tensor.start)
                 left = tensor.bytes
                 while left:

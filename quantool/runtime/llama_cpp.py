@@ -94,11 +94,18 @@ class LlamaLog:
 
 @contextmanager
 def load_gguf(
-    path: Path, log: LlamaLog, *, gpu: bool = False, vocabulary: bool = False, weights: bool = True
+    path: Path,
+    log: LlamaLog,
+    *,
+    gpu: bool = False,
+    vocabulary: bool = False,
+    weights: bool = True,
+    drafts: bool = False,
 ) -> Iterator[Any]:
     """llama.cpp's handle of a GGUF (its first shard); freed afterwards. Raises LoadError.
 
-    ``vocabulary``: nothing else is read. Without ``weights`` every tensor is checked and none is read.
+    ``vocabulary``: nothing else is read. Without ``weights`` every tensor is checked and none is read. With ``drafts`` the
+    multi-token-prediction head is loaded too.
     """
     import llama_cpp as api
 
@@ -107,6 +114,7 @@ def load_gguf(
     parameters = api.llama_model_default_params()
     parameters.n_gpu_layers = -1 if gpu and api.llama_supports_gpu_offload() else 0
     parameters.vocab_only = vocabulary
+    parameters.load_mtp = drafts
     if not weights:
         parameters.use_extra_bufts = False  # no repacked copy of the weights
         parameters.no_alloc = True

@@ -34,10 +34,12 @@ from quantool.source.adapter import CONFIG as ADAPTER
 from quantool.source.adapter import WEIGHTS, LoraAdapter, base_of
 from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
+from quantool.source.mtp import check_head
 from quantool.source.prepare import found_headers, sketch
 from quantool.source.rewrite import preparation_of
+from quantool.source.task import SENTENCE_FILES, module_files, task_of
 
-MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
+MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX, *SENTENCE_FILES)
 TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
@@ -89,8 +91,11 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     tokenizer = _tokenizer(place, adapter, config)
     generation = read_optional(place.folder / "generation_config.json", JsonLimits(finite=True))
     _bound(tokenizer)
-    facts, more = model_facts(configuration, generation, tokenizer.folder, preparation.made_headers())
+    made = preparation.made_headers()
+    facts, more = model_facts(configuration, generation, tokenizer.folder, made)
+    more += check_head(configuration.top, made, facts.layers)
     card, remarks = model_card(place.folder)
+    task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
     places = {name: place.folder for name in small if place is tokenizer or not _is_tokenizer(name)}
     if tokenizer is not place:
         places |= dict.fromkeys(_chosen(tokenizer.sizes, TOKENIZER_FILES), tokenizer.folder)
@@ -104,7 +109,12 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
             *(_read_file(folder, name) for name, folder in sorted(places.items())),
             *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
         ),
-        facts=facts,
+        others=tuple(
+            SourceFile(name=name, bytes=size)
+            for name, size in sorted(place.sizes.items())
+            if name not in small and name not in names
+        ),
+        facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
         trust_remote_code=config.trust_remote_code,
@@ -127,7 +137,9 @@ def _small_files(place: _Place, config: Config) -> list[str]:
     if config.trust_remote_code:
         small += _chosen(place.sizes, CODE_FILES)
     _get(place, small, config)
-    return small
+    further = module_files(place.folder, place.sizes)
+    _get(place, further, config)
+    return [*small, *further]
 
 
 def _origin(place: _Place, small: Sequence[str], weights: Sequence[str]) -> Origin:
@@ -242,9 +254,7 @@ def _local(name: str, path: Path, revision: str | None) -> _Place:
         raise ConfigError(
             f"revision {revision!r} means nothing for the local folder {name}", hint="remove revision"
         )
-    files = [
-        file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()
-    ]
+    files = [file for file in (*folder.iterdir(), *folder.glob("[!.]*/*")) if file.is_file()]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     if cached:
         hub_id = cached["id"].replace("--", "/")

@@ -112,13 +112,16 @@ class Weights:
 
 
 @contextmanager
-def load_weights(path: Path, *, gpu: bool, log: LlamaLog) -> Iterator[Weights]:
-    """Load ``path``; freed afterwards. Raises Unsound with llama.cpp's own reason when it does not load."""
+def load_weights(path: Path, *, gpu: bool, log: LlamaLog, drafts: bool = False) -> Iterator[Weights]:
+    """Load ``path`` (with ``drafts`` its multi-token-prediction head too); freed afterwards.
+
+    Raises Unsound with llama.cpp's own reason when it does not load.
+    """
     import llama_cpp as api
 
     with ExitStack() as stack:
         try:
-            handle = stack.enter_context(load_gguf(path, log, gpu=gpu))
+            handle = stack.enter_context(load_gguf(path, log, gpu=gpu, drafts=drafts))
         except LoadError as error:
             raise Unsound(f"llama.cpp cannot load it: {error.message}") from error
         text = ctypes.create_string_buffer(16)

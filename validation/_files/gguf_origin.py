@@ -14,7 +14,7 @@ from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
-from quantool.validation._files.gguf_file import MATRIX_FILE, Header
+from quantool.validation._files.gguf_file import LAYER, MATRIX_FILE, Header
 from quantool.validation._files.gguf_levels import FLOATS, class_of, is_matrix, options_of
 from quantool.validation._findings.builder import FindingBuilder
 
@@ -40,24 +40,29 @@ def judge_matrix(case: Case, header: Header, build: FindingBuilder) -> list[Find
     elif case.output is not None and not wanted:
         problems.append(f"the plan asks for no importance matrix, the file was made with {present}")
     if present is not None:
-        problems += _entries(header)
+        problems += _entries(header, case.source.facts.layers)
         problems += _covered(header)
         problems += _text(case, header, wanted)
     measured = f"{present}: {keys.get(ENTRIES)} weights, {keys.get(DATASET)}" if present else "none"
     return [build.fact("imatrix", measured, "; ".join(problems))]
 
 
-def _entries(header: Header) -> list[str]:
+def _entries(header: Header, layers: int) -> list[str]:
     """The number of weights that the matrix had is one that this model can have.
 
-    llama-imatrix collects what is multiplied: the matrices of the layers, routers too, and the output head if asked.
+    llama-imatrix collects what is multiplied: the matrices of the ``layers``, routers too, and the output head if asked.
+    A multi-token-prediction head behind the layers is not run.
     """
     count = header.keys.get(ENTRIES)
     if not isinstance(count, int):
         return [f"{ENTRIES} is missing"]
     most = sum(len(tensor.shape) >= 2 for tensor in header.tensors)
-    layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.") and is_matrix(tensor)]
-    least = sum(tensor.type not in FLOATS for tensor in layers if class_of(tensor.name) != "experts")
+    run = [
+        tensor
+        for tensor in header.tensors
+        if (matched := LAYER.match(tensor.name)) and int(matched[1]) < layers and is_matrix(tensor)
+    ]
+    least = sum(tensor.type not in FLOATS for tensor in run if class_of(tensor.name) != "experts")
     if count > most:
         return [f"the importance matrix is of another model: {count} weights, this one has {most} matrices"]
     if count < least:
