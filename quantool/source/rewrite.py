@@ -19,12 +19,12 @@ from quantool.formats.safetensors import SINGLE, TensorHeader, check_index, read
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, encode_in_order, write_index
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.adapter import CONFIG, WEIGHTS, LoraAdapter, LowRank, read_adapter, require_fit
-from quantool.source.quantized import Unpacking, quantization, read_unpacking
+from quantool.source.quantized import Unpacking, quantization, read_unpacking, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SLICE = 1 << 24
+SLICE = 1 << 23
 """Elements of a weight that are computed at a time."""
 PROBES = 4
 """Random vectors that a merged weight is multiplied with."""
@@ -101,7 +101,9 @@ def preparation_of(
     parts = (top, text) if isinstance(text, dict) else (top,)
     settings = quantization(path, *parts)
     preparation = Preparation(headers)
-    if settings is not None:
+    if settings is None:
+        require_plain(path, headers)
+    else:
         dtype = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
         preparation = replace(preparation, unpacking=read_unpacking(path, settings, dtype, headers))
     if adapter is not None:

@@ -86,6 +86,13 @@ def test_a_plan_knows_the_weights_that_will_be(quantized: Path, tmp_path: Path) 
     assert to_fetch(source) == 0
 
 
+def test_scales_of_activations_are_left_out_with_a_word(tmp_path: Path) -> None:
+    quantized_sources.write("FP8 channel", plain(tmp_path / "plain"), tmp_path / "model")
+    (note,) = [note for note in asked(tmp_path / "model").notes if "left out" in note]
+    assert note.startswith("1 scales of activations or caches")
+    assert "q_proj.input_scale" in note
+
+
 def test_weights_are_prepared_once(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = asked(quantized)
     ready, workspace = made(source, tmp_path / "out")

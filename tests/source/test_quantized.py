@@ -41,7 +41,7 @@ def read(folder: Path, target: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("elements", [1 << 13, 1 << 24])
+@pytest.mark.parametrize("elements", [1 << 13, 1 << 23])
 def test_weights_are_bit_for_bit_those_of_the_library(
     name: str, elements: int, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +137,33 @@ def test_form_that_cannot_be_read_is_refused_by_name(name: str, written: Any, tm
         preparation_of(tmp_path, check_index(folder), None)
     assert name.partition("-")[0] in error.value.message or name in ("no method", "rotated")
     assert error.value.hint == "start from the bf16 or f16 checkpoint it was made from"
+
+
+def test_eight_bit_floats_without_a_configuration_are_refused(written: Any, tmp_path: Path) -> None:
+    folder, _ = written["DeepSeek FP8"]
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"8 tensors are parts of quantized .* has no quantization_config"):
+        preparation_of(tmp_path, check_index(folder), None)
+
+
+def test_scales_may_be_exponents(written: Any) -> None:
+    """DeepSeek-V3.1 and later store E8M0, as a type of its own or as bytes."""
+    folder, _ = written["DeepSeek FP8"]
+    headers = check_index(folder)
+    name = next(key for key in headers if key.endswith("down_proj.weight"))
+    grid = headers[f"{name}_scale_inv"]
+    headers[grid.name] = TensorHeader(grid.name, "F8_E8M0", grid.shape, SINGLE, 0, grid.elements)
+    weight = preparation_of(folder, headers, None).packed[name]
+    exponents = torch.arange(grid.elements, dtype=torch.uint8).reshape(grid.shape) + 120
+    values = torch.ones(weight.shape).to(torch.float8_e4m3fn)
+    powers = 2.0 ** (exponents.float() - 127)
+    for scale in (exponents, exponents.view(torch.float8_e8m0fnu)):
+        stored = {"weight": values, "scale": scale}
+        found = weight.numbers(lambda part, rows, stored=stored: stored[part][rows], 0, weight.shape[0])  # type: ignore[misc]
+        spread = powers.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert torch.equal(found, spread[: weight.shape[0], : weight.shape[1]])
 
 
 def change(folder: Path, target: Path, alter: Callable[[dict[str, torch.Tensor]], None]) -> Path:
