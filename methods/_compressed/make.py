@@ -17,6 +17,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed.layers import layers_of
 from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
     CALIBRATED,
@@ -35,8 +36,8 @@ from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
+from quantool.source.mtp import head_tensors
 from quantool.source.resolve import overlay
-from quantool.source.tensor_headers import headers
 
 
 def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:
@@ -67,7 +68,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     started = time.monotonic()
     log = workspace.logs / f"{output.id.replace('/', '-')}.log"
     source = overlay(job.plan.source, workspace.work / "source")
-    located = headers(source)
+    located = layers_of(source)
     with checkpoint_folder(job) as part:
         result = _recalled(task, job, options, part)
         if result is None:
@@ -119,7 +120,7 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
         "ignore": list(task.selection.ignore),
         "device": job.config.device or "auto",
     }
-    located = headers(source)
+    located = layers_of(source)
     if task.calibrated:
         plain = replace(task, autoawq=False)  # that layout is converted from this one
         return calibrate.quantize, request | {
@@ -133,6 +134,7 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
     return stream.quantize, request | {
         "shards": sorted({tensor.file for tensor in located.values()}),
         "layers": [layer.name for layer in task.selection.layers],
+        "head": list(head_tensors(located, source.facts.layers)),
         "workers": workers(options, located),
     }
 

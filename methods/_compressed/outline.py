@@ -22,6 +22,7 @@ from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed.cuda import capabilities
+from quantool.methods._compressed.layers import layers_of
 from quantool.methods._compressed.mappings import check
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
@@ -47,7 +48,6 @@ from quantool.runtime.arithmetic import native
 from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
 from quantool.source.shapes import check_config_shapes
-from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
 
 SHARD_BYTES = 5_000_000_000
@@ -161,7 +161,7 @@ def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False)
 
 def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
     """Decide one level; raises what makes it impossible."""
-    located = headers(source)
+    located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
     cache = getattr(options, "kv_cache", None) is not None
@@ -234,7 +234,7 @@ def outline(
         raise ConfigError(
             "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
         )
-    located = headers(source)
+    located = layers_of(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
         check(options.mappings, source.facts.architecture, modules, registries)

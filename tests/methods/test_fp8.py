@@ -83,6 +83,7 @@ def test_slices_and_blocks_give_the_same_bytes_as_whole_shards(
         "output": str(tmp_path),
         "shards": sorted(path.name for path in llama.glob("*.safetensors")),
         "layers": [layer.name for layer in chosen.layers],
+        "head": [],
         "scheme": asdict(FP8["FP8_BLOCK"]),
         "targets": ["Linear"],
         "ignore": list(chosen.ignore),
