@@ -40,6 +40,7 @@ GGUF = Depends(
 """A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
 MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
+BY_LEVEL = "level"
 
 
 class Options(base_file.GgufOptions):
@@ -56,9 +57,9 @@ class Options(base_file.GgufOptions):
     tensor_types: dict[str, str] = Field({}, description="Tensor name (regular expression) to ggml type.")
     output_tensor_type: str | None = Field(None, description="ggml type of output.weight.")
     token_embedding_type: str | None = Field(None, description="ggml type of token_embd.weight.")
-    mtp_type: str | None = Field(
+    mtp_type: str = Field(
         "q8_0",
-        description="ggml type of a multi-token-prediction head, which few bits ruin; null: as the level has it.",
+        description="ggml type of a multi-token-prediction head, which few bits ruin; level: what the level gives it.",
     )
     pure: bool = Field(False, description="No mixtures: every tensor gets the level's own type.")
     leave_output_tensor: bool = Field(False, description="Keep output.weight as it is in the base.")
@@ -91,7 +92,8 @@ def outline(request: Request, options: Options) -> Outline:
     _validate_names(rehearsal, options)
     levelled = {level: _with_head(source, options, level) for level in request.levels}
     runs = _dry_runs(rehearsal, levelled)
-    _require_matrix(source, request.levels, runs, options)
+    _require_matrix(request.levels, runs, options)
+    _require_head_types(rehearsal, request, options)
     stem = base_file.file_stem(source, options, str(rehearsal.keys["general.size_label"]))
     repo = request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF"
     extra = _matrix_bytes(request, options, stem)
@@ -179,7 +181,7 @@ def _matrix_bytes(request: Request, options: Options, stem: str) -> int:
 def _validate(options: Options) -> None:
     from quantool.methods._llama_cpp.quantize import ggml_type
 
-    single = (options.output_tensor_type, options.token_embedding_type, options.mtp_type)
+    single = (options.output_tensor_type, options.token_embedding_type, _head_type(options))
     for name in (*options.tensor_types.values(), *single):
         if name is not None:
             ggml_type(name)
@@ -207,10 +209,15 @@ def _validate_names(rehearsal: dry_run.Rehearsal, options: Options) -> None:
         check_matrix(options.imatrix, shapes)
 
 
+def _head_type(options: Options) -> str | None:
+    """The head's own ggml type; None where it has the level's."""
+    return None if options.mtp_type == BY_LEVEL else options.mtp_type
+
+
 def _with_head(source: Source, options: Options, level: str) -> Options:
     """The options of a level, a multi-token-prediction head among its ``tensor_types``."""
     types = with_head(
-        options.tensor_types, head_pattern(source, source_headers(source)), options.mtp_type, level
+        options.tensor_types, head_pattern(source, source_headers(source)), _head_type(options), level
     )
     return options.model_copy(update={"tensor_types": types})
 
@@ -240,19 +247,23 @@ def _dry_runs(rehearsal: dry_run.Rehearsal, levelled: Mapping[str, Options]) -> 
     return found
 
 
-def _require_matrix(
-    source: Source, names: tuple[str, ...], runs: list[dict[str, Any]], options: Options
-) -> None:
+def _require_matrix(names: tuple[str, ...], runs: list[dict[str, Any]], options: Options) -> None:
     missing = [name for name, run in zip(names, runs, strict=True) if run["needs_imatrix"]]
     if missing and not options.imatrix:
         raise ConfigError(
             f"{', '.join(missing)} cannot be made without an importance matrix",
             hint="set quantization_config.imatrix: true and calibration text (dataset_path), or a path",
         )
-    pattern = head_pattern(source, source_headers(source))
-    if pattern is None or options.mtp_type is not None:
+
+
+def _require_head_types(rehearsal: dry_run.Rehearsal, request: Request, options: Options) -> None:
+    """Refuse a head at a level whose type needs an importance matrix of it, which llama.cpp says when it has none."""
+    pattern = head_pattern(request.source, source_headers(request.source))
+    if pattern is None or _head_type(options) is not None:
         return
-    for level, run in zip(names, runs, strict=True):
+    without = options.model_copy(update={"imatrix": False})
+    runs = _dry_runs(rehearsal, dict.fromkeys(request.levels, without))
+    for level, run in zip(request.levels, runs, strict=True):
         head = [name for name in run["types"] if re.search(pattern, name)]
         require_types(level, head, needs_matrix=run["needs_imatrix"])
 

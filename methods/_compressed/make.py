@@ -38,6 +38,7 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.source.mtp import head_tensors
 from quantool.source.resolve import overlay
+from quantool.source.tensor_headers import headers
 
 
 def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:
@@ -125,6 +126,7 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
         plain = replace(task, autoawq=False)  # that layout is converted from this one
         return calibrate.quantize, request | {
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
+            "fused": located.keys() != headers(source).keys(),
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
             "options": options.model_dump(mode="json"),

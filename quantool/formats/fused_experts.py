@@ -16,7 +16,7 @@ GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 
 
 def split_experts(headers: Mapping[str, TensorHeader], kept: Container[str] = ()) -> dict[str, TensorHeader]:
-    """``headers`` with fused experts as single ones: ``experts.0.gate_proj.weight``, ``experts.0.up_proj.weight`` …
+    """``headers`` with fused experts as single ones: ``experts.0.gate_proj.weight`` and so on.
 
     Left as they are: names in ``kept``, layouts with biases or with the axes the other way round (gpt-oss, Llama 4).
     """
