@@ -11,13 +11,17 @@ from pydantic import Field
 
 from quantool.formats.gguf_header import shard_names
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, encode_in_order, write_index
+from quantool.ledger import TensorLine
+from quantool.methods._artifacts import account as safetensors_account
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
     copy_companions,
     finished,
+    is_companion,
     need_disk,
     relative_files,
 )
+from quantool.methods._llama_cpp import account as gguf_account
 from quantool.methods._llama_cpp import base_file, dry_run
 from quantool.methods._safetensors import cast
 from quantool.methods._safetensors.cast import cast_tensors
@@ -56,13 +60,20 @@ def outline(request: Request, options: Options) -> Outline:
     """Plan one export a level; sizes are exact in both formats."""
     options.split_bytes()
     if options.format == "safetensors":
-        return Outline(tuple(_outline_safetensors(request, options, level) for level in request.levels))
+        plans = tuple(_outline_safetensors(request, options, level) for level in request.levels)
+        lines = {output.id: _safetensors_lines(request.source, output.level) for output in plans}
+        return Outline(plans, lines=lines)
     drafts = [_outline_gguf(request, options, level) for level in request.levels]
-    outputs, stages, notes = zip(*drafts, strict=True)
-    return Outline(outputs, stages, tuple(dict.fromkeys(filter(None, notes))))
+    outputs, stages, notes, accounts = zip(*drafts, strict=True)
+    lines = {output.id: account for output, account in zip(outputs, accounts, strict=True)}
+    return Outline(
+        outputs, stages, tuple(dict.fromkeys(note for remarks in notes for note in remarks)), lines
+    )
 
 
-def _outline_gguf(request: Request, options: Options, level: str) -> tuple[OutputPlan, StagePlan, str]:
+def _outline_gguf(
+    request: Request, options: Options, level: str
+) -> tuple[OutputPlan, StagePlan, list[str], tuple[TensorLine, ...]]:
     source = request.source
     kind, _ = base_file.choose_type(source, level.lower())
     rehearsal = dry_run.rehearse(source, options, kind)
@@ -72,7 +83,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
-    stage = base_file.base_stage(request, options, kind, sum(sizes))
+    stage = base_file.base_stage(request, kind, sum(sizes), dry_run.conversion_ram(rehearsal), options)
     output = OutputPlan(
         id=f"fp16/{level}",
         method="fp16",
@@ -89,7 +100,7 @@ def _outline_gguf(request: Request, options: Options, level: str) -> tuple[Outpu
         done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, dry_run.space_note(rehearsal)
+    return output, stage, dry_run.notes(rehearsal), gguf_account.lines(source, rehearsal, types)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:
@@ -104,6 +115,11 @@ def _shards(source: Source, level: str) -> dict[str, list[Stored]]:
     }
 
 
+def _safetensors_lines(source: Source, level: str) -> tuple[TensorLine, ...]:
+    stored = [tensor for tensors in _shards(source, level).values() for tensor in tensors]
+    return safetensors_account.lines(headers(source), stored)
+
+
 def _outline_safetensors(request: Request, options: Options, level: str) -> OutputPlan:
     source = request.source
     base_file.choose_type(source, level.lower())
@@ -113,6 +129,9 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
     files = [
         PlannedFile(name=name, bytes=len(encode_in_order(tensors)[0]) + data[name])
         for name, tensors in shards.items()
+    ]
+    files += [
+        PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
     ]
     return OutputPlan(
         id=f"fp16/{level}-safetensors",
@@ -126,7 +145,8 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
         bits_per_weight=8 * sum(data.values()) / source.facts.parameters,
         peak_ram=2 * source.facts.largest_tensor * 2 + base_file.GIB,
         gates=request.gates(level),
-        done=request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
+        done=all(file.sha256 for file in source.files)
+        and request.workspace.recall(f"fp16/{level}-safetensors", _tensors_key(source, level)) is not None,
     )
 
 

@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from quantool.methods._compressed import outline as _compressed
-from quantool.methods._compressed.cuda import capabilities, fp8_warning
+from quantool.methods._compressed.cuda import fp8_warning
 from quantool.methods._compressed.make import compressed_method
 from quantool.methods._compressed.schemes import FP8
 from quantool.plugins.contract import Outline, Request
+from quantool.runtime.gpus import capabilities
 
 RECIPE = _compressed.Recipe("fp8", "FP8", "rtn", FP8)
 

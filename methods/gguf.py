@@ -14,7 +14,7 @@ from pydantic import Field
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import base_file, dry_run, imatrix, level_files
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.mtp import head_pattern, require_types, with_head
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -41,6 +41,12 @@ GGUF = Depends(
 MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
 BY_LEVEL = "level"
+IMATRIX_RAM = 400 << 20
+"""Of the libraries, and of the activations of a batch."""
+WORK = {
+    "IQ4": 1e4, "IQ": 1e5, "TQ": 1e3, **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K"), 6e3), "Q6_K": 3e3, "": 200.0,
+}  # fmt: skip
+"""By the start of a level: operations for each weight, as the seconds of llama.cpp 0c1e570 compare with products."""
 
 
 class Options(base_file.GgufOptions):
@@ -116,6 +122,7 @@ def outline(request: Request, options: Options) -> Outline:
                 files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
                 bits_per_weight=dry_run.bits_per_weight(rehearsal, run["types"]),
                 peak_ram=_quantize_ram(rehearsal, run["types"]),
+                operations=_operations(level) * rehearsal.elements(),
                 gates=request.gates(level),
                 done=_is_done(request, options, kind, level, names),
                 needs=("base", "imatrix") if options.imatrix else ("base",),
@@ -129,7 +136,11 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, dry_run.space_note(rehearsal), *aliases))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases))),
+        {
+            output.id: account.lines(source, rehearsal, run["types"])
+            for output, run in zip(outputs, runs, strict=True)
+        },
     )
 
 
@@ -276,18 +287,32 @@ def _quantize_ram(rehearsal: dry_run.Rehearsal, types: dict[str, str]) -> int:
     return min(largest, MAX_BUFFER) + (200 << 20)
 
 
+def _operations(level: str) -> float:
+    """What quantizing a weight costs, in multiplications and additions of a matrix product (they are far quicker)."""
+    return next((cost for start, cost in WORK.items() if level.startswith(start)), WORK[""])
+
+
 def _stages(
     request: Request, rehearsal: dry_run.Rehearsal, options: Options, kind: str
 ) -> tuple[StagePlan, ...]:
     source, workspace = request.source, request.workspace
     base_bytes = sum(dry_run.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
-    stages = [base_file.base_stage(request, options, kind, base_bytes)]
+    stages = [base_file.base_stage(request, kind, base_bytes, dry_run.conversion_ram(rehearsal), options)]
     if options.imatrix is True:
         logits = 4 * source.facts.vocabulary * imatrix.IMATRIX_CONTEXT * LOGITS_WINDOWS
         columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())
         matrix = _known_matrix(request, options, kind)
         done = matrix is not None and workspace.recall("imatrix", matrix) is not None
-        stages.append(StagePlan(name="imatrix", writes=columns, peak_ram=base_bytes + logits, done=done))
+        tokens = imatrix.tokens_at_most(request.config)
+        stages.append(
+            StagePlan(
+                name="imatrix",
+                writes=columns,
+                peak_ram=base_bytes + logits + IMATRIX_RAM,
+                operations=2.0 * source.facts.parameters * tokens,
+                done=done,
+            )
+        )
     return tuple(stages)
 
 

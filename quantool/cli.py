@@ -168,7 +168,7 @@ def plan(
 ) -> None:
     """Say what a run would do: files with exact sizes, disk, memory, what is done already."""
     from quantool import pipeline
-    from quantool.report.table import planned
+    from quantool.report.table import planned, terminal_width
 
     loaded, progress = _load(config, overrides, quiet=quiet)
     with progress.whole():
@@ -179,7 +179,8 @@ def plan(
         record = made.model_dump(mode="json") | {"machine": machine.model_dump(mode="json")}
         typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
     else:
-        typer.echo(planned(made, machine))
+        typer.echo(planned(made, machine, terminal_width()))
+    pipeline.require_room(loaded, made, machine)
 
 
 @app.command()
@@ -224,7 +225,7 @@ def validate(
     if base is not None and not base.is_file():
         raise ConfigError(f"--base {base} is no file")
     artifacts = [entry for entry, _ in given]
-    limits = [gates.resolve(entry.level, settings.validation.gates) for entry in artifacts]
+    limits = [gates.resolve(entry.level, settings.validation.gates, None) for entry in artifacts]
     progress = Progress(quiet=quiet)
     with progress.whole():
         reports = pipeline.validate(artifacts, engine, settings, limits, progress, base)

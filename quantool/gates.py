@@ -6,24 +6,27 @@ wikitext-2 in llama.cpp's ``tools/perplexity/README.md`` (table "LLaMA 3 8b Scor
 where it lists both, so that a level passes either way). Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, FP8 and W4A16 are set by
 hand near these. For FP8 and integer formats of served models see arXiv 2411.02355.
 
+Embeddings, scores and logits of classifiers move with the states that the last layer gives, as its prediction does: their
+limits follow from the one of the mean KLD (``task_limits``), fixed at a cosine of 0.999 at Q8_0.
+
 They hold for models of 1 B parameters and more: smaller ones lose more at every level and need wider gates, given as
 ``validation.gates`` in the configuration. They tell a broken file from a sound one; they do not rank sound ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from quantool.errors import ConfigError, nearest
 from quantool.records import Gates
+from quantool.tasks import TaskKind
 
 ALL_LEVELS = "*"
 """The entry of ``validation.gates`` that stands for every level."""
 
 MIN_EXPERT_TOKENS = 32
 """Calibration tokens below which an expert is named in a warning; a limit only where ``min_expert_tokens`` is set."""
-_OPTIONAL = {"min_expert_tokens"}
-"""Gates that no level has by default."""
 
 _EXACT = (
     0.001,
@@ -88,38 +91,72 @@ _TABLE: dict[str, tuple[float, float, float]] = {
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize has them
 
 
-def default_gates(level: str) -> Gates:
+LIMITS: dict[TaskKind, tuple[str, ...]] = {
+    TaskKind.GENERATION: ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p"),
+    TaskKind.EMBEDDING: ("min_cosine", "min_recall_at_10"),
+    TaskKind.RERANKING: ("max_logit_error", "min_rank_correlation"),
+    TaskKind.CLASSIFICATION: ("max_logit_error", "min_same_label"),
+}
+"""The gates of a model that is for a task."""
+
+
+def default_gates(level: str, kind: TaskKind | None = TaskKind.GENERATION) -> Gates:
     """Give the limits of ``level`` (any case) for a model of 1 B parameters and more; see the module for the sources.
 
-    Raises ConfigError for a level without known figures.
+    ``kind`` is what the model is for, None for the limits of all tasks. Raises ConfigError for a level without known
+    figures.
     """
     name = _canonical(level)
+    wanted = _limits(kind)
     if name not in _TABLE:
         raise ConfigError(
             f"there are no default gates for level {level!r}",
-            hint=f"give validation.gates.{level} in the configuration, with all of {', '.join(_required())}"
+            hint=f"give validation.gates.{level} in the configuration, with all of {', '.join(wanted)}"
             + (f"; {near}" if (near := nearest(level, list(_TABLE))) else ""),
         )
     ratio, divergence, agreement = _TABLE[name]
-    return Gates(max_ln_ppl_ratio=ratio, max_mean_kld=divergence, min_same_top_p=agreement)
+    known = {
+        "max_ln_ppl_ratio": ratio,
+        "max_mean_kld": divergence,
+        "min_same_top_p": agreement,
+        **task_limits(divergence),
+    }
+    return Gates.model_validate({limit: known[limit] for limit in wanted})
 
 
-def resolve(level: str, configured: Mapping[str, Gates]) -> Gates:
-    """Merge, field by field, what is configured for ``level`` over what is for ``"*"`` over the defaults.
+def task_limits(divergence: float) -> dict[str, float]:
+    """Limits of what is no prediction of a token, of a level whose mean KLD may be ``divergence``.
+
+    With small errors, both the KLD and 1 - cosine grow with the square of the error of the states, and orders with its
+    root: so do the shares of equal neighbours, equal labels and pairs in the same order.
+    """
+    lost = divergence / 4
+    return {
+        "min_cosine": max(0.1, 1 - lost),
+        "min_recall_at_10": max(0.1, 1 - 2.5 * math.sqrt(lost)),
+        "max_logit_error": 2 * divergence,
+        "min_same_label": max(0.1, 1 - math.sqrt(lost)),
+        "min_rank_correlation": max(0.1, 1 - 2.5 * math.sqrt(lost)),
+    }
+
+
+def _limits(kind: TaskKind | None) -> tuple[str, ...]:
+    return LIMITS[kind] if kind else tuple(dict.fromkeys(limit for own in LIMITS.values() for limit in own))
+
+
+def resolve(
+    level: str, configured: Mapping[str, Gates], kind: TaskKind | None = TaskKind.GENERATION
+) -> Gates:
+    """Merge, field by field, what is configured for ``level`` over what is for ``"*"`` over the defaults of ``kind``.
 
     A field set to None switches that gate off; a field that is left out does not. Raises ConfigError when a level
     without defaults is not given all limits.
     """
     named = {_canonical(name): gates for name, gates in configured.items()}
     chosen = over(named.get(ALL_LEVELS, Gates()), named.get(_canonical(level), Gates()))
-    if chosen.model_fields_set >= set(_required()):
+    if chosen.model_fields_set >= {*_limits(kind)}:
         return chosen
-    return over(default_gates(level), chosen)
-
-
-def _required() -> list[str]:
-    """The gates that every level has."""
-    return [name for name in Gates.model_fields if name not in _OPTIONAL]
+    return over(default_gates(level, kind), chosen)
 
 
 def over(lower: Gates, upper: Gates) -> Gates:

@@ -17,6 +17,7 @@ from quantool.publish import preupload
 from quantool.records import Artifact, Finding, Report, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, write_text
+from quantool.tasks import Task
 
 
 def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progress) -> tuple[Report, ...]:
@@ -24,7 +25,7 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
 
     What a check can do for several artifacts at once (``Check.prepare``) is done once for those that it has to judge.
     """
-    checks = checks_of(cases[0].config) if cases else []
+    checks = checks_of(cases[0].config, cases[0].source.facts.task) if cases else []
     kept = [
         {check.name: _kept(check, case, artifact) for check in checks}
         for case, artifact in zip(cases, artifacts, strict=True)
@@ -55,7 +56,9 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
 
 def kept_report(case: Case, artifact: Artifact) -> Report | None:
     """The report of an earlier run, when the findings of every check still hold."""
-    results = {check.name: _kept(check, case, artifact) for check in checks_of(case.config)}
+    results = {
+        check.name: _kept(check, case, artifact) for check in checks_of(case.config, case.source.facts.task)
+    }
     found = {name: result for name, result in results.items() if result is not None}
     return _report(case, artifact, found) if len(found) == len(results) else None
 
@@ -65,9 +68,14 @@ def record_path(workspace: Workspace, kind: str, name: str) -> Path:
     return workspace.root / "records" / f"{name.replace('/', '-')}.{kind}.json"
 
 
-def checks_of(config: Config) -> list[Check]:
-    """The checks of a configuration; ConfigError or DependencyError for one that cannot be loaded."""
-    return [find.find_check(name) for name in config.validation.checks or find.names("checks")]
+def checks_of(config: Config, task: Task | None = None) -> list[Check]:
+    """The checks of a configuration, of those that judge models of ``task`` if it is known.
+
+    Raises ConfigError or DependencyError for one that cannot be loaded, ConfigError for one that is asked for and says
+    nothing about such models.
+    """
+    names = config.validation.checks or find.names("checks")
+    return [find.find_check(name) for name in (find.judging_checks(config, task) if task else names)]
 
 
 def _report(case: Case, artifact: Artifact, results: Mapping[str, dict[str, Any]]) -> Report:
@@ -78,6 +86,7 @@ def _report(case: Case, artifact: Artifact, results: Mapping[str, dict[str, Any]
     return Report(
         artifact=artifact,
         reference=case.source.label(),
+        prepared=case.source.prepared.described() if case.source.prepared is not None else "",
         findings=tuple(findings),
         seconds=sum(result["seconds"] for result in results.values()),
         check_seconds={name: result["seconds"] for name, result in results.items()},

@@ -17,7 +17,7 @@ from quantool.given_artifacts import judged_by
 from quantool.plan import effort
 from quantool.plan import make as planning
 from quantool.plan.depends import depends_of
-from quantool.plan.disk import check_disk
+from quantool.plan.disk import check_disk, check_ram
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Job
 from quantool.publish import preupload
@@ -41,6 +41,9 @@ from quantool.report.plots import draw
 from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, link_file, write_text
+from quantool.source.prepare import forget as forget_prepared
+from quantool.source.prepare import prepare, to_fetch
+from quantool.source.prepare import recall as recall_prepared
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import forget_scan, recall_scan, scan_source
 
@@ -74,10 +77,9 @@ def plan_here(config: Config, progress: Progress) -> tuple[Plan, MachineState]:
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     with progress.step(f"read the headers of {config.model_id}"):
         source = resolve(config, weights=False, progress=progress)
-    missing = [file.bytes for file in source.files if not (source.folder / file.name).exists()]
-    source = recall_scan(source, workspace)
+    source = recall_scan(recall_prepared(source, workspace), workspace)
     with progress.step("work out files, sizes and memory"):
-        return _checked_plan(config, source, workspace, downloads=sum(missing))
+        return _checked_plan(config, source, workspace, downloads=to_fetch(source))
 
 
 def run(
@@ -96,6 +98,7 @@ def run(
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
         if rehash:
+            forget_prepared(workspace)
             forget_scan(workspace)
         plan, machine = _planned(config, workspace, progress)
         if rehash:
@@ -106,6 +109,8 @@ def run(
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
             reports = _all_at_once(config, plan, workspace, progress)
+        effort.learn_making(plan, config, workspace.seconds, {*machine.done})
+        effort.learn_checking(plan, config, reports)
         with progress.step(effort.PACK):
             packed = pack(plan, reports, workspace)
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
@@ -171,17 +176,25 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[
         source = resolve(config, weights=True, progress=progress)
         source = overlay(source, workspace.work / "source")
     with progress.step("work out files, sizes and memory"):
-        _, machine = _checked_plan(config, recall_scan(source, workspace), workspace)
-    check_disk(machine, workspace.root)
+        known = recall_scan(recall_prepared(source, workspace), workspace)
+        plan, machine = _checked_plan(config, known, workspace)
+    require_room(config, plan, machine)
+    source = prepare(source, workspace, progress)
     with progress.step("scan weights"):
         source = scan_source(source, workspace, progress)
     plan, machine = _checked_plan(config, source, workspace)
-    known = _warned(workspace)
+    warned = _warned(workspace)
     for note in plan.warnings:
-        if note not in known:
+        if note not in warned:
             progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
     return plan, machine
+
+
+def require_room(config: Config, plan: Plan, machine: MachineState) -> None:
+    """DependencyError when disk or memory of this machine do not hold what the plan needs."""
+    check_disk(machine, config.output_path)
+    check_ram(plan, machine, config)
 
 
 def _warned(workspace: Workspace) -> frozenset[str]:
@@ -227,7 +240,7 @@ def _make(
     method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
     job = Job(config, plan, output, workspace, depends_of(method))
-    with progress.step(effort.make_step(output)):
+    with progress.step(effort.make_step(output)), workspace.timed(output.id):
         artifact = method.quantize(job, options, progress)
     if artifact.folder.name != output.repo:  # recalled; it was made for another repository
         for file in (*artifact.files, *artifact.shared):
@@ -293,6 +306,7 @@ def validate(
         with progress.step(f"read {config.model_id}"):
             source = resolve(config, weights=True, progress=progress)
             source = overlay(source, workspace.work / "source")
+            source = prepare(source, workspace, progress)
             source = scan_source(source, workspace, progress)
         cases = [
             Case(

@@ -13,28 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
-
-class Record(BaseModel):
-    """Frozen, closed to unknown keys, equal by value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Privacy(StrEnum):
-    """What becomes of a field when its record leaves this machine; set in the field's type (``card/redact.py``)."""
-
-    DROPPED = "dropped"
-    """It says where a run was or how far, not what was made."""
-    NAMED = "named"
-    """It may be a path of this machine, of which the last part is enough. Every ``Path`` is treated so without a mark."""
-
-
-MachinePath = Annotated[Path, Privacy.DROPPED]
-"""A folder of this machine."""
-NameOrPath = Annotated[str, Privacy.NAMED]
-"""A name that stands everywhere (an id on the Hub), or a path of this machine."""
+from quantool.ledger import Ledger
+from quantool.origins import Prepared, SourceFile, identities
+from quantool.record import MachinePath, NameOrPath, Privacy, Record
+from quantool.tasks import Task
 
 
 class FileRecord(Record):
@@ -43,14 +27,6 @@ class FileRecord(Record):
     name: str
     bytes: int
     sha256: str
-
-
-class SourceFile(Record):
-    """One file of a checkpoint. ``sha256`` is None while nobody has read it (weights, in a plan)."""
-
-    name: str
-    bytes: int
-    sha256: str | None = None
 
 
 class ModelFacts(Record):
@@ -79,10 +55,11 @@ class ModelFacts(Record):
     """Union of config.json and generation_config.json, in that order."""
     chat_template: str | None
     """The template that transformers applies (chat_template.jinja before tokenizer_config.json)."""
-    named_templates: dict[str, str] = {}
+    named_templates: dict[str, str] = Field(default={})
     """Templates that are asked for by name (``tool_use``, which is also taken when tools are offered; ``rag``)."""
     has_sentencepiece: bool
     """Whether tokenizer.model is there."""
+    task: Task = Task()
 
 
 class ModelCard(Record):
@@ -109,9 +86,11 @@ class Source(Record):
     folder: MachinePath
     """Where the files lie (or will lie, for weights that a plan does not download)."""
     files: tuple[SourceFile, ...]
+    others: tuple[SourceFile, ...] = ()
+    """Files beside these that nothing reads; no result depends on them."""
     facts: ModelFacts
     card: ModelCard
-    generation: dict[str, JsonValue] = {}
+    generation: dict[str, JsonValue] = Field(default={})
     """generation_config.json."""
     trust_remote_code: bool = False
     tokenizer: Path | None = None
@@ -120,6 +99,8 @@ class Source(Record):
     """What deserves a warning and stops nothing."""
     max_abs: float | None = None
     """Largest magnitude among the weights; None while nobody has read them."""
+    prepared: Prepared | None = None
+    """How ``folder`` came about, where it is not what the user has."""
 
     def identity(self) -> dict[str, JsonValue]:
         """By what results that depend on the checkpoint know it again; reads no weights.
@@ -127,12 +108,10 @@ class Source(Record):
         Small files count by their hash. Weights count by their size, at a Hub commit with it (which is immutable), in a
         local folder with their modification time until they were hashed. Where the folder lies does not count.
         """
-        entries: list[JsonValue] = []
-        for file in self.files:
-            entry: list[JsonValue] = [file.name, file.bytes, file.sha256]
-            if file.sha256 is None and self.commit is None:
-                entry[2] = (self.folder / file.name).stat().st_mtime_ns
-            entries.append(entry)
+        unread: JsonValue = None if self.commit else "time"
+        if self.prepared is not None:
+            unread = self.prepared.identity()
+        entries = identities(self.folder, self.files, unread)
         where: dict[str, JsonValue] = {"id": self.model_id, "commit": self.commit} if self.commit else {}
         own_code: dict[str, JsonValue] = {"own_code": True} if self.trust_remote_code else {}
         return {**where, **own_code, "files": entries}
@@ -169,6 +148,19 @@ class Gates(Record):
         ge=0,
         description="Lower limit of the calibration tokens that reach each expert; default: none.",
     )
+    min_cosine: float | None = Field(default=None, ge=-1, le=1, description="Lower limit of the mean cosine.")
+    min_recall_at_10: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of the ten nearest neighbours kept."
+    )
+    max_logit_error: float | None = Field(
+        default=None, ge=0, description="Upper limit of the squared error of logits over their variance."
+    )
+    min_same_label: float | None = Field(
+        default=None, ge=0, le=1, description="Lower limit of the share of texts with the same label."
+    )
+    min_rank_correlation: float | None = Field(
+        default=None, ge=-1, le=1, description="Lower limit of Kendall's tau of documents put in order."
+    )
 
     @model_serializer(mode="wrap")
     def _as_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
@@ -200,11 +192,15 @@ class OutputPlan(Record):
     files: tuple[PlannedFile, ...]
     bits_per_weight: float | None
     peak_ram: int
+    operations: float = 0.0
+    """Multiplications and additions that making it takes, from which the plan tells the time."""
     gates: Gates
     done: bool = Field(default=False, exclude=True)
     """Whether an earlier run left it finished, said by an outline; a ``MachineState`` says it beside a plan."""
     needs: tuple[str, ...] = ()
     """Names of the shared stages this output is made from, e.g. ``base``, ``imatrix``."""
+    ledger: Ledger | None = None
+    """What becomes of every tensor and file of the source; the plan completes what the method says of it."""
 
 
 class StagePlan(Record):
@@ -213,6 +209,8 @@ class StagePlan(Record):
     name: str
     writes: int
     peak_ram: int
+    operations: float = 0.0
+    """As in ``OutputPlan``."""
     done: bool = Field(default=False, exclude=True)
     """As in ``OutputPlan``."""
 
@@ -226,6 +224,10 @@ class MachineState(Record):
     """Bytes that the steps still to do write."""
     done: tuple[str, ...] = ()
     """Names of the steps that are finished, outputs among them."""
+    seconds: dict[str, float] = Field(default={})
+    """By stage, the time that it is expected to need here."""
+    ram: int = 0
+    """Bytes of memory that this machine has; 0: not looked at."""
 
 
 class Plan(Record):
@@ -253,10 +255,10 @@ class Artifact(Record):
     bits_per_weight: float
     """Bits of tensor data per weight element."""
     seconds: float
-    details: dict[str, JsonValue] = {}
+    details: dict[str, JsonValue] = Field(default={})
     made_from: Annotated[str | None, Privacy.DROPPED] = None
     """The unquantized GGUF (first shard), below the output path; None for artifacts without such a step."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={})
     """What took part in making it: quantool and the libraries that its method declares."""
 
     def bytes(self) -> int:
@@ -298,9 +300,11 @@ class Report(Record):
 
     artifact: Artifact
     reference: NameOrPath
+    prepared: str = ""
+    """What was done to that checkpoint before it was the reference; empty where nothing was."""
     findings: tuple[Finding, ...]
     seconds: float
-    check_seconds: dict[str, float] = {}
+    check_seconds: dict[str, float] = Field(default={})
     """By check: seconds it took, with the artifact's even part of what it did for several at once."""
 
     def verdict(self) -> Verdict:

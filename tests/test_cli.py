@@ -122,6 +122,21 @@ def test_a_step_summary_that_cannot_be_written_does_not_keep_the_result(
     assert "warning: the table is not in $GITHUB_STEP_SUMMARY: No such file or directory" in ended.err
 
 
+def test_a_plan_fits_the_terminal(
+    quantool: Command, config_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file(stem="a-name-that-is-longer-than-a-terminal-has-room-for")
+    whole = quantool("plan", path).out
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = quantool("plan", path).out
+    assert "…" in narrow
+    assert "…" not in whole
+    lengths = [
+        max(len(line) for line in text[text.index("output ") :].splitlines()) for text in (narrow, whole)
+    ]
+    assert lengths[0] <= 80 < lengths[1]
+
+
 def test_a_plan_says_what_it_does(quantool: Command, config_file: Write, tmp_path: Path) -> None:
     ended = quantool("plan", config_file())
     assert ended.err.splitlines()[:2] == [

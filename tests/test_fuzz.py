@@ -6,7 +6,7 @@ from tests import fuzz
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("reader", ["checkpoint", "configuration", "text", "record"])
+@pytest.mark.parametrize("reader", sorted(fuzz.READERS))
 def test_bad_input_is_refused_without_a_traceback(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A few of the cases that ``python -m tests.fuzz`` runs by the thousand."""
     assert fuzz.main(["--cases", "15", "--reader", reader]) == 0, capsys.readouterr().out

@@ -29,7 +29,10 @@ HEAVY = {
     "compressed_tensors",
 }
 PRINTING = {"progress.py", "cli.py"}
-GROUND = ("quantool", "quantool.errors", "quantool.records", "quantool.gates")
+GROUND = (
+    "quantool", "quantool.errors", "quantool.record", "quantool.origins", "quantool.ledger", "quantool.tasks",
+    "quantool.records", "quantool.gates",
+)  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
     "publish", "app",
@@ -38,7 +41,7 @@ ROOMS = (
 PLUGINS_IMPORT = {"ground", "runtime", "config", "plugins"}
 FEATURES_IMPORT = set(ROOMS[: ROOMS.index("plugins") + 1])
 """What methods and checks may use of the core."""
-JUDGING = ("_findings", "_engines", "_cache", ("_score", "_chat", "_files", "_tasks"), "checks")
+JUDGING = ("_findings", "_engines", "_cache", ("_score", "_chat", "_files", "_tasks", "_pooled"), "checks")
 """Inside validation, in order; those of one step do not know each other."""
 MOST_FILES = 20
 VAGUE = {"utils", "util", "helpers", "helper", "base", "manager", "common", "misc"}

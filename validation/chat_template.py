@@ -20,6 +20,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import inputs
 from quantool.validation._chat import llama_cpp_python, llama_server
 from quantool.validation._chat.agreement import (
@@ -53,6 +54,7 @@ WITH_TOOLS = (
 @check(
     NAME,
     depends=TOKENIZER | RENDERERS | Depends(inputs=(inputs.conversations,), engine=True),
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Chats rendered by the artifact's engines and by the source's tokenizer: template, text and token ids."""

@@ -17,6 +17,7 @@ from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.process import call
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.validation._files import gguf_file
 from quantool.validation._findings.builder import FindingBuilder, without_folders
 
@@ -33,7 +34,11 @@ KEYS = {  # gguf-py/gguf/metadata.py: names in generation_config.json and in a G
 }
 
 
-@check(NAME, depends=Depends(fields=("validation.generation",), engine=True, folder=True))
+@check(
+    NAME,
+    depends=Depends(fields=("validation.generation",), engine=True, folder=True),
+    tasks=(TaskKind.GENERATION,),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Recommended sampling: generation_config.json, the artifact and the model card say the same."""
     del progress  # headers only

@@ -18,7 +18,8 @@ from quantool.errors import SourceError
 from quantool.formats.fused_experts import split_experts
 from quantool.formats.gguf_header import SHARD, shard_names
 from quantool.formats.json_file import read_json
-from quantool.formats.safetensors import check_index
+from quantool.formats.safetensors import TensorHeader, check_index
+from quantool.ledger import Fate, names
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Plan, sha256_of
@@ -110,7 +111,7 @@ def _judge_folder(case: Case) -> list[Finding]:
     if found and promised is None:
         reason = f"layers by quant_method {found.get('quant_method')!r} are not known to this check"
         return [*findings, BUILD.skip("layers", reason)]
-    folder = Folder(stored, split_experts(source_headers(case.source), stored), promised)
+    folder = Folder(stored, split_experts(_expected_headers(case), stored), promised)
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
         sizes[tensor.dtype] += tensor.bytes
@@ -122,6 +123,14 @@ def _judge_folder(case: Case) -> list[Finding]:
         *judge_cache(stored, cache, options_of(case).get("kv_cache"), BUILD),
     ]
     return [*findings, *(COMPRESSED_TENSORS.judged(finding, version) for finding in by_rules)]
+
+
+def _expected_headers(case: Case) -> dict[str, TensorHeader]:
+    """The source's tensors but those that the plan leaves out."""
+    ledger = case.output.ledger if case.output is not None else None
+    lines = ledger.tensors if ledger is not None else ()
+    dropped = {name for line in lines if line.fate is Fate.DROPPED for name in names(line.name)}
+    return {name: tensor for name, tensor in source_headers(case.source).items() if name not in dropped}
 
 
 def _planned_names(case: Case) -> list[str]:
@@ -250,9 +259,11 @@ def _odd_layers(layers: dict[int, set[str]]) -> list[str]:
 
 
 def _judge_elements(case: Case, header: Header) -> Finding:
-    """As many weights as the source has, but for padding and rope factors."""
+    """As many weights as the source has, but for what the plan leaves out, padding and rope factors."""
     measured = sum(tensor.elements for tensor in header.tensors)
-    reference = case.source.facts.parameters
+    ledger = case.output.ledger if case.output is not None else None
+    dropped = ledger.elements(Fate.DROPPED) if ledger is not None else 0
+    reference = case.source.facts.parameters - dropped
     if not reference:
         return BUILD.skip("weights", "the source's number of weights is not known")
     off = abs(measured - reference) / reference

@@ -22,6 +22,7 @@ from quantool.plugins.keys import Depends
 from quantool.records import Finding, Source, Verdict, sha256_of
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
 from quantool.validation._engines.head import Unsound
@@ -94,7 +95,9 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(("validation.lm_eval",), inputs=(_documents,)),
+    loads_reference=True,
     holds_model=True,
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Tasks of lm-eval (when configured): accuracy beside the reference, by McNemar's exact test."""

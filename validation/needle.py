@@ -15,6 +15,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Source, Verdict
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import corpus, inputs
 from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
@@ -55,11 +56,24 @@ def require(config: Config, source: Source) -> None:
         corpus.read(haystack, characters=1)
 
 
+def computes(config: Config, source: Source, /) -> tuple[int, int]:
+    """Every cell of the grid, with its answer."""
+    del source
+    settings = config.validation.needle
+    if settings is None:
+        return 0, 0
+    cells = len(set(settings.depths))
+    return cells * sum(settings.lengths), cells * len(settings.lengths) * needle_worker.ANSWER
+
+
 @check(
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
+    computes=computes,
+    loads_reference=True,
     holds_model=True,
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """A sentence hidden in long text (when configured), found by reference and artifact: depth by length."""

@@ -10,6 +10,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Gates, Source, Verdict
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import inputs
 from quantool.texts.corpus import corpora
 from quantool.validation._engines.reference import REFERENCE, WHOLE, Reference, references
@@ -18,7 +19,8 @@ from quantool.validation._findings.builder import FindingBuilder
 from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Scores, summarize
 from quantool.validation._score import conversion_loss
-from quantool.validation._score.scores import SCORES, ArtifactScores, compute, kept_scores, require
+from quantool.validation._score.score_files import SCORES
+from quantool.validation._score.scores import ArtifactScores, compute, kept_scores, require
 
 NAME = "perplexity"
 BUILD = FindingBuilder(NAME)
@@ -42,6 +44,13 @@ def writes(config: Config, source: Source, /) -> int:
     return len(corpora(config)) * windows * len(scored(settings.context)) * width
 
 
+def computes(config: Config, source: Source, /) -> tuple[int, int]:
+    """Every window of every text."""
+    del source
+    settings = config.validation
+    return len(corpora(config)) * (settings.max_tokens // settings.context) * settings.context, 0
+
+
 def prepare(cases: Sequence[Case], progress: Progress) -> None:
     """Score all artifacts that are not yet, those of one engine together; the reference is computed once."""
     for case in cases:
@@ -53,10 +62,13 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     NAME,
     prepare=prepare,
     writes=writes,
+    computes=computes,
+    loads_reference=True,
     depends=WINDOWS
     | REFERENCE
     | SCORES
     | Depends(fields=("validation.corpora",), inputs=(inputs.held_out, _conversion_gates), gates=True),
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Perplexity, KL divergence and same-top-p beside the bf16 reference, on the reference's token ids."""

@@ -17,6 +17,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
+from quantool.tasks import TaskKind
 from quantool.texts import inputs
 from quantool.validation._chat.conversations import ENDED, end_of_turn, of_case
 from quantool.validation._engines import hf_tokenizer
@@ -34,7 +35,11 @@ NAME = "stop_tokens"
 BUILD = FindingBuilder(NAME)
 
 
-@check(NAME, depends=TOKENIZER | Depends(inputs=(inputs.conversations,), engine=True))
+@check(
+    NAME,
+    depends=TOKENIZER | Depends(inputs=(inputs.conversations,), engine=True),
+    tasks=(TaskKind.GENERATION,),
+)
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """EOS, every token that ends generation or a chat turn, BOS and padding, as the source has them."""
     del progress  # a second

@@ -2,25 +2,28 @@
 
 A GGUF with another pre-tokenizer, vocabulary or BOS setting agrees with every other GGUF made the same way, and its
 quantized levels look healthy beside its own base; only the source's tokenizer (transformers) can show it. Two
-limits of llama.cpp are reported as skipped, and only where nothing else differs: it has no NFC normalizer, and it puts the
+limits of llama.cpp are reported as skipped, and only where nothing else differs: it lacks normalizers (NFC, BERT's), and it puts the
 space of SentencePiece either before the text and after every special token or nowhere.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from quantool.config.schema import Corpus
+from quantool.config.schema import Config, Corpus
 from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
 from quantool.texts import corpus, inputs
+from quantool.texts.readers import BUILT_IN
 from quantool.validation._engines import hf_tokenizer
+from quantool.validation._engines.probe_texts import PROBES
 from quantool.validation._engines.vocabulary import (
     TOKENIZER,
     ProbeText,
@@ -31,11 +34,16 @@ from quantool.validation._engines.vocabulary import (
     explain,
     of_gguf,
 )
+from quantool.validation._engines.word_pieces import cleaned
 from quantool.validation._findings.builder import FindingBuilder
 
 NAME = "tokenizer"
 BUILD = FindingBuilder(NAME)
 HEAD = 20_000  # characters of each corpus
+CHARACTERS = 600_000
+"""Characters of all corpora together: 100,000 tokens and more, of tokens six characters long. Python's docstrings fill up."""
+NORMALIZERS = ("nfc", "word_pieces")
+"""Limits of llama.cpp that go away once a text is changed as the source's tokenizer changes it."""
 PLAIN = ProbeText("plain text", "Hello world", add_special=True)
 BEGINNINGS = (
     PLAIN,
@@ -44,52 +52,6 @@ BEGINNINGS = (
 )
 """Texts to which BOS and EOS are added as the tokenizer's settings say."""
 
-PROBES = tuple(
-    ProbeText(name, text)
-    for name, text in (
-        ("word", "Hello"),
-        ("leading space", " Hello"),
-        ("two leading spaces", "  Hello"),
-        ("many spaces", "a  b   c    d        e"),
-        ("trailing spaces", "Hello  "),
-        ("only spaces", "   "),
-        ("newlines", "a\nb\n\nc\n\n\nd\r\ne\n"),
-        ("tabs", "\ta\t\tb \t c"),
-        ("digits", "0 12 345 6789 01234567890 3.14159 1,000,000 2024-02-29"),
-        ("contractions", "I'm you're he'll WE'VE it'd don't y'all 'tis"),
-        ("punctuation", "!?... (a) [b] {c} <d> \"e\" 'f' #g @h $i %j ^k &l *m ~n `o` |p| \\q/ -- — …"),
-        ("capitals", "camelCase PascalCase SCREAMING_SNAKE kebab-case iPhone XMLHttpRequest"),
-        (
-            "emoji",
-            "\U0001f44d \U0001f44d\U0001f3fd \U0001f469\u200d\U0001f52c \U0001f1e6\U0001f1e9 \u263a\ufe0f 🚀🚀",
-        ),
-        ("combining marks", "e\u0301 n\u0303 o\u0302\u0323 a\u0308bc \u0e19\u0e49\u0e33 q\u0307\u0323"),
-        ("CJK", "你好，世界。今日は良い天気ですね。안녕하세요 세계 ﾊﾝｶｸ"),  # noqa: RUF001
-        ("Arabic and Hebrew", "مرحبا بالعالم ١٢٣ שלום עולם"),
-        ("Indic", "नमस्ते दुनिया १२३ তোমাকে தமிழ்"),
-        ("Cyrillic and Greek", "Привет, мир! Ёлка. Γειά σου Κόσμε"),  # noqa: RUF001
-        ("Basque", "Gaur eguraldi ona egingo du Donostian, baina euria bihar; ñabardurak, çedilla."),
-        ("Catalan", "L'Anna i en Pol col·laboren: què n'hi ha, d'això? Açò és pingüí, raïm i «cançó»."),
-        ("Galician", "Ti es da Coruña? Mañá haberá néboa no xardín; lingüística, espiñaña."),
-        ("Spanish", "¿Quién corrió más rápido, el niño o la cigüeña? ¡Olé!"),
-        ("code", 'def f(x: int) -> str:\n    return f"{x!r:>10}"  # ok\n\nfor i in range(10):\n\tprint(i)\n'),
-        ("markup", '<a href="https://example.org/?q=1&r=2#top">x</a> | a | b |\n|---|---|\n'),
-        ("json", '{"a": [1, 2.5e-3, null, true], "b": {"c": "\\u00e9\\n"}}'),
-        ("control characters", "a\x01b\x07c\x1bd\x7fe\u0085f\u00a0g\u200bh\u2028i\ufeffj"),
-        ("private use and astral", "\ue000 \U000f0000 \U0001d54f \U00020000"),
-        ("replacement", "a\ufffdb"),
-        ("long word", "abcdefghij" * 12),
-        ("digit scripts", "٣٤٥ ३४५ ３４５ Ⅷ ½ x² 1e-9 0xFF 1_000 12:30 +34-972"),  # noqa: RUF001
-        ("casing", "straße STRASSE İstanbul ıI ǅ ﬁ ß ẞ Ǆ"),  # noqa: RUF001
-        ("joiners and marks of direction", "a\u200cb \u200fאב\u200e c\u2060d \u202ee\u202c"),
-        ("line ends", "a\r\nb\rc\u2029d\x0be\x0cf"),
-        ("spaces of every kind", "a\u00a0b\u2003c\u3000d\u202fe \u00a0 f"),
-        ("nul", "a\x00b"),
-        ("marks of a chat", "<|im_start|>user\n[INST] <bos> </s> <think> {{ x }} <|fim_prefix|>"),
-        ("long run", "=" * 70 + "a" * 40 + " " * 33 + "."),
-        ("empty", ""),
-    )
-)
 AROUND = (
     ProbeText("text after {}", "{}text"),
     ProbeText("space after {}", "{} text"),
@@ -103,30 +65,37 @@ AROUND = (
 class TokenizedText:
     """A text with its ids on both sides.
 
-    ``nfc`` are the artifact's ids of the text in Unicode's NFC, ``respaced`` the source's with spaces put as the
+    ``normal`` are the artifact's ids of the text as ``normalizer`` leaves it, ``respaced`` the source's with spaces put as the
     artifact puts them; either is None where that does not apply.
     """
 
     text: ProbeText
     expected: list[int]
     found: list[int]
-    nfc: list[int] | None
+    normal: list[int] | None
     respaced: list[int] | None
+    normalizer: str = "nfc"
 
     def limit(self) -> str:
         """Which of llama.cpp's known limits alone explains the difference, or an empty string."""
         if self.found == self.expected:
             return ""
-        if self.nfc == self.expected:
-            return "nfc"
+        if self.normal == self.expected:
+            return self.normalizer
         return "space_prefix" if self.found == self.respaced else ""
 
 
-@check(NAME, depends=TOKENIZER | Depends(inputs=(inputs.held_out,), engine=True))
+def _filling(config: Config) -> Iterator[tuple[str, str | None]]:
+    """Python's docstrings, which every comparison may need."""
+    del config
+    yield "docstrings", corpus.identity(Corpus(name=BUILT_IN, dataset=BUILT_IN))
+
+
+@check(NAME, depends=TOKENIZER | Depends(inputs=(inputs.held_out, _filling), engine=True))
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """Token ids of probe texts, of text around special tokens and of each corpus; BOS of the plain path."""
     del progress  # a few seconds
-    heads = {entry.name: _head(entry, case) for entry in corpus.corpora(case.config)}
+    heads = _heads(case)
     texts = [*BEGINNINGS, *PROBES, *(text for head in heads.values() for text in head)]
     request = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
     reference = by_source(case, NAME, hf_tokenizer.encode, request)
@@ -150,11 +119,28 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     return [*findings, *_limits(compared)]
 
 
-def _head(entry: Corpus, case: Case) -> list[ProbeText]:
+def _heads(case: Case) -> dict[str, list[ProbeText]]:
+    """The beginnings of the corpora by name; Python's docstrings fill up what they lack of ``CHARACTERS``."""
+    entries = corpus.corpora(case.config)
+    share = max(HEAD, CHARACTERS // len(entries))
+    heads = {entry.name: _head(entry, case, share) for entry in entries}
+    lacking = CHARACTERS - sum(len(text.text) for head in heads.values() for text in head)
+    if lacking > 0 and BUILT_IN not in heads:
+        heads[BUILT_IN] = list(_docstrings(lacking))
+    return heads
+
+
+@lru_cache(maxsize=1)
+def _docstrings(characters: int) -> tuple[ProbeText, ...]:
+    documents = corpus.read(Corpus(name=BUILT_IN, dataset=BUILT_IN), characters=characters)
+    return tuple(ProbeText(f"docstring {number + 1}", found.text) for number, found in enumerate(documents))
+
+
+def _head(entry: Corpus, case: Case, characters: int) -> list[ProbeText]:
     """The beginning of a corpus: texts, of conversations what was said in them."""
     texts: list[ProbeText] = []
-    left = HEAD
-    for document in corpus.read(entry, characters=HEAD, cache_dir=case.config.dataset_cache_dir):
+    left = characters
+    for document in corpus.read(entry, characters=characters, cache_dir=case.config.dataset_cache_dir):
         contents = [message.get("content") for message in document.messages]
         text = document.text or "\n".join(content for content in contents if isinstance(content, str))
         texts.append(ProbeText(f"document {len(texts) + 1}", text[:left]))
@@ -179,15 +165,26 @@ def _compare(
             for text, expected, found in rows
             if expected is not None
         ], None
-    normalized = [
-        ProbeText(text.name, unicodedata.normalize("NFC", text.text), text.add_special, text.parse_special)
-        for text in texts
-    ]
-    vocabulary, ids = of_gguf(case, [*texts, *normalized])
-    nfc: list[list[int] | None] = [*ids[len(texts) :]] if reference["facts"]["nfc"] else [None] * len(texts)
+    normalized = {
+        place: replace(text, text=normal)
+        for place, text in enumerate(texts)
+        if (normal := _normal(text.text, reference["facts"])) != text.text
+    }
+    vocabulary, ids = of_gguf(case, [*texts, *normalized.values()])
+    normal_ids: list[list[int] | None] = [None] * len(texts)
+    for place, found in zip(normalized, ids[len(texts) :], strict=True):
+        normal_ids[place] = found
+    normalizer = "word_pieces" if reference["facts"]["word_pieces"] else "nfc"
     respaced = _respaced(case, reference, vocabulary) or [None] * len(texts)
-    columns = zip(texts, reference["ids"], ids[: len(texts)], nfc, respaced, strict=True)
-    return [TokenizedText(*row) for row in columns if row[1] is not None], vocabulary
+    columns = zip(texts, reference["ids"], ids[: len(texts)], normal_ids, respaced, strict=True)
+    return [TokenizedText(*row, normalizer) for row in columns if row[1] is not None], vocabulary
+
+
+def _normal(text: str, facts: dict[str, Any]) -> str:
+    """What the source's tokenizer makes of a text before it cuts it, as far as llama.cpp does not."""
+    if facts["word_pieces"]:
+        return cleaned(text)
+    return unicodedata.normalize("NFC", text) if facts["nfc"] else text
 
 
 def _respaced(case: Case, reference: dict[str, Any], vocabulary: Vocabulary) -> list[Any] | None:
@@ -218,11 +215,11 @@ def _judge(
     cause: str = "",
 ) -> Finding:
     """Ids of ``texts`` are equal, but for those that a known limit explains."""
-    counted = [text for text in texts if text.limit() != "nfc"]
+    counted = [text for text in texts if text.limit() not in NORMALIZERS]
     wrong = [text for text in counted if text.found != text.expected and not text.limit()]
     notes = []
     if len(counted) < len(texts):
-        notes.append(f"{len(texts) - len(counted)} more skipped (nfc)")
+        notes.append(f"{len(texts) - len(counted)} more skipped ({texts[0].normalizer})")
     if spaced := sum(text.limit() == "space_prefix" for text in counted):
         notes.append(f"{spaced} of them equal but for spaces put by llama.cpp (space_prefix)")
     if not counted:
@@ -254,6 +251,8 @@ def _judge_bos(beginnings: Sequence[TokenizedText], bos: int | None) -> Finding:
 def _limits(texts: Sequence[TokenizedText]) -> list[Finding]:
     """One skipped finding for each known limit of llama.cpp that showed."""
     reasons = {
+        "word_pieces": "BERT's tokenizer leaves control characters out and knows no word of more than 100 characters, "
+        "llama.cpp does neither; equal without these",
         "nfc": "the source's tokenizer normalizes text to NFC, llama.cpp cannot; equal once the text is normalized",
         "space_prefix": "the source's tokenizer puts a space before the first word of a text only; llama.cpp puts one "
         "there and after every special token, or nowhere (tokenizer.ggml.add_space_prefix); equal but for that space",

@@ -42,8 +42,9 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
     ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
-    ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written), ``fused`` (whether the files hold the experts of a layer in one
-    tensor). Writes
+    ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``,
+    ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written), ``fused`` (whether the
+    files hold the experts of a layer in one tensor). Writes
     weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
     ``samples``, ``tokens``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether all
     tokens went through all of them nevertheless). Progress is counted in decoder layers.
@@ -204,15 +205,15 @@ def _narrow(folder: Path, dtypes: Mapping[str, str]) -> None:
 
 def _load(request: dict[str, Any]) -> PreTrainedModel:
     """The model on the CPU, experts as separate linear layers."""
+    import transformers
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.utils import load_context
-    from transformers import AutoModelForCausalLM
 
     # load_context reads single experts from the files, and fills in random ones where a layer's lie in one tensor.
     reading = nullcontext() if request["fused"] else load_context()
     try:
         with reading:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel = getattr(transformers, request["loader"]).from_pretrained(
                 request["source"], dtype="auto", trust_remote_code=request["config"]["trust_remote_code"]
             )
     except (ValueError, KeyError) as error:
@@ -228,6 +229,7 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
     from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
         get_layer_mappings_from_model,
     )
+    from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     options, ignore = request["options"], list(request["ignore"])
@@ -237,7 +239,7 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
         mappings = (
             [AWQMapping(m["smooth_layer"], list(m["balance_layers"])) for m in given]
             if given
-            else get_layer_mappings_from_model(model)
+            else AWQ_MAPPING_REGISTRY.get(request["architecture"]) or get_layer_mappings_from_model(model)
         )
         _require_match(model, [(m.smooth_layer, m.balance_layers) for m in mappings])
         recipe.append(

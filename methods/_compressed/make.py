@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,18 @@ from quantool.methods._artifacts.files import (
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
 from quantool.methods._compressed.layers import layers_of
+from quantool.methods._compressed.mappings import decoder_of
 from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
     CALIBRATED,
     CompressedOptions,
+    LevelTask,
     Recipe,
-    Task,
-    max_seq_length,
-    split,
     task_key,
     task_of,
-    workers,
 )
 from quantool.methods._compressed.proof import verify
+from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.plugins.contract import Draft, Job, Method, method
 from quantool.records import Artifact, Source
 from quantool.runtime import process
@@ -39,6 +39,7 @@ from quantool.runtime.worker import Work
 from quantool.source.mtp import head_tensors
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
+from quantool.tasks import Task, TaskKind
 
 
 def compressed_method(recipe: Recipe, options: type[CompressedOptions], outline: Draft) -> Method:
@@ -92,7 +93,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     return finished(job, key, names, started, details, bits_per_weight=bits)
 
 
-def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] | None:
+def _recalled(task: LevelTask, job: Job, options: Any, part: Path) -> dict[str, Any] | None:
     """Bring what the AutoAWQ layout is converted from, if the same level was made in the other layout; its details."""
     if not task.autoawq:
         return None
@@ -111,7 +112,7 @@ def _recalled(task: Task, job: Job, options: Any, part: Path) -> dict[str, Any] 
     return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored"}}
 
 
-def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tuple[Work, dict[str, Any]]:
+def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -> tuple[Work, dict[str, Any]]:
     """The worker that makes the weights and its request."""
     request: dict[str, Any] = {
         "source": str(source.folder),
@@ -129,6 +130,8 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
             "fused": located.keys() != headers(source).keys(),
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
+            "architecture": decoder_of(source.facts.architecture),
+            "loader": loader(source.facts.task, located),
             "options": options.model_dump(mode="json"),
             "max_seq_length": max_seq_length(job.config),
             "seed": job.plan.seed,
@@ -141,7 +144,15 @@ def _work(task: Task, job: Job, options: Any, source: Source, part: Path) -> tup
     }
 
 
-def _rewrite(task: Task, tied: bool, part: Path) -> dict[str, Any]:
+def loader(task: Task, names: Iterable[str]) -> str:
+    """The class of transformers whose tensors have the ``names`` of the checkpoint: an embedding model may have no head."""
+    if task.kind in (TaskKind.RERANKING, TaskKind.CLASSIFICATION):
+        return "AutoModelForSequenceClassification"
+    headless = task.kind is TaskKind.EMBEDDING and not any(name.startswith("model.") for name in names)
+    return "AutoModel" if headless else "AutoModelForCausalLM"
+
+
+def _rewrite(task: LevelTask, tied: bool, part: Path) -> dict[str, Any]:
     """The request of the worker that converts to AutoAWQ's layout."""
     return {
         "folder": str(part),

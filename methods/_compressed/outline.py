@@ -16,14 +16,15 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.json_file import read_json
-from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
+from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
 from quantool.gates import MIN_EXPERT_TOKENS
+from quantool.ledger import TensorLine
+from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
-from quantool.methods._compressed.cuda import capabilities
-from quantool.methods._compressed.layers import layers_of
-from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.layers import joined_lines, layers_of
+from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
@@ -36,6 +37,7 @@ from quantool.methods._compressed.schemes import (
     planned,
     select,
 )
+from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.methods._compressed.stream import SLICE
 from quantool.plugins.contract import Options, Outline, Request
 from quantool.plugins.keys import Depends, key_of
@@ -45,14 +47,13 @@ from quantool.records import (
     Source,
 )
 from quantool.runtime.arithmetic import native
+from quantool.runtime.gpus import capabilities, devices
 from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
 from quantool.source.shapes import check_config_shapes
+from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
 
-SHARD_BYTES = 5_000_000_000
-"""Where calibrated checkpoints are cut; streamed ones keep the source's shards."""
-MAX_SEQ_LENGTH = 512
 STREAMED = Depends(
     fields=("device",),
     libraries=("llmcompressor", "compressed-tensors", "torch", "transformers"),
@@ -68,7 +69,6 @@ CALIBRATED = STREAMED | Depends(
 GIB = 1 << 30
 CONFIG_GROWTH = 1300
 """About what quantization_config adds to config.json, bytes."""
-WORKERS = 4
 
 
 def _listed(value: Any) -> Any:
@@ -88,7 +88,7 @@ class CompressedOptions(Options):
     )
     ignore: Patterns | None = Field(
         None,
-        description="Layers to leave alone, as names or re: patterns. Default: lm_head. Routers of experts always are.",
+        description="Layers to leave alone, as names or re: patterns. Default: lm_head and a classifier's head. Routers of experts always are.",
     )
     mtp: Treatment = Field(
         "keep",
@@ -115,7 +115,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Task:
+class LevelTask:
     """One level, decided: everything that its bytes depend on besides the source and the calibration text."""
 
     recipe: Recipe
@@ -159,7 +159,7 @@ def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False)
     return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}"
 
 
-def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
+def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTask:
     """Decide one level; raises what makes it impossible."""
     located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
@@ -174,12 +174,17 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> Task:
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
     if autoawq:
-        _check_autoawq(level, scheme, selection)
+        _check_autoawq(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
-    return Task(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
+    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
 
 
-def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> None:
+def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
+    if not source.facts.task.generates:
+        raise ConfigError(
+            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
+            hint="leave format out: transformers and vLLM read compressed-tensors",
+        )
     if scheme.bits != 4:
         raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
     if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
@@ -196,10 +201,11 @@ def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection) -> No
 
 
 def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
-    if not source.facts.architecture.endswith("ForCausalLM"):
+    if not source.facts.architecture.endswith("ForCausalLM") and source.facts.task.generates:
         raise SourceError(
             f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM) are",
+            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are; of others the method gguf"
+            " makes a text-only file, with drop: [vision]",
         )
     odd = [
         tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
@@ -237,14 +243,14 @@ def outline(
     located = layers_of(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
-        check(options.mappings, source.facts.architecture, modules, registries)
+        check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
     if calibrated and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
             hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
         )
-    if config.device == "cuda" and not capabilities():
+    if devices(config.device).kind == "cuda" and not capabilities():
         raise DependencyError(
             "device: cuda is asked for, but this machine has no CUDA device",
             hint="set device: auto, or run where there is one",
@@ -256,7 +262,16 @@ def outline(
         *coverage,
         *(note for task in tasks for note in (*task.selection.warnings, *_loading(task))),
     ]
-    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)))
+    lines = {output.id: _lines(task, source, located) for output, task in zip(outputs, tasks, strict=True)}
+    return Outline(tuple(outputs), warnings=tuple(dict.fromkeys(notes)), lines=lines)
+
+
+def _lines(task: LevelTask, source: Source, located: Mapping[str, TensorHeader]) -> tuple[TensorLine, ...]:
+    """What becomes of each tensor; calibrated levels are saved by transformers."""
+    chosen = [layer.name for layer in task.selection.layers]
+    absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
+    found = account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+    return joined_lines(found, headers(source))
 
 
 def _coverage(request: Request) -> list[str]:
@@ -266,7 +281,7 @@ def _coverage(request: Request) -> list[str]:
     return coverage_note(model, config.sample_size * max_seq_length(config), least or MIN_EXPERT_TOKENS)
 
 
-def _loading(task: Task) -> Iterator[str]:
+def _loading(task: LevelTask) -> Iterator[str]:
     """What the installed transformers cannot load, although vLLM can."""
     experts = any(".experts." in layer.name for layer in task.selection.layers)
     if task.autoawq:
@@ -281,10 +296,13 @@ def _loading(task: Task) -> Iterator[str]:
         )
 
 
-def _output(task: Task, request: Request, options: Any, located: Mapping[str, TensorHeader]) -> OutputPlan:
+def _output(
+    task: LevelTask, request: Request, options: Any, located: Mapping[str, TensorHeader]
+) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
     data = sum(tensor.bytes for tensor in tensors)
+    hashed = all(file.sha256 for file in source.files)  # before that it has another key
     name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
     return OutputPlan(
         id=task.id,
@@ -297,13 +315,15 @@ def _output(task: Task, request: Request, options: Any, located: Mapping[str, Te
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
+        operations=_operations(task, request.config, source),
         gates=request.gates(task.level),
-        done=request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
+        done=hashed
+        and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
     )
 
 
 def _files(
-    task: Task, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
+    task: LevelTask, source: Source, located: Mapping[str, TensorHeader], tensors: Sequence[Stored]
 ) -> list[PlannedFile]:
     """Weights and companions.
 
@@ -321,7 +341,7 @@ def _files(
     return sorted(files, key=lambda file: file.name)
 
 
-def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list[Stored]]:
+def _streamed(located: Mapping[str, TensorHeader], task: LevelTask) -> dict[str, list[Stored]]:
     """The source's own shards, with what stands for their tensors."""
     return {
         shard: planned({tensor.name: tensor for tensor in tensors}, task.selection, task.scheme)
@@ -329,24 +349,8 @@ def _streamed(located: Mapping[str, TensorHeader], task: Task) -> dict[str, list
     }
 
 
-def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
-    """Shards of at most 5 GB, filled in order: how calibrated levels are cut."""
-    groups: list[list[Stored]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.bytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.bytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    names = (f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1))
-    return dict(zip(names, groups, strict=True))
-
-
 def _peak_ram(
-    task: Task, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
+    task: LevelTask, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
 ) -> int:
     """An estimate, from above.
 
@@ -365,26 +369,27 @@ def _peak_ram(
     return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
 
 
-def _widened(task: Task, config: Config, source: Source) -> bool:
+PASSES = {"awq": 20, "gptq": 4, "rtn": 2}
+"""Forward passes of the calibration text that an algorithm costs, its search or factorizations among them."""
+
+
+def _operations(task: LevelTask, config: Config, source: Source) -> float:
+    if not task.calibrated:
+        return 0.0
+    path, tokens = config.dataset_path, config.sample_size * max_seq_length(config)
+    if path is not None and path.is_file() and path.suffix != ".parquet":
+        tokens = min(tokens, path.stat().st_size // 4)  # characters of a token, usually
+    return 2.0 * source.facts.parameters * tokens * PASSES[task.recipe.algorithm]
+
+
+def _widened(task: LevelTask, config: Config, source: Source) -> bool:
     """Whether calibration computes in another type than the checkpoint's (``arithmetic.widen``)."""
     own = {"BF16": "bfloat16", "F16": "float16"}.get(source.facts.dtype)
     on_cpu = config.device == "cpu" or not capabilities()
     return task.calibrated and on_cpu and own is not None and own not in native()
 
 
-def workers(options: Any, located: Mapping[str, TensorHeader]) -> int:
-    """How many shards are streamed side by side."""
-    shards = len({tensor.file for tensor in located.values()})
-    return min(options.workers or WORKERS, shards)
-
-
-def max_seq_length(config: Config) -> int:
-    """Tokens of a calibration sample."""
-    value = (config.calibration_config or {}).get("max_seq_length")
-    return value if isinstance(value, int) else MAX_SEQ_LENGTH
-
-
-def task_key(task: Task, config: Config, options: Any, source: Source) -> str:
+def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
     depends = CALIBRATED if task.calibrated else STREAMED
     return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)

@@ -31,6 +31,9 @@ ROUTERS = (
 )
 """Routers of a mixture of experts: small, decisive, and held in full precision by every engine."""
 
+CLASSIFIERS = (r"re:(classifier|score|pre_classifier)(\..*)?$", r"re:(.*\.)?pooler\.dense$")
+"""Heads of classifiers and rerankers: small, and each of their numbers is an answer."""
+
 GROUPS = (32, 64, 128)
 """Group sizes that Marlin of vLLM 0.24 multiplies (``marlin_utils.py``, MARLIN_SUPPORTED_GROUP_SIZES); Machete takes the last two."""
 
@@ -172,7 +175,7 @@ def select(
     tied: bool,
     kept: Sequence[str] = (),
 ) -> Selection:
-    """Apply ``targets`` and ``ignore`` (None: the output head) to the tensors of a checkpoint.
+    """Apply ``targets`` and ``ignore`` (None: the output head, and a classifier's) to the tensors of a checkpoint.
 
     Routers are always left alone, and so is what the patterns ``kept`` mean. ``tied`` says that the output head is the
     embedding. Raises ConfigError naming patterns that match nothing, SourceError for experts stored as one 3-D tensor.
@@ -188,7 +191,8 @@ def select(
             hint="a checkpoint with a tensor per expert can be quantized",
         )
     found = linears(headers)
-    wanted = (HEAD,) if ignore is None else tuple(ignore)
+    heads = tuple(p for p in CLASSIFIERS if any(matches(m, p) for m in found))
+    wanted = (HEAD, *heads) if ignore is None else tuple(ignore)
     modules = [*found, *([HEAD] if tied else [])]
     lost = [p for p in wanted if not any(matches(m, p) for m in modules)] if ignore is not None else []
     lost += [t for t in targets if t != "Linear" and not any(matches(m, t) for m in modules)]

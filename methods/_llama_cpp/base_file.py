@@ -12,6 +12,7 @@ from quantool import __version__
 from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.gguf_keys import origin_keys
 from quantool.methods._llama_cpp import convert, quantize
+from quantool.methods._llama_cpp.pooled import gguf_pooling
 from quantool.plugins.contract import Job, Options, Request
 from quantool.plugins.keys import Depends, key_of
 from quantool.records import Source, StagePlan, sha256_of
@@ -31,7 +32,8 @@ class GgufOptions(Options):
     llama_cpp_path: Path | None = Field(None, description="llama.cpp checkout whose converter to use.")
     pre_tokenizer: str | None = Field(
         None,
-        description="llama.cpp's name of the BPE pre-tokenizer, for a tokenizer whose hash it does not know.",
+        description="llama.cpp's name of the BPE pre-tokenizer, for a tokenizer whose hash it does not know; default: the "
+        "name whose steps tokenizer.json has.",
     )
     add_space_prefix: bool | None = Field(
         None,
@@ -119,6 +121,7 @@ def conversion(
         "chat_template": source.facts.chat_template,
         "named_templates": source.facts.named_templates,
         "add_space_prefix": options.add_space_prefix,
+        "pooling": gguf_pooling(source),
         "extra": extra,
         "split_bytes": options.base_split_bytes(source),
         "rehearse": False,
@@ -148,6 +151,8 @@ def choose_type(source: Source, wanted: str) -> tuple[str, str]:
     return wanted, ""
 
 
+CODE = ("convert.py", "convert_ahead.py", "name_pre_tokenizer.py", "pooled.py", "pre_tokenizer.py")
+"""Files of this folder that decide what is written."""
 BASE = Depends(libraries=("numpy", "torch", "transformers", "tokenizers"))
 """A converted file; converter, names and options count by what ``recipe`` says of them."""
 
@@ -165,9 +170,9 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
     code = [
         toolchain.fingerprint_of(tools),
         tools.commit,
-        sha256_of(Path(__file__).with_name("convert.py")),
+        *(sha256_of(Path(__file__).with_name(name)) for name in CODE),
     ]
-    keys = sorted(origin_keys(source))
+    keys = [*sorted(origin_keys(source)), gguf_pooling(source)]
     templates = [source.facts.chat_template, source.facts.named_templates]
     return [metadata(source, options), _folder_name(source), keys, templates, chosen, code, kind]
 
@@ -205,18 +210,13 @@ def is_converted(request: Request, options: GgufOptions, kind: str) -> bool:
     return hashed and request.workspace.recall(f"base-{kind}", base_key(source, options, kind)) is not None
 
 
-def base_stage(request: Request, options: GgufOptions, kind: str, size: int) -> StagePlan:
-    """The step that converts, which writes ``size`` bytes."""
-    done = is_converted(request, options, kind)
-    return StagePlan(name=f"base-{kind}", writes=size, peak_ram=export_ram(request.source), done=done)
+def base_stage(request: Request, kind: str, size: int, ram: int, options: GgufOptions) -> StagePlan:
+    """The step that converts, which writes ``size`` bytes and takes ``ram`` at most."""
+    return StagePlan(
+        name=f"base-{kind}", writes=size, peak_ram=ram, done=is_converted(request, options, kind)
+    )
 
 
 def require_loadable(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
-
-
-def export_ram(source: Source) -> int:
-    """Peak memory of the conversion: two copies of the largest tensor in float32, and the libraries."""
-    widening = {"F32": 1, "F64": 1}.get(source.facts.dtype, 2)
-    return 2 * widening * source.facts.largest_tensor + GIB

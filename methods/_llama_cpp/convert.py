@@ -3,19 +3,21 @@
 It brings its own ``gguf`` package, which differs from the one on the package index: never import both in one process.
 What is changed around it, and why:
 
-* the pre-tokenizer may be named by the user: upstream knows tokenizers by a hash over their vocabulary only;
+* the pre-tokenizer may be named by the user, or by the steps in tokenizer.json where they are those of a name: upstream
+  knows tokenizers by a hash over their vocabulary only;
 * the chat template is the one that transformers applies: upstream prefers tokenizer_config.json to chat_template.jinja;
 * tokens added to a SentencePiece vocabulary get their type from tokenizer.json too: upstream reads it from a list that
   transformers 5 no longer writes, and ``<|im_start|>`` would be plain text to llama.cpp;
 * ``general.name`` is the source's name: upstream takes the folder's, and llama.cpp changes its behaviour by that name;
 * names guessed from the folder are those of the source's own folder, also where a folder of links is converted;
 * a README.md whose front matter upstream cannot read gives what quantool can read of it, which the plan notes;
+* tensors are prepared ahead of the writer, with the same bytes (``convert_ahead``);
+* how states are pooled is what ``1_Pooling/config.json`` says, for every architecture (``pooled``);
 * ``rehearse`` stops before tensor data is read or written, so that headers alone (sparse files) are enough.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +30,10 @@ from types import ModuleType
 from typing import Any
 
 from quantool.errors import DependencyError, QuantizationError, SourceError
-from quantool.methods._llama_cpp.pre_tokenizer import is_byte_level, suggest
+from quantool.methods._llama_cpp import pooled
+from quantool.methods._llama_cpp.convert_ahead import cores, prepared_ahead, round_with_torch
+from quantool.methods._llama_cpp.lineage import Lineage
+from quantool.methods._llama_cpp.name_pre_tokenizer import PreTokenizer
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.model_card import front_matter
 
@@ -48,9 +53,11 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Request: ``toolchain`` (folder), ``model`` (folder), ``output`` (path), ``type`` (f16, bf16 or f32), ``metadata``
     (path of a metadata override file), ``folder_name`` (what upstream guesses names by), ``pre_tokenizer`` (name or null),
     ``chat_template`` (text or null), ``named_templates`` (name to text),
-    ``add_space_prefix`` (bool or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
-    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding),
-    ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``tensors`` (name to shape, type, bytes and number of the shard).
+    ``add_space_prefix`` (bool or null), ``pooling`` (name or null), ``extra`` (further string keys), ``split_bytes`` (0: one file), ``rehearse`` (header only).
+    Result: ``files`` (paths written), ``headers`` (of a rehearsal: bytes of each file's header without padding), ``sources``
+    (of a rehearsal: name of a tensor to the names of those that it is made of),
+    ``keys`` (scalar metadata), ``tokens``, ``space_prefix_dropped``, ``equal_steps`` (the pre-tokenizer that the steps
+    named, or null), ``tensors`` (name to shape, type, bytes and number of the shard).
     """
     from huggingface_hub.errors import StrictDataclassError  # of a config.json that transformers refuses
 
@@ -67,11 +74,14 @@ def convert(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report: Report) -> dict[str, Any]:
-    _watch_pre_tokenizer(conversion, request["pre_tokenizer"])
+    pre_tokenizer = PreTokenizer(request["pre_tokenizer"])
+    pre_tokenizer.watch(conversion)
     _name_folder(gguf, request["folder_name"])
     _read_cards(gguf)
-    model, dropped = _prepare(conversion, gguf, request)
+    round_with_torch(gguf)
+    model, dropped, lineage = _prepare(conversion, gguf, request)
     writer = model.gguf_writer
+    pre_tokenizer.write_bos(writer, gguf)
     if request["rehearse"]:
         writer.write_header_to_file(path=model.fname_out)
         writer.write_kv_data_to_file()
@@ -82,14 +92,18 @@ def _convert(conversion: ModuleType, gguf: Any, request: dict[str, Any], report:
         _report_progress(writer, report)
         writer.write_header_to_file(path=model.fname_out)
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=False)
+        with prepared_ahead(writer, gguf, request.get("threads") or cores()):
+            writer.write_tensors_to_file(progress=False)
     files = writer.format_shard_names(writer.path)
     summary = _summarize(writer)
+    if request["rehearse"]:
+        summary["sources"] = lineage.sources(writer, Path(request["model"]))
     writer.close()
     return {
         "files": [str(file) for file in files],
         "headers": headers,
         "space_prefix_dropped": dropped,
+        "equal_steps": pre_tokenizer.by_steps,
         **summary,
     }
 
@@ -106,44 +120,6 @@ def _load(toolchain: Path) -> tuple[ModuleType, Any]:
         raise QuantizationError(f"the converter found the gguf package of {gguf.__file__}, not its own")
     loaded: ModuleType = conversion
     return loaded, gguf
-
-
-class _RecordingTokenizer:
-    """A tokenizer that remembers the hash of what it encoded last, as upstream computes it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.hash = ""
-
-    def encode(self, text: str) -> list[int]:
-        """Encode like the tokenizer."""
-        ids: list[int] = self.tokenizer.encode(text)
-        self.hash = hashlib.sha256(str(ids).encode()).hexdigest()
-        return ids
-
-
-def _watch_pre_tokenizer(conversion: ModuleType, name: str | None) -> None:
-    """Answer ``name`` where upstream would look the tokenizer's hash up; without a name, explain an unknown hash."""
-    look_up = conversion.TextModel.get_vocab_base_pre
-
-    def answer(model: Any, tokenizer: Any) -> str:
-        path = Path(model.dir_model) / "tokenizer.json"
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if saved and not is_byte_level(saved):
-            raise SourceError(
-                f"the tokenizer is a SentencePiece model, and its tokenizer.model is missing in {model.dir_model}",
-                hint="transformers 5 does not save tokenizer.model: copy it from the original checkpoint",
-            )
-        if name is not None:
-            return name
-        recording = _RecordingTokenizer(tokenizer)
-        try:
-            found: str = look_up(model, recording)
-        except NotImplementedError as error:
-            raise _unknown(recording.hash, suggest(saved) if saved else None) from error
-        return found
-
-    conversion.TextModel.get_vocab_base_pre = answer
 
 
 def _name_folder(gguf: Any, name: str) -> None:
@@ -175,23 +151,7 @@ def _read_cards(gguf: Any) -> None:
     gguf.Metadata.load_model_card = staticmethod(load_readable)
 
 
-def _unknown(digest: str, suggested: str | None) -> SourceError:
-    """The error for a tokenizer whose hash upstream does not list, with what to set."""
-    message = f"llama.cpp does not know the pre-tokenizer with the hash {digest}"
-    if suggested:
-        return SourceError(
-            message,
-            hint=f"the steps in tokenizer.json are those that llama.cpp calls {suggested}: "
-            f"set quantization_config.pre_tokenizer: {suggested}",
-        )
-    return SourceError(
-        message,
-        hint="set quantization_config.pre_tokenizer to llama.cpp's name for it: that of the model whose tokenizer.json "
-        "has the same pre_tokenizer (names: get_vocab_base_pre in conversion/base.py of llama.cpp)",
-    )
-
-
-def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool]:
+def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tuple[Any, bool, Lineage]:
     """Make the upstream model object with header and (lazy) tensors complete."""
     import torch
 
@@ -206,6 +166,7 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
             hint="a newer llama.cpp may: set quantization_config.llama_cpp_path to a checkout",
         ) from error
     torch.set_grad_enabled(False)
+    pooled.keep_classifier(kind, parameters)
     model = kind(
         folder,
         getattr(gguf.LlamaFileType, OUT_TYPES[request["type"]]),
@@ -213,14 +174,16 @@ def _prepare(conversion: ModuleType, gguf: Any, request: dict[str, Any]) -> tupl
         metadata_override=Path(request["metadata"]),
         split_max_size=request["split_bytes"],
     )
+    lineage = Lineage(model, gguf)
     model.prepare_tensors()
     model.prepare_metadata(vocab_only=False)
     _type_added_tokens(model.gguf_writer, gguf, folder)
     _set_templates(model.gguf_writer, gguf, request["chat_template"], request["named_templates"])
     dropped = _set_space_prefix(model.gguf_writer, gguf, request)
+    pooled.set_pooling(model.gguf_writer, gguf, request["pooling"])
     for key, value in request["extra"].items():
         model.gguf_writer.add_string(key, value)
-    return model, dropped
+    return model, dropped, lineage
 
 
 def _set_space_prefix(writer: Any, gguf: Any, request: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
 from quantool.formats.gguf_header import FIRST, padded, shard_names
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import write_skeleton
-from quantool.methods._llama_cpp import convert, split
+from quantool.methods._llama_cpp import convert, convert_ahead, split
 from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe, require_loadable
 from quantool.methods._llama_cpp.pre_tokenizer import known_names
 from quantool.records import Source, fingerprint
@@ -27,6 +27,10 @@ from quantool.source.resolve import overlay
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 
+LIBRARIES = 700 << 20
+"""Bytes that torch and transformers take."""
+DIMENSION = 8
+"""Bytes of a dimension in a tensor's entry of the header."""
 SPACE_KEY = "tokenizer.ggml.add_space_prefix"
 
 
@@ -50,7 +54,11 @@ class Rehearsal:
     """Bytes of each shard's header, without the padding that follows."""
     keys: dict[str, Any]
     tensors: dict[str, ConvertedTensor]
+    sources: dict[str, list[str]]
+    """Name of a converted tensor to the names of the checkpoint's that it is made of."""
     space_prefix_dropped: bool = False
+    equal_steps: str | None = None
+    """llama.cpp's name of the pre-tokenizer where the steps in tokenizer.json gave it, not the user and no hash."""
 
     @property
     def header(self) -> Path:
@@ -62,14 +70,20 @@ class Rehearsal:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def space_note(rehearsal: Rehearsal) -> str:
-    """A sentence where the converter was told to put no space after special tokens though nobody asked."""
-    if not rehearsal.space_prefix_dropped:
-        return ""
-    return (
-        f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
-        "after every special token; a text without a template starts without that space in llama.cpp"
-    )
+def notes(rehearsal: Rehearsal) -> list[str]:
+    """What the converter decided though nobody asked: the pre-tokenizer, and no space after special tokens."""
+    found = []
+    if rehearsal.equal_steps is not None:
+        found.append(
+            f"pre-tokenizer {rehearsal.equal_steps}: llama.cpp's converter does not know this vocabulary, but the steps in "
+            "tokenizer.json are those that it calls so; the tokenizer check proves it"
+        )
+    if rehearsal.space_prefix_dropped:
+        found.append(
+            f"{SPACE_KEY} is false: the tokenizer puts a space before the first word of a text only, llama.cpp would put one "
+            "after every special token; a text without a template starts without that space in llama.cpp"
+        )
+    return found
 
 
 def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
@@ -94,7 +108,9 @@ def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:
         tuple(summary["headers"]),
         summary["keys"],
         tensors,
+        summary["sources"],
         summary["space_prefix_dropped"],
+        summary["equal_steps"],
     )
 
 
@@ -210,6 +226,12 @@ def tensor_bytes(tensor: ConvertedTensor, type_name: str) -> int:
     return math.prod(tensor.shape) // kind.block * kind.size
 
 
+def conversion_ram(rehearsal: Rehearsal) -> int:
+    """Peak memory of the conversion: what is prepared ahead of the writer, and the libraries."""
+    largest = max(rehearsal.tensors.values(), key=lambda tensor: tensor.bytes)
+    return convert_ahead.room(math.prod(largest.shape), largest.bytes) + LIBRARIES
+
+
 def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:
     """Bits of tensor data per weight."""
     total = sum(tensor_bytes(tensor, types[name]) for name, tensor in rehearsal.tensors.items())
@@ -220,8 +242,17 @@ def split_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int, limit: 
     """Sizes of the parts that one file with ``types`` (in the file's order) makes when split at ``limit`` bytes."""
     tensors = {name: rehearsal.tensors[name] for name in types}
     sizes = [padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
-    infos = [split.info_bytes(name, len(tensor.shape)) for name, tensor in tensors.items()]
-    return split.part_bytes(_merged_header(rehearsal) + extra, infos, sizes, limit)
+    infos = [
+        split.info_bytes(name, len(tensor.shape) - _needless(tensor)) for name, tensor in tensors.items()
+    ]
+    needless = DIMENSION * sum(map(_needless, tensors.values()))
+    return split.part_bytes(_merged_header(rehearsal) - needless + extra, infos, sizes, limit)
+
+
+def _needless(tensor: ConvertedTensor) -> int:
+    """Dimensions that llama.cpp does not write: rows, where there is one (ggml.c, ``ggml_n_dims``), as of a reranker's head."""
+    rows = tensor.shape[:-1]
+    return next((number for number, size in enumerate(rows) if size != 1), len(rows))
 
 
 def _merged_header(rehearsal: Rehearsal) -> int:

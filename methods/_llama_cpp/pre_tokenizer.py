@@ -2,7 +2,8 @@
 
 llama.cpp cuts text by a regular expression that it knows by name (0c1e570, src/llama-vocab.cpp), and its converter finds the name
 by a hash over the ids of one text: over the vocabulary, so it knows no tokenizer that was trained since. The steps in
-tokenizer.json show the expression itself. What is found here is a suggestion: the ids decide (check ``tokenizer``).
+tokenizer.json show the expression itself. Where all of them are those of a name, the name is used; the ids prove it (check
+``tokenizer``).
 """
 
 from __future__ import annotations
@@ -42,6 +43,37 @@ KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
     (("GPT2",), False): "gpt-2",
     (("DIGIT", "GPT2"), False): "smollm",
 }
+
+
+CONVERTED = frozenset({"gpt-2", "llama-bpe", "qwen2", "qwen35", "smaug-bpe", "smollm"})
+"""Those whose expression llama.cpp has as it stands; of gpt-4o and tekken it has an approximation for capitals beyond ASCII."""
+DEFAULTS: dict[str, Any] = {
+    "type": "BPE", "dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": False,
+}  # fmt: skip
+"""What the model of a byte-level BPE tokenizer.json says, or leaves out; null stands for the empty text."""
+
+
+def equal_steps(tokenizer: dict[str, Any]) -> str | None:
+    """llama.cpp's name where every step of a tokenizer.json is one of that name's; None where one is not.
+
+    NFC is the one normalizer that is passed over: llama.cpp has none for any of these names, Qwen's own files included
+    (the check ``tokenizer`` reports it).
+    """
+    name = suggest(tokenizer)
+    return name if name in CONVERTED and not other_steps(tokenizer) else None
+
+
+def other_steps(tokenizer: dict[str, Any]) -> list[str]:
+    """What of normalizer, model and decoder llama.cpp would do differently for all of the names, as ``key: value``."""
+    normalizer, decoder, model = (tokenizer.get(key) for key in ("normalizer", "decoder", "model"))
+    found = [f"normalizer: {json.dumps(normalizer)}"] * (normalizer not in (None, {"type": "NFC"}))
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        found.append(f"decoder: {json.dumps(decoder)}")
+    for key, wanted in DEFAULTS.items():
+        value = (model or {}).get(key, wanted)
+        if value != wanted and (value or wanted):
+            found.append(f"model.{key}: {json.dumps(value)}")
+    return found
 
 
 def suggest(tokenizer: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from quantool.card.holdings import holdings, left_out_sentence, tags_of, task_of
 from quantool.card.how_to_run import usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
@@ -91,7 +92,7 @@ def _sections(
     figures = corpora(reports) + "\n" + "\n".join(pictures([name for name in plots if name == CORPORA]))
     parts = {
         "title": f"# {outputs[0].repo}\n",
-        "introduction": _introduction(plan, reports),
+        "introduction": left_out_sentence(outputs) + _introduction(plan, reports),
         "choosing": "## Which file\n\n" + which_file(plan.source.facts, reports) if reports else "",
         "usage": "## How to run it\n\n" + usage(plan, outputs, reports, known),
         "sampling": f"Recommended sampling: {listed(sampling)} ({_origin(plan)}).\n" if known else "",
@@ -119,7 +120,8 @@ def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
     else:
         which = "It was not" if one else "Not every file was"
         compared = f"{which} compared with the bf16 reference on held-out text: see the verdicts below."
-    return f"{'A quantized version' if one else 'Quantized versions'} of {_link(plan.source)}, {made_by}. {compared}\n"
+    made_of = _link(plan.source) + _prepared(plan.source)
+    return f"{'A quantized version' if one else 'Quantized versions'} of {made_of}, {made_by}. {compared}\n"
 
 
 def front_text(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
@@ -140,9 +142,9 @@ def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any
     found |= {"license": card.license, "license_name": card.license_name, "license_link": card.license_link}
     causal = source.facts.architecture.endswith("ForCausalLM")
     task = card.pipeline_tag or ("text-generation" if causal else None)
-    found |= {"language": list(card.languages), "pipeline_tag": task}
+    found |= {"language": list(card.languages), "pipeline_tag": task_of(outputs, task)}
     found["library_name"] = "gguf" if gguf else "transformers"
-    tags = [tag for tag in card.tags if tag not in ("safetensors", "transformers")]
+    tags = tags_of(outputs, [tag for tag in card.tags if tag not in ("safetensors", "transformers")])
     found["tags"] = list(dict.fromkeys([*tags, *(["gguf"] if gguf else _tags(outputs[0])), "quantized"]))
     found["quantized_by"] = "quantool"
     return {key: value for key, value in found.items() if value not in (None, [], "")}
@@ -160,6 +162,19 @@ def _link(source: Source) -> str:
     if source.commit is None:
         return f"**{source.name}**"
     return f"[{source.model_id}](https://huggingface.co/{source.model_id}) at commit `{source.commit}`"
+
+
+def _prepared(source: Source) -> str:
+    return f" ({source.prepared.described()})" if source.prepared is not None else ""
+
+
+def _commits(source: Source, *, apart: bool) -> dict[str, str]:
+    """The keys that pin the source; ``apart``: where the adapter has a key of its own beside its base."""
+    prepared = source.prepared
+    if not apart or prepared is None or prepared.adapter is None:
+        return {"revision": source.commit} if source.commit else {}
+    commits = {"revision": prepared.origin.commit, "adapter_revision": prepared.adapter.commit}
+    return {key: commit for key, commit in commits.items() if commit}
 
 
 def _files(reports: Sequence[Report]) -> str:
@@ -203,9 +218,10 @@ def _origin(plan: Plan) -> str:
 def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     facts, versions = plan.source.facts, _versions(plan, outputs, reports)
     lines = [
-        f"- source: {_link(plan.source)}, {facts.architecture}, {amount(facts.parameters, '')} parameters, {facts.dtype}",
+        f"- source: {_link(plan.source)}{_prepared(plan.source)}, {facts.architecture}, {amount(facts.parameters, '')} parameters, {facts.dtype}",
         f"- seed {plan.seed}; " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
+    lines += holdings(outputs)
     for report in reports:
         details = report.artifact.details
         if details.get("base"):
@@ -260,8 +276,7 @@ def _versions(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Repor
 def _reproduction(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     """The configuration as YAML, pinned to the source's commit, without places of the machine."""
     kept = {key: value for key, value in published_config(plan.config).items() if key not in NOT_TO_REPRODUCE}
-    if plan.source.commit:
-        kept["revision"] = plan.source.commit
+    kept |= _commits(plan.source, apart="adapter" in kept)
     libraries = [
         f"{name}=={version}"
         for name, version in _versions(plan, outputs, reports).items()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from quantool.card.vllm_arguments import GPU_BYTES, serve_arguments
 from quantool.formats.gguf_header import SIDECARS
 from quantool.records import OutputPlan, Plan, Report
 from quantool.report.recommend import recommend
@@ -31,7 +32,12 @@ def usage(
     chat = plan.source.facts.chat_template is not None
     if outputs[0].engine != "llama.cpp":
         named = repo_id or outputs[0].repo
-        return _vllm(outputs[0], named, context) + _client("transformers", named, sampling, chat=chat)
+        sizes = [report.artifact.bytes() for report in reports] or [
+            sum(file.bytes for file in output.files) for output in outputs
+        ]
+        arguments = [f"--max-model-len {context}", *serve_arguments(plan.source.facts, sizes[0])]
+        text = _vllm(outputs[0], named, arguments) + _client("transformers", named, sampling, chat=chat)
+        return text + ("" if _is_autoawq(outputs[0]) else "\n" + _transformers(named, sampling, chat=chat))
     files = {report.artifact.level: [file.name for file in report.artifact.files] for report in reports}
     files = files or {output.level: [file.name for file in output.files] for output in outputs}
     chosen = recommend(reports)
@@ -92,9 +98,12 @@ def _download(repo_id: str, names: Sequence[str]) -> str:
     return f'hf download {repo_id} --include "{pattern}" --local-dir .\n'
 
 
-def _vllm(output: OutputPlan, named: str, context: int) -> str:
+def _vllm(output: OutputPlan, named: str, arguments: Sequence[str]) -> str:
     text = "With [vLLM](https://docs.vllm.ai):\n\n"
-    text += f"```sh\nvllm serve {named} --max-model-len {context}\n```\n\n"
+    separator = " " if len(arguments) == 1 else " \\\n  "
+    text += f"```sh\nvllm serve {separator.join([named, *arguments])}\n```\n\n"
+    if any(argument.startswith("--tensor-parallel-size") for argument in arguments):
+        text += f"The number of GPUs is for those with {GPU_BYTES / 1e9:.0f} GB.\n\n"
     if output.level.startswith("FP8"):
         text += "GPUs of compute capability 8.9 and more (Ada, Hopper) compute in FP8 themselves.\n\n"
     return text
@@ -119,6 +128,33 @@ def _client(engine: str, model: str, sampling: Mapping[str, float], *, chat: boo
         "```python\nfrom openai import OpenAI\n\n"
         f'client = OpenAI(base_url="{url}", api_key="none")\n'
         f"answer = {call},\n    max_tokens=64{own},\n)\nprint({result})\n```\n",
+    )
+
+
+def _is_autoawq(output: OutputPlan) -> bool:
+    """Whether it is in a layout for which transformers asks for one more library."""
+    return output.options.get("format") == "autoawq"
+
+
+def _transformers(named: str, sampling: Mapping[str, float], *, chat: bool) -> str:
+    """The folder in transformers, which unpacks it with compressed-tensors."""
+    own = "".join(f", {name}={value:g}" for name, value in sampling.items())
+    own = f", do_sample={bool(sampling)}{own}"
+    if chat:
+        inputs = f"""inputs = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "{QUESTION}"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+).to(model.device)"""
+    else:
+        inputs = f'inputs = tokenizer("{START}", return_tensors="pt").to(model.device)'
+    return folded(
+        "From transformers",
+        "`pip install transformers accelerate compressed-tensors`, then:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{named}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{named}", device_map="auto")\n'
+        f"{inputs}\n"
+        f"answer = model.generate(**inputs, max_new_tokens=64{own})\n"
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n```\n',
     )
 
 

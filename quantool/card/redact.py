@@ -1,6 +1,6 @@
 """Records as they may leave this machine: what is marked as its own is dropped, of every path the last part stays.
 
-The types decide, not the names of keys: a ``Path`` is a path wherever it stands, and ``records.Privacy`` marks the rest.
+The types decide, not the names of keys: a ``Path`` is a path wherever it stands, and ``record.Privacy`` marks the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from quantool.config.schema import Config
 from quantool.plugins import find
-from quantool.records import Plan, Privacy, Record
+from quantool.record import Privacy, Record
+from quantool.records import Plan
 
 OPTIONS = ("options", "quantization_config")
 """Fields without a type of their own, beside a field ``method`` that says whose options they are."""

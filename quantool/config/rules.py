@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from quantool.config.errors import KeyPath, Mistake, explain, models_at, show, suggest
 from quantool.errors import ConfigError, DependencyError
 from quantool.gates import ALL_LEVELS
-from quantool.records import Record
+from quantool.record import Record
 
 ONE_ORIGIN = "give either path or dataset"
 

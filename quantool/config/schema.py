@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
-from quantool.records import Gates, NameOrPath, Privacy
+from quantool.record import NameOrPath, Privacy
+from quantool.records import Gates
+from quantool.runtime import gpus
 
 NO_EFFECT = {
     "load_in_pipeline": "the calibration text is always prepared by quantool",
@@ -42,6 +46,12 @@ def _at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise ValueError(f"{error} ({path})") from error
+
+
+def _device(value: str) -> str:
+    if not re.match(gpus.PATTERN, value):
+        raise PydanticCustomError("literal_error", "no such device", {"expected": gpus.NAMES})
+    return value
 
 
 UserPath = Annotated[Path, AfterValidator(_at_home)]
@@ -223,11 +233,23 @@ class Config(Section):
     tokenizer_name: NameOrPath | None = Field(
         default=None, description="Folder or Hub id of the tokenizer, if not the model's own."
     )
+    adapter: NameOrPath | None = Field(
+        default=None,
+        description="Folder or Hub id of a PEFT LoRA adapter to merge into model_id first.",
+        min_length=1,
+    )
+    adapter_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the adapter on the Hub."
+    )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
     )
     trust_remote_code: bool = Field(
         default=False, description="Allow the checkpoint's own Python code to run."
+    )
+    drop: tuple[Literal["vision", "audio", "speech", "mtp"], ...] = Field(
+        default=(),
+        description="Parts of the checkpoint to leave out on purpose: the rest is what is published.",
     )
 
     method: str | None = Field(default=None, description="Name of the method; `quantool methods` lists them.")
@@ -282,8 +304,10 @@ class Config(Section):
     )
     validation: Validation = Field(default_factory=Validation, description="How artifacts are judged.")
     seed: int = Field(default=42, ge=0, lt=MAX_SEED, description="Seed of everything random.")
-    device: Literal["auto", "cpu", "cuda"] | None = Field(
-        default=None, description="Where torch computes; default auto."
+    device: Annotated[str, AfterValidator(_device)] | None = Field(
+        default=None,
+        description="Where to compute: cpu, cuda (all GPUs), cuda:0,1 (these); auto, the default: torch on the GPUs "
+        "if there are any, llama.cpp on the CPU.",
     )
 
     def requested(self) -> tuple[Quantization, ...]:

@@ -38,6 +38,12 @@ def split_experts(headers: Mapping[str, TensorHeader], kept: Container[str] = ()
     return found
 
 
+def origin_of(name: str) -> str:
+    """The tensor that a single expert's weight, named by ``split_experts``, lies in."""
+    place, _, rest = name.partition(".experts.")
+    return f"{place}{DOWN if 'down_proj' in rest else GATE_UP}"
+
+
 def _is_regular(joined: TensorHeader | None, down: TensorHeader | None) -> bool:
     """Whether the two tensors of a layer have the shapes of the module's docstring."""
     if joined is None or down is None or len(joined.shape) != 3 or len(down.shape) != 3:

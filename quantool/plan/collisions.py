@@ -62,6 +62,9 @@ def refuse_own_folder(source: Source, root: Path, outputs: Sequence[OutputPlan])
             hint="name it differently in repo_id",
         )
     own = {path.resolve() for path in (source.folder, source.tokenizer) if path is not None}
+    if source.prepared is not None:
+        found = (source.prepared.origin, source.prepared.adapter)
+        own |= {origin.folder.resolve() for origin in found if origin is not None}
     own |= {(source.folder / file.name).resolve().parent for file in source.files}  # behind links
     for folder in (root, *(root / output.repo for output in outputs)):
         place = folder.resolve()

@@ -9,15 +9,22 @@ from functools import partial
 from quantool import gates
 from quantool.config.schema import Config, Quantization
 from quantool.errors import ConfigError, DependencyError
-from quantool.plan import disk
+from quantool.formats.safetensors import some
+from quantool.plan import disk, effort
+from quantool.plan.account import refuse_unjudged, with_ledgers
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
+from quantool.plan.files import unknown_files
+from quantool.plan.loading import refuse_unloadable
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import MachineState, Plan, Source
+from quantool.runtime import machine
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
+from quantool.source.parts import Parts
+from quantool.source.tensor_headers import headers
 
 JUDGED_FROM = 1_000_000_000
 """Parameters from which the default gates hold."""
@@ -37,9 +44,15 @@ def plan_here(
     other or the checkpoint, for texts and windows that the checks would refuse hours later, and what the methods
     raise. Nothing is written to the output folder.
     """
+    parts, tensors = Parts.of(source), headers(source)
+    refuse_unjudged(config, source, parts, tensors)
     _refuse_texts(config, source)
     _ask_checks(config, source)
-    outlines = [_outline(config, source, workspace, wanted) for wanted in config.requested()]
+    refuse_unloadable(config, source, parts, tensors)
+    outlines = [
+        with_ledgers(_outline(config, source, workspace, wanted), config, source, parts, tensors)
+        for wanted in config.requested()
+    ]
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     refuse_collisions(outputs)
     refuse_own_folder(source, workspace.root, outputs)
@@ -49,7 +62,7 @@ def plan_here(
         outputs,
         downloads,
         _judging(config, source, workspace),
-        holds_model=_holds_model(config),
+        holds_model=bool(disk.holding(config, source)),
     )
     free = shutil.disk_usage(disk.existing(workspace.root)).free
     notes = [
@@ -66,12 +79,14 @@ def plan_here(
         versions=versions(),
         warnings=tuple(dict.fromkeys(notes)),
     )
-    machine = MachineState(
+    here = MachineState(
         free_disk=free,
         peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
         done=tuple(step.name for step in steps if step.done),
+        seconds=effort.seconds(decided, config),
+        ram=machine.total_ram(),
     )
-    return decided, machine
+    return decided, here
 
 
 def options_of(wanted: Quantization, method: contract.Method) -> contract.Options:
@@ -83,7 +98,7 @@ def options_of(wanted: Quantization, method: contract.Method) -> contract.Option
 
 def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
     method = find.find_method(wanted.method)
-    chosen = partial(gates.resolve, configured=config.validation.gates)
+    chosen = partial(gates.resolve, configured=config.validation.gates, kind=source.facts.task.kind)
     levels, depends = tuple(wanted.levels()), depends_of(method)
     request = Request(config, source, levels, wanted.repo_id, workspace, chosen, depends)
     return method.outline(request, options_of(wanted, method))
@@ -105,7 +120,7 @@ def _refuse_texts(config: Config, source: Source) -> None:
 def _ask_checks(config: Config, source: Source) -> None:
     """Let each check that has a section of the configuration say what it cannot judge."""
     settings = config.validation
-    for name in settings.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         if name in settings.model_fields_set and (require := find.find_check(name).require) is not None:
             require(config, source)
 
@@ -113,7 +128,7 @@ def _ask_checks(config: Config, source: Source) -> None:
 def _judging(config: Config, source: Source, workspace: Workspace) -> int:
     """Bytes that the checks keep on disk, without those that an earlier run left."""
     wanted = 0
-    for name in config.validation.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         with suppress(
             ConfigError, DependencyError
         ):  # one that cannot be loaded: a run says so before it starts
@@ -123,16 +138,6 @@ def _judging(config: Config, source: Source, workspace: Workspace) -> int:
     return max(0, wanted - kept)
 
 
-def _holds_model(config: Config) -> bool:
-    """Whether a check that will run needs memory for all weights of the checkpoint at once."""
-    settings = config.validation
-    for name in settings.checks or find.names("checks"):
-        with suppress(ConfigError, DependencyError):
-            if find.find_check(name).holds_model and getattr(settings, name, True) is not None:
-                return True
-    return False
-
-
 def _advice(source: Source, config: Config) -> list[str]:
     settings = config.validation
     notes = [
@@ -140,6 +145,13 @@ def _advice(source: Source, config: Config) -> list[str]:
         for name in find.names("checks")
         if settings.checks is not None and name in settings.model_fields_set and name not in settings.checks
     ]
+    notes += [
+        f"validation.{name} has no effect: {name} says nothing about models for {source.facts.task.kind}"
+        for name in find.names("checks")
+        if name in settings.model_fields_set and not find.applies(name, source.facts.task)
+    ]
+    if unknown := unknown_files(source):
+        notes.append(f"files that are not carried, because nothing is known of them: {some(unknown)}")
     if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
         notes.append(
             f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "

@@ -6,7 +6,7 @@ A method is a function marked ``@method(...)`` in a file of ``methods/`` named l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quantool.plugins.keys import UNDECLARED, Depends, key_of
+from quantool.tasks import TaskKind
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config, Validation
+    from quantool.ledger import TensorLine
     from quantool.records import Artifact, FileRecord, Finding, Gates, OutputPlan, Plan, Source, StagePlan
     from quantool.runtime.progress import Progress
     from quantool.runtime.workspace import Workspace
@@ -54,6 +56,12 @@ class Outline:
     outputs: tuple[OutputPlan, ...]
     stages: tuple[StagePlan, ...] = ()
     warnings: tuple[str, ...] = ()
+    lines: Mapping[str, Sequence[TensorLine]] = field(default_factory=dict)
+    """By an output's id: what becomes of every tensor of the source, one line each; one that is dropped has a reason, or
+    the user must leave its part out (``drop``). An output without lines counts as holding the whole source but
+    ``drops``."""
+    drops: Mapping[str, str] = field(default_factory=dict)
+    """Parts of a checkpoint (``vision``, ``mtp`` …) that no output of this method holds, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,14 @@ class Writes(Protocol):
         ...
 
 
+class Computes(Protocol):
+    """What a check lets a model compute, from which the plan tells the time."""
+
+    def __call__(self, config: Config, source: Source, /) -> tuple[int, int]:
+        """Tokens that it reads, and that it generates one by one: of the reference, and of each artifact."""
+        ...
+
+
 class Prepare(Protocol):
     """Work of a check that is cheaper for several artifacts at once; what it finds is kept in their workspace."""
 
@@ -190,8 +206,14 @@ class Check:
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
     writes: Writes | None = None
+    computes: Computes | None = None
+    """None: nothing that takes time."""
+    loads_reference: bool = False
+    """Whether it loads the checkpoint with transformers, where the section of its name (if there is one) is set."""
     holds_model: bool = False
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
+    tasks: frozenset[TaskKind] = frozenset(TaskKind)
+    """What the models that it judges are for."""
 
 
 def method(
@@ -218,15 +240,20 @@ def check(
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
+    computes: Computes | None = None,
+    loads_reference: bool = False,
     holds_model: bool = False,
+    tasks: Iterable[TaskKind] = TaskKind,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
     ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
-    ``writes`` says how many bytes it keeps on disk, ``holds_model`` that it needs memory for all weights of the
-    checkpoint at once; the plan counts both.
+    ``loads_reference`` says that it loads the checkpoint with transformers, so that the plan makes sure that it can.
+    ``tasks`` are what the models that it judges are for; models for something else are judged without it.
+    ``writes`` says how many bytes it keeps on disk, ``computes`` how many tokens it runs through a model, ``holds_model``
+    that it needs memory for all weights of the checkpoint at once; the plan counts them.
     """
     return lambda judge: Check(
         name=name,
@@ -236,5 +263,8 @@ def check(
         require=require,
         depends=depends,
         writes=writes,
+        computes=computes,
+        loads_reference=loads_reference,
         holds_model=holds_model,
+        tasks=frozenset(tasks),
     )

@@ -11,8 +11,10 @@ import importlib.util
 import pkgutil
 from importlib.metadata import EntryPoint, entry_points
 
+from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, nearest
 from quantool.plugins.contract import Check, Method
+from quantool.tasks import Task
 
 
 def names(folder: str) -> list[str]:
@@ -47,6 +49,31 @@ def find_check(name: str) -> Check:
     if not isinstance(found, Check):
         raise ConfigError(f"{found!r} is registered as check {name!r} but is not one")
     return found
+
+
+def judging_checks(config: Config, task: Task) -> list[str]:
+    """Names of the checks that judge a model of ``task``: those that the configuration names, else all that can.
+
+    Raises ConfigError for one named there that says nothing about such models.
+    """
+    named = config.validation.checks
+    if named is None:
+        return [name for name in names("checks") if applies(name, task)]
+    if strange := [name for name in named if not applies(name, task)]:
+        fitting = [name for name in names("checks") if applies(name, task)]
+        raise ConfigError(
+            f"validation.checks: {', '.join(strange)} cannot judge this model, which is for {task.kind}",
+            hint=f"leave validation.checks out, or choose of {', '.join(fitting)}",
+        )
+    return [*named]
+
+
+def applies(name: str, task: Task) -> bool:
+    """Whether a check judges models of ``task``; of one that cannot be loaded that is not known, so it stays."""
+    try:
+        return task.kind in find_check(name).tasks
+    except (ConfigError, DependencyError):
+        return True
 
 
 def _package(folder: str) -> str:

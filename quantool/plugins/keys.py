@@ -21,7 +21,7 @@ Entry = TypeVar("Entry")
 EVERY_FIELD = "*"
 UNCOUNTED = frozenset(
     {
-        "model_id", "revision", "tokenizer_name",  # the checkpoint counts by its files
+        "model_id", "revision", "tokenizer_name", "adapter", "adapter_revision",  # the checkpoint counts by its files
         "method", "quant_level", "quantization_config", "quantizations",  # so does the artifact
         "output_path", "cache_dir", "dataset_cache_dir",
         "push_to_hub", "repo_id", "private", "publish", "disk_bounded", "card",

@@ -34,6 +34,7 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         "the output folder": workspace.root,
         "the checkpoint's folder": plan.source.folder,
         "the working folder": Path.cwd(),
+        **_origins(plan),
         "the home folder": Path.home(),
     }
     for repo in dict.fromkeys(output.repo for output in plan.outputs):
@@ -43,6 +44,15 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         plots = draw(own, folder, repo, workspace)
         folders.append(_pack_folder(plan, outputs, own, plots, folder, machine_folders))
     return tuple(folders)
+
+
+def _origins(plan: Plan) -> dict[str, Path]:
+    """Where the checkpoint was found before it was prepared, and the adapter."""
+    prepared = plan.source.prepared
+    if prepared is None:
+        return {}
+    adapter = {} if prepared.adapter is None else {"the adapter's folder": prepared.adapter.folder}
+    return {"the original checkpoint's folder": prepared.origin.folder, **adapter}
 
 
 def _pack_folder(

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from quantool import __version__
 from quantool.config.schema import Publish
-from quantool.errors import GateError, PublicationError
+from quantool.errors import ConfigError, GateError, PublicationError
 from quantool.records import FileRecord, Report, Verdict, sha256_of
 from quantool.report.plots import CAPTIONS
 from quantool.runtime.progress import Progress
@@ -160,7 +160,7 @@ def destination(packed: PackedFolder, repo_id: str | None) -> str:
             if packed.repo_ids
             else "names no repository"
         )
-        raise PublicationError(f"{packed.folder} {why}", hint="name it with --repo-id")
+        raise ConfigError(f"{packed.folder} {why}", hint="name it with --repo-id")
     return packed.repo_ids[0]
 
 

@@ -17,6 +17,7 @@ from xml.etree import ElementTree as ET
 from quantool import __version__
 from quantool.records import Finding, Report, Verdict
 from quantool.report.finding_text import failures, fields, finding_name, number
+from quantool.report.holdings import of_reports
 from quantool.report.loss_origin import losses
 from quantool.report.plots import existing_plots
 from quantool.report.sections import checks, corpora, pictures, unchecked
@@ -92,12 +93,15 @@ def as_markdown(
     parts = [
         f"# quantool: {verdict_of(reports)}\n",
         f"Reference: {references}\n",
+        *(f"{text[0].upper()}{text[1:]}.\n" for text in dict.fromkeys(r.prepared for r in reports) if text),
         markdown(HEADINGS, [columns(report) for report in reports]),
         *_failed(reports),
         *(["## Figures by corpus\n", corpora(reports)] if any(r.find("perplexity") for r in reports) else []),
         *losses(reports),
         *(line for path, names in plots.items() for line in pictures(names, path)),
     ]
+    if held := of_reports(reports):
+        parts += ["## What the artifacts hold\n", held + "\n"]
     if judged := checks(reports):
         parts += ["## Other checks\n", *judged]
     if left_out := unchecked(reports, absent):

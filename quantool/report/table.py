@@ -11,7 +11,8 @@ from pathlib import Path
 
 from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
-from quantool.runtime.progress import amount
+from quantool.report.holdings import of_outputs
+from quantool.runtime.progress import amount, span
 
 HEADINGS = (
     "file", "size", "bpw", "worst corpus", "perplexity", "reference", "mean KLD", "same top-p", "template", "verdict",
@@ -105,8 +106,11 @@ def _shortened(name: str, length: int) -> str:
     return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
-def planned(plan: Plan, machine: MachineState) -> str:
-    """The plan for people: source, outputs with sizes, stages with disk, memory and state."""
+def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
+    """The plan for people: source, outputs with sizes, stages with disk, memory and state.
+
+    ``width`` is the longest line that there is room for: names of files are shortened until they fit.
+    """
     facts = plan.source.facts
     lines = [
         f"source   {plan.source.label()}",
@@ -127,21 +131,29 @@ def planned(plan: Plan, machine: MachineState) -> str:
         for output in plan.outputs
         for file in output.files
     ]
+    if width is not None and (excess := _total(rows) - width) > 0:
+        longest = max(SHORTEST, max(len(row[1]) for row in rows) - excess)
+        rows = [(row[0], _shortened(row[1], longest), *row[2:]) for row in rows]
     lines += _aligned(rows, right={2, 3, 4})
-    lines.append("")
-    stages = [("stage", "writes", "peak RAM", "state")]
+    lines += ["", *(f"holds    {statement} ({ids})" for ids, statement in of_outputs(plan.outputs)), ""]
+    stages = [("stage", "writes", "peak RAM", "time", "state")]
     stages += [
         (
             stage.name,
             amount(stage.writes, "B"),
             amount(stage.peak_ram, "B"),
+            span(machine.seconds.get(stage.name, 0.0)),
             "done" if stage.name in machine.done else "to do",
         )
         for stage in plan.stages
     ]
-    lines += _aligned(stages, right={1, 2})
+    lines += _aligned(stages, right={1, 2, 3})
+    waiting = [stage for stage in plan.stages if stage.name not in machine.done]
+    highest = max((stage.peak_ram for stage in waiting), default=0)
     lines += [
         "",
+        f"time     about {span(sum(machine.seconds.get(stage.name, 0.0) for stage in waiting))} on this machine",
+        f"memory   {amount(highest, 'B')} needed at most, {amount(machine.ram, 'B')} here",
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
     ]
     return "\n".join(lines)

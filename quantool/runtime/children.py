@@ -11,16 +11,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO, get_args
 
+from quantool.runtime import gpus
 from quantool.runtime.worker import Preload
 
-VOLATILE = ("PYTEST_CURRENT_TEST", "COLUMNS", "LINES")
+VOLATILE = ("PYTEST_CURRENT_TEST", "COLUMNS", "LINES", gpus.VISIBLE)
 """Environment variables that no library reads while it is imported: they may change between two workers."""
 PATIENCE = 0.5
 """Seconds that servers have to end by themselves."""
 SERVERS: tuple[Preload, ...] = get_args(Preload)[1:]
+_TURN = threading.Lock()
+"""Held while a server is started or asked: several threads may start workers."""
 
 
 class Spawned:
@@ -62,14 +66,15 @@ class Forked:
     def __init__(
         self, target: str, log: IO[bytes], events: int, environment: dict[str, str], libraries: Preload
     ) -> None:
-        self._servers = _Servers.of(environment)
         self._control, theirs = socket.socketpair()
         read_end, write_end = os.pipe()
         self.stdin: IO[bytes] = os.fdopen(write_end, "wb")
         self._words = b""
         try:
             message = {"kind": "work", "target": target}
-            self._servers.ask(libraries, message, [theirs.fileno(), log.fileno(), read_end, events])
+            with _TURN:
+                self._servers = _Servers.of(environment)
+                self._servers.ask(libraries, message, [theirs.fileno(), log.fileno(), read_end, events])
         finally:
             theirs.close()
             os.close(read_end)
@@ -180,8 +185,16 @@ class _Servers:
                 self.process.wait()
 
 
+def prepare(environment: dict[str, str]) -> None:
+    """Start the server for ``environment`` in this thread: it dies with the thread that started it."""
+    if can_fork():
+        with _TURN:
+            _Servers.of(environment)
+
+
 @atexit.register
-def _end() -> None:
+def end() -> None:
+    """End the servers, and with them all forked workers."""
     if _Servers.current is not None:
         _Servers.current.end()
 

@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from quantool.errors import BY_NAME, DependencyError, QuantizationError, QuantoolError
@@ -50,10 +51,12 @@ def call(
     log: Path,
     bar: Bar | None = None,
     failure: type[QuantoolError] = QuantizationError,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Run ``work``, a function of a module that a new process can import, on ``request`` and return its result.
 
-    ``log`` receives all that the child prints (appended). ``bar`` is moved by the worker's reports. Raises the
+    ``log`` receives all that the child prints (appended). ``bar`` is moved by the worker's reports, ``variables`` are added to its environment.
+    Raises the
     ``QuantoolError`` that the worker raised (``failure`` if of no kind in ``errors``), or ``failure`` with the log's
     last lines when the child died. On any interruption the child is killed at once, and no process that it started
     outlives it.
@@ -62,11 +65,11 @@ def call(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:
         forked = preload_of(work) != "nothing" and children.can_fork()
-        result, code = _attempt(work, request, sink, bar, failure, forked=forked)
+        result, code = _attempt(work, request, sink, bar, failure, variables, forked=forked)
         if (
             code is None
         ):  # the fork server died while it imported; a new interpreter says why, or does without
-            result, code = _attempt(work, request, sink, bar, failure, forked=False)
+            result, code = _attempt(work, request, sink, bar, failure, variables, forked=False)
     if result is None and code == -signal.SIGBUS:
         free = shutil.disk_usage(log.parent).free
         raise DependencyError(
@@ -88,6 +91,7 @@ def _attempt(
     sink: IO[bytes],
     bar: Bar | None,
     failure: type[QuantoolError],
+    variables: Mapping[str, str],
     *,
     forked: bool,
 ) -> tuple[dict[str, Any] | None, int | None]:
@@ -96,9 +100,8 @@ def _attempt(
     with contextlib.ExitStack() as stack:
         events = stack.enter_context(os.fdopen(read_end, encoding="utf-8"))
         try:
-            child = children.start(
-                name_of(work), sink, write_end, environment(), preload_of(work) if forked else "nothing"
-            )
+            libraries = preload_of(work) if forked else "nothing"
+            child = children.start(name_of(work), sink, write_end, {**environment(), **variables}, libraries)
         finally:
             os.close(write_end)
         stack.callback(child.kill)

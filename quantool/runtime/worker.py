@@ -10,10 +10,12 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from quantool.errors import DependencyError, QuantoolError
+from quantool.runtime import gpus
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NUMPY_WROTE_LESS = re.compile(r"^\d+ requested and \d+ written$")  # numpy/_core/src/multiarray/convert.c
@@ -70,7 +72,7 @@ def main() -> None:
 
 
 def work(target: str, descriptor: int, request: dict[str, Any]) -> None:
-    """Call ``target`` on ``request``; progress, result and errors of a known kind go to the events pipe ``descriptor``."""
+    """Call ``target`` on ``request``; progress, result and errors of a known kind (a GPU's too) go to the events pipe ``descriptor``."""
     module, _, function = target.partition(":")
     with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as events:
 
@@ -89,6 +91,11 @@ def work(target: str, descriptor: int, request: dict[str, Any]) -> None:
                 error.filename or request.get("output") or request.get("target") or target
             )  # a full disk names none
             _send_error(send, DependencyError(f"{reason(error)}: {place}"))
+        except RuntimeError as error:
+            if (blamed := gpus.fault(error)) is None:
+                raise
+            traceback.print_exc()
+            _send_error(send, blamed)
         except ModuleNotFoundError as error:
             _send_error(send, DependencyError(f"{target} needs {error.name}, which is not installed"))
 

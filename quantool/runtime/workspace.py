@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class Workspace:
         self.stages = self.state / "stages"
         self.work = self.state / "work"
         self.logs = root / "logs"
+        self.seconds: dict[str, float] = {}
+        """What stages took that this run produced, without those produced within them."""
+        self._locked = False
+        self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -77,8 +82,11 @@ class Workspace:
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
             self._sweep()
+            self._keys.clear()
+            self._locked = True
             yield
         finally:
+            self._locked = False
             os.close(handle)
 
     def _sweep(self) -> None:
@@ -97,6 +105,7 @@ class Workspace:
 
     def recall(self, name: str, key: str) -> dict[str, Any] | None:
         """The result of stage ``name`` if it was finished with this ``key`` and its files are as it left them."""
+        self._require_alone(name, key)
         saved = self._saved(self._record(name))
         if saved is None or saved["key"] != key:
             return None
@@ -110,8 +119,17 @@ class Workspace:
 
     def keep(self, name: str, key: str, files: Iterable[Path], result: dict[str, Any]) -> None:
         """Record stage ``name`` as finished; ``files`` must have their final names."""
+        self._require_alone(name, key)
         stamps = {str(self._relative(path)): _stamp(path) for path in files}
         self._save(self._record(name), {"name": name, "key": key, "files": stamps, "result": result})
+
+    def _require_alone(self, name: str, key: str) -> None:
+        """Two results under one name would be done anew by turns, each time that the other was recalled.
+
+        No key marks files of a stage that is not finished.
+        """
+        if key and self._locked and self._keys.setdefault(name, key) != key:
+            raise RuntimeError(f"stage {name} is used with two keys in one run")
 
     def forget(self, name: str) -> None:
         """Let the stage be done again."""
@@ -123,9 +141,18 @@ class Workspace:
         """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
         result = self.recall(name, key)
         if result is None:
-            files, result = produce()
+            with self.timed(name):
+                files, result = produce()
             self.keep(name, key, files, result)
         return result
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note the seconds of a stage; those of stages within it are theirs alone."""
+        started, before = time.monotonic(), sum(self.seconds.values())
+        yield
+        within = sum(self.seconds.values()) - before
+        self.seconds[name] = time.monotonic() - started - within
 
     def together(
         self,

@@ -86,5 +86,10 @@ def _transformers() -> Path:
     return Path(spec.origin).parent
 
 
+def parsed(name: str) -> ast.Module:
+    """A file of the installed transformers, by its path below the package."""
+    return _parse(_transformers() / name)
+
+
 def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from quantool.formats.safetensors import TensorHeader
 from quantool.records import ModelFacts
 from quantool.source.chat_template import ChatTemplates, end_of_turn, read_templates
 from quantool.source.class_defaults import class_defaults, model_types
+from quantool.source.quantized import quantization
 
 MAX_NUMBER = 1 << 40
 """Nothing that a configuration counts is more."""
@@ -63,8 +64,8 @@ class Configuration:
 def read_configuration(folder: Path, *, trust_remote_code: bool) -> tuple[Configuration, list[str]]:
     """config.json of a checkpoint that can be used, and notes.
 
-    Raises SourceError for a missing or malformed file, a checkpoint that is quantized already, a model type that
-    transformers does not know, and one that needs its own Python code without ``trust_remote_code``.
+    Raises SourceError for a missing or malformed file, a checkpoint that is quantized in a form that cannot be read, a model
+    type that transformers does not know, and one that needs its own Python code without ``trust_remote_code``.
     """
     path = folder / "config.json"
     top = read_json(path)
@@ -76,14 +77,7 @@ def read_configuration(folder: Path, *, trust_remote_code: bool) -> tuple[Config
         raise SourceError(f"{path} names no model_type")
     if len(model_type) > MAX_NAME:
         raise SourceError(f"{path}: unknown model type {brief(model_type)}")
-    for part in (top, text):
-        if quantized := part.get("quantization_config"):
-            how = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-            how = how if isinstance(how, str) and len(how) <= MAX_NAME else brief(how)
-            raise SourceError(
-                f"{path}: the checkpoint is already quantized (quantization_config, quant_method {how})",
-                hint="start from the bf16 or f16 checkpoint it was made from",
-            )
+    quantization(path, top, text)
     notes, defaults = [], class_defaults(model_type)
     if top.get("auto_map") and not trust_remote_code:
         if defaults is None:

@@ -27,13 +27,19 @@ from quantool.formats.safetensors import (
     weight_files,
 )
 from quantool.hub.download import Listing, fetch, hub_errors, list_repository
-from quantool.records import Source, SourceFile, sha256_of
+from quantool.origins import Origin, Prepared, SourceFile
+from quantool.records import Source, sha256_of
 from quantool.runtime.progress import Progress
+from quantool.source.adapter import CONFIG as ADAPTER
+from quantool.source.adapter import WEIGHTS, LoraAdapter, base_of
 from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
 from quantool.source.mtp import check_head
+from quantool.source.prepare import found_headers, sketch
+from quantool.source.rewrite import recipe_of
+from quantool.source.task import SENTENCE_FILES, module_files, task_of
 
-MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX)
+MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX, *SENTENCE_FILES)
 TOKENIZER_FILES = (
     "tokenizer*",
     "*.model",
@@ -74,7 +80,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     when the checkpoint cannot be used, DependencyError when the Hub cannot be reached or the disk is too small, and
     ConfigError for a revision of a local folder.
     """
-    place = _place(config.model_id, config)
+    place, adapter = _places(config)
     if "config.json" not in place.sizes:
         raise SourceError(
             f"{place.model_id} has no config.json", hint="is it a checkpoint in transformers' format?"
@@ -83,34 +89,112 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     if config.trust_remote_code:
         small += _chosen(place.sizes, CODE_FILES)
     _get(place, small, config)
+    small += (further := module_files(place.folder, place.sizes))
+    _get(place, further, config)
     configuration, notes = read_configuration(place.folder, trust_remote_code=config.trust_remote_code)
     names, headers = _headers(place, config, weights=weights, progress=progress)
-    tokenizer = _tokenizer(place, config)
+    added = _adapter(adapter, config, weights=weights, progress=progress) if adapter is not None else None
+    recipe = recipe_of(place.folder, headers, (added[0].folder, added[1]) if added is not None else None)
+    tokenizer = _tokenizer(place, adapter, config)
     generation = read_optional(place.folder / "generation_config.json", JsonLimits(finite=True))
     _bound(tokenizer)
-    facts, more = model_facts(configuration, generation, tokenizer.folder, headers)
-    more += check_head(configuration.top, headers, facts.layers)
+    made = recipe.made_headers()
+    facts, more = model_facts(configuration, generation, tokenizer.folder, made)
+    more += check_head(configuration.top, made, facts.layers)
     card, remarks = model_card(place.folder)
+    task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
     ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
     files = [(place.folder, name) for name in ours]
     if tokenizer is not place:
         files += [(tokenizer.folder, name) for name in _chosen(tokenizer.sizes, TOKENIZER_FILES)]
-    return Source(
-        model_id=place.model_id,
-        name=place.name,
-        commit=place.commit,
+    named = adapter or place
+    source = Source(
+        model_id=named.model_id,
+        name=named.name,
+        commit=named.commit,
         folder=place.folder,
         files=(
             *(_read_file(folder, name) for folder, name in sorted(files, key=lambda entry: entry[1])),
             *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
         ),
-        facts=facts,
+        others=tuple(
+            SourceFile(name=name, bytes=size)
+            for name, size in sorted(place.sizes.items())
+            if name not in small and name not in names
+        ),
+        facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
         trust_remote_code=config.trust_remote_code,
         tokenizer=tokenizer.folder if tokenizer is not place else None,
-        notes=(*notes, *more, *remarks),
+        notes=(*notes, *more, *remarks, *_other_base(place, recipe.adapter)),
     )
+    if recipe.is_plain:
+        return source
+    prepared = Prepared(
+        origin=_origin(place, ("config.json", INDEX), names),
+        form=recipe.unpacking.form if recipe.unpacking is not None else "",
+        adapter=added[0] if added is not None else None,
+        merged=recipe.adapter.described() if recipe.adapter is not None else "",
+    )
+    kept = {name: folder for folder, name in files if name not in ("config.json", INDEX)}
+    return sketch(source, recipe, prepared, kept)
+
+
+def _origin(place: _Place, small: Sequence[str], weights: Sequence[str]) -> Origin:
+    """What was found at ``place``: its ``small`` files with their hashes, its ``weights`` by size."""
+    return Origin(
+        model_id=place.model_id,
+        commit=place.commit,
+        folder=place.folder,
+        files=(
+            *(_read_file(place.folder, name) for name in small if name in place.sizes),
+            *(SourceFile(name=name, bytes=place.sizes[name]) for name in weights),
+        ),
+    )
+
+
+def _places(config: Config) -> tuple[_Place, _Place | None]:
+    """Where the model is, and where the adapter for it, if any: ``adapter``, or ``model_id`` itself and the base that it names."""
+    place = _place(config.model_id, config.cache_dir, config.revision)
+    if config.adapter is not None:
+        return place, _place(config.adapter, config.cache_dir, config.adapter_revision)
+    if ADAPTER not in place.sizes or any(_is_model_weight(name) for name in place.sizes):
+        return place, None
+    _get(place, [ADAPTER], config)
+    base, revision = base_of(place.folder)
+    return _place(base, config.cache_dir, revision), place
+
+
+def _is_model_weight(name: str) -> bool:
+    return name == INDEX or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+def _adapter(
+    place: _Place, config: Config, *, weights: bool, progress: Progress
+) -> tuple[Origin, dict[str, TensorHeader]]:
+    """The adapter at ``place`` and the headers of its tensors; fetches them when ``weights``."""
+    for name in (ADAPTER, WEIGHTS):
+        if name not in place.sizes:
+            raise SourceError(
+                f"{place.model_id} has no {name}", hint="an adapter is a folder as peft saves it"
+            )
+    _get(place, [ADAPTER, *([WEIGHTS] if weights else [])], config, progress if weights else None)
+    found = _origin(place, (ADAPTER,), (WEIGHTS,))
+    return found, found_headers(found)
+
+
+def _other_base(place: _Place, adapter: LoraAdapter | None) -> list[str]:
+    """A note when the adapter says it was trained on another model than the one it is merged into."""
+    if adapter is None or adapter.base is None or _last(adapter.base) == _last(place.model_id):
+        return []
+    return [
+        f"the adapter says that it was trained on {_last(adapter.base)}; it is merged into {_last(place.model_id)}"
+    ]
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _bound(tokenizer: _Place) -> None:
@@ -144,8 +228,7 @@ def overlay(source: Source, folder: Path) -> Source:
     return source.model_copy(update={"folder": folder, "tokenizer": None})
 
 
-def _place(name: str, config: Config, *, tokenizer: bool = False) -> _Place:
-    revision = None if tokenizer else config.revision
+def _place(name: str, cache_dir: Path | None, revision: str | None) -> _Place:
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")):
         return _local(name, path, revision)
@@ -154,7 +237,7 @@ def _place(name: str, config: Config, *, tokenizer: bool = False) -> _Place:
             f"{name!r} is neither a folder here nor a Hub id",
             hint="a Hub id looks like organisation/model; a relative path starts in the current folder",
         )
-    listing = list_repository(name, revision, config.cache_dir)
+    listing = list_repository(name, revision, cache_dir)
     return _Place(name, name.rpartition("/")[2], listing.commit, listing.folder, listing.sizes, remote=True)
 
 
@@ -170,9 +253,7 @@ def _local(name: str, path: Path, revision: str | None) -> _Place:
         raise ConfigError(
             f"revision {revision!r} means nothing for the local folder {name}", hint="remove revision"
         )
-    files = [
-        file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()
-    ]
+    files = [file for file in (*folder.iterdir(), *folder.glob("[!.]*/*")) if file.is_file()]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     if cached:
         hub_id = cached["id"].replace("--", "/")
@@ -180,11 +261,14 @@ def _local(name: str, path: Path, revision: str | None) -> _Place:
     return _Place(name, folder.name, None, folder, sizes, remote=False)
 
 
-def _tokenizer(place: _Place, config: Config) -> _Place:
-    """Where the tokenizer files are, fetched; SourceError when there are none."""
+def _tokenizer(place: _Place, adapter: _Place | None, config: Config) -> _Place:
+    """Where the tokenizer files are, fetched; an adapter's own count before its base's. SourceError when there are none."""
     found = place
+    if adapter is not None and _chosen(adapter.sizes, VOCABULARIES):
+        found = adapter
     if config.tokenizer_name is not None:
-        found = _place(config.tokenizer_name, config, tokenizer=True)
+        found = _place(config.tokenizer_name, config.cache_dir, None)
+    if found is not place:
         _get(found, _chosen(found.sizes, TOKENIZER_FILES), config)
     if not _chosen(found.sizes, VOCABULARIES):
         raise SourceError(

@@ -17,12 +17,15 @@ from typing import Any
 
 import making
 import pytest
+import tampering
 
 from quantool.card.how_to_run import usage
 from quantool.records import Finding, Report, Verdict
 from quantool.runtime import process
 from tests.loopback_hub import ID, Answer, Asked, Hub, Repository, reply, serving
 
+SERVED_WITH = " \\\n  --max-model-len 2048 \\\n  --enable-auto-tool-choice \\\n  --tool-call-parser hermes\n"
+"""The tiny chat model's template asks for calls as Hermes has them."""
 SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
 REPO = "us/tiny-chat-GGUF"
 
@@ -60,6 +63,24 @@ def test_the_snippet_of_llama_cpp_python_runs(made: making.Made) -> None:
         check=False,
         env=process.environment(),
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_snippet_of_transformers_runs(made: making.Made, chat: bool) -> None:
+    with making.own_cache():
+        folder, output = tampering.fp8_of("tiny-chat")
+    plan = made.plan
+    facts = plan.source.facts if chat else plan.source.facts.model_copy(update={"chat_template": None})
+    source = plan.source.model_copy(update={"facts": facts})
+    text = usage(plan.model_copy(update={"source": source}), [output], [], SAMPLING if chat else {})
+    snippet = next(block for block in blocks(text, "python") if "transformers" in block)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet.replace(f'"{output.repo}"', f'"{folder}"')],
+        capture_output=True, text=True, check=False, env=process.environment(),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -232,8 +253,8 @@ def test_parts_are_downloaded_together_and_the_first_is_named(made: making.Made)
 @pytest.mark.parametrize(
     ("level", "repo_id", "command", "capability"),
     [
-        ("FP8_DYNAMIC", "us/tiny-FP8", "vllm serve us/tiny-FP8 --max-model-len 2048\n", True),
-        ("W4A16", None, "vllm serve tiny-chat-GGUF --max-model-len 2048\n", False),
+        ("FP8_DYNAMIC", "us/tiny-FP8", f"vllm serve us/tiny-FP8{SERVED_WITH}", True),
+        ("W4A16", None, f"vllm serve tiny-chat-GGUF{SERVED_WITH}", False),
     ],
 )
 def test_vllm_serves_what_transformers_loads(

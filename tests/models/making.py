@@ -28,6 +28,7 @@ from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Report
 from quantool.runtime.workspace import Workspace
+from quantool.source.prepare import prepare
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import scan_source
 
@@ -133,7 +134,8 @@ def make(wanted: Config) -> tuple[Plan, list[Artifact]]:
     workspace = Workspace(wanted.output_path)
     with workspace.lock():
         source = resolve(wanted, weights=True, progress=QUIET)
-        source = scan_source(overlay(source, workspace.work / "source"), workspace, QUIET)
+        source = prepare(overlay(source, workspace.work / "source"), workspace, QUIET)
+        source = scan_source(source, workspace, QUIET)
         plan = make_plan(wanted, source, workspace)
         return plan, [pipeline._make(wanted, plan, one, workspace, QUIET) for one in plan.outputs]
 

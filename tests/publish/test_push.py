@@ -14,7 +14,7 @@ import huggingface_hub.constants
 import huggingface_hub.utils._http
 import pytest
 
-from quantool.errors import GateError, PublicationError
+from quantool.errors import ConfigError, GateError, PublicationError
 from quantool.hub.errors import scrub
 from quantool.publish.packed_folder import (
     destination,
@@ -373,10 +373,10 @@ def test_files_that_no_record_names_stay_here(
 
 def test_the_destination_must_be_known(folder: Path) -> None:
     edit(folder, lambda record: [output.update(repo_id=None) for output in record["plan"]["outputs"]])
-    with pytest.raises(PublicationError, match="names no repository"):
+    with pytest.raises(ConfigError, match="names no repository"):
         destination(read_packed_folder(folder), None)
     edit(folder, lambda record: [o.update(repo_id=f"a/{n}") for n, o in enumerate(record["plan"]["outputs"])])
-    with pytest.raises(PublicationError, match="several repositories: a/0, a/1"):
+    with pytest.raises(ConfigError, match="several repositories: a/0, a/1"):
         destination(read_packed_folder(folder), None)
 
 

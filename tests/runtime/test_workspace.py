@@ -368,6 +368,19 @@ def test_a_deep_record_is_no_record(kept: Workspace) -> None:
     assert kept.recall("gguf/Q8_0", "key") is None
 
 
+def test_a_run_that_gives_one_name_to_two_stages_is_stopped(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with workspace.lock():
+        workspace.keep("base", "one", [], {})
+        with pytest.raises(RuntimeError, match="stage base is used with two keys"):
+            workspace.recall("base", "another")
+    with workspace.lock():
+        assert workspace.recall("base", "another") is None  # a new run, with other settings
+        workspace.keep("base", "another", [], {})
+        with pytest.raises(RuntimeError, match="two keys"):
+            workspace.keep("base", "one", [], {})
+
+
 def test_a_stage_can_be_forgotten(kept: Workspace) -> None:
     kept.forget("gguf/Q8_0")
     kept.forget("another")

@@ -40,6 +40,19 @@ def test_healthy(name: str, corpora: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.e2e
+def test_a_hundred_thousand_tokens_are_compared(corpora: list[dict[str, Any]]) -> None:
+    """However short the corpora are."""
+    found = findings("tokenizer", case("qwen3", corpora=corpora))
+    counts = [
+        int(one.detail.split(" tokens")[0].split("; ")[-1])
+        for metric, one in found.items()
+        if metric.startswith("corpus_ids")
+    ]
+    assert len(counts) == 3
+    assert sum(counts) >= 100_000
+
+
+@pytest.mark.e2e
 def test_nfc_is_skipped_but_visible(corpora: list[dict[str, Any]]) -> None:
     found = findings("tokenizer", case("qwen3", corpora=corpora))
     assert found["nfc"].verdict == Verdict.SKIPPED

@@ -26,6 +26,7 @@ HELD_BYTES = (
 )  # a float32 head up to this size is kept; a larger one is converted in slices, each time
 SLICE_BYTES = 16 << 20
 BLOCK_BYTES = 4 << 20  # float32 work space of one comparison, small enough for a processor's cache
+GPU_BLOCK_BYTES = 128 << 20  # the same on a GPU, whose memory is as fast everywhere
 
 LOGIT_BYTES = 128 << 20  # float32 logits held at once, of all models together
 
@@ -136,12 +137,16 @@ def entries_of(folder: Path, plan: HeadPlan) -> int:
 
 
 class Head:
-    """The head of a checkpoint, cut to its first ``rows`` entries."""
+    """The head of a checkpoint, cut to its first ``rows`` entries, on a ``device`` of torch's."""
 
-    def __init__(self, folder: Path, plan: HeadPlan, rows: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, plan: HeadPlan, rows: int | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        import torch
         from safetensors import safe_open
 
         self.plan = plan
+        self.device = torch.device(device)
         # A slice is read from the mapped file when it is used, and keeps the file open.
         weights: Any = safe_open(folder / plan.weight[0], framework="pt")
         self._weight = weights.get_slice(plan.weight[1])
@@ -152,27 +157,30 @@ class Head:
         if plan.bias:
             shard: Any = safe_open(folder / plan.bias[0], framework="pt")
             with shard as file:
-                self._bias = file.get_tensor(plan.bias[1])[: self.rows].float()
-        step = max(1, SLICE_BYTES // (4 * hidden))
+                self._bias = file.get_tensor(plan.bias[1])[: self.rows].float().to(self.device)
+        on_gpu = self.device.type != "cpu"
+        step = max(1, (GPU_BLOCK_BYTES if on_gpu else SLICE_BYTES) // (4 * hidden))
         self._spans = [(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
         self._held: list[Tensor] | None = None
-        if 4 * self.rows * hidden <= HELD_BYTES:
+        if on_gpu:  # held as it is stored: a GPU widens faster than it multiplies
             self._held = [self._read(span) for span in self._spans]
+        elif 4 * self.rows * hidden <= HELD_BYTES:
+            self._held = [self._read(span).float() for span in self._spans]
 
     def _read(self, span: tuple[int, int]) -> Tensor:
         part: Tensor = self._weight[span[0] : span[1]]
-        return part.float()
+        return part.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [n, rows] of ``hidden`` [n, width], which is best given in the dtype that it is stored in."""
         import torch
 
-        inputs = hidden.float()
-        out = torch.empty(len(inputs), self.rows)
-        with _products_of(hidden.dtype, self._dtype):
+        inputs = hidden.to(self.device).float()
+        out = torch.empty(len(inputs), self.rows, device=self.device)
+        with _products_of(hidden.dtype, self._dtype, self.device):
             for number, span in enumerate(self._spans):
                 weight = self._held[number] if self._held else self._read(span)
-                torch.mm(inputs, weight.T, out=out[:, span[0] : span[1]])
+                torch.mm(inputs, weight.float().T, out=out[:, span[0] : span[1]])
         if self._bias is not None:
             out += self._bias
         if self.plan.scale != 1.0:
@@ -186,33 +194,43 @@ class Head:
         import torch
 
         out = self.logits(hidden)
-        for block in torch.split(out, _block(self.rows)):
+        for block in torch.split(out, _block(out)):
             block -= block.logsumexp(-1, keepdim=True)  # noqa: PLW2901 - in place
         return out
+
+
+def gpu_bytes(folder: Path, plan: HeadPlan, context: int) -> int:
+    """Bytes that a head takes on a GPU together with what ``compare`` needs for a window of ``context`` tokens."""
+    from safetensors import safe_open
+
+    weights: Any = safe_open(folder / plan.weight[0], framework="pt")
+    entries, hidden = weights.get_slice(plan.weight[1]).get_shape()
+    return 4 * entries * (hidden + context) + 4 * GPU_BLOCK_BYTES
 
 
 def compare(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor | None:
     """Score ``logits`` against log-probabilities of the reference (both [n, vocabulary]); ``targets`` [n] come next.
 
-    Returns [4, n] in nats: -ln p of the reference, -ln p of the artifact, KL divergence sum p_ref ln(p_ref / p), and 1
+    Computed where the reference's are. Returns [4, n] on the CPU, in nats: -ln p of the reference, -ln p of the artifact, KL divergence sum p_ref ln(p_ref / p), and 1
     where both prefer the same token (all as in llama.cpp's perplexity.cpp, ``log_softmax`` with
     ``kl_divergence_result``). None when a logit is not finite.
     """
     import torch
 
-    step = _block(reference.shape[1])
+    step = _block(reference)
     parts = []
-    for log_p, values, target in zip(
+    for log_p, part, target in zip(
         torch.split(reference, step), torch.split(logits, step), torch.split(targets, step), strict=True
     ):
+        values = part.to(log_p.device)
         log_q = values - values.logsumexp(-1, keepdim=True)
-        wanted = target.unsqueeze(1)
+        wanted = target.to(log_p.device).unsqueeze(1)
         nll_reference = -log_p.gather(1, wanted).squeeze(1)
         nll = -log_q.gather(1, wanted).squeeze(1)
         same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
         divergence = torch.linalg.vecdot(log_p.exp(), log_q.neg_().add_(log_p))
         parts.append(torch.stack((nll_reference, nll, divergence, same)))
-    scores = torch.cat(parts, dim=1)
+    scores = torch.cat(parts, dim=1).cpu()
     return scores if torch.isfinite(scores).all() else None
 
 
@@ -243,27 +261,28 @@ def joined(parts: list[Tensor]) -> Tokens:
     return Tokens(*torch.cat(parts, dim=1).numpy())
 
 
-def normalized(logits: Tensor) -> Tensor:
-    """Log-probabilities of ``logits`` [n, vocabulary], as a tensor of their own."""
+def normalized(logits: Tensor, device: torch.device) -> Tensor:
+    """Log-probabilities of ``logits`` [n, vocabulary], as a tensor of their own on ``device``."""
     import torch
 
-    out = torch.empty_like(logits)
-    step = _block(logits.shape[1])
-    for values, target in zip(torch.split(logits, step), torch.split(out, step), strict=True):
+    out = torch.empty_like(logits, device=device)
+    step = _block(out)
+    for part, target in zip(torch.split(logits, step), torch.split(out, step), strict=True):
+        values = part.to(device)
         torch.sub(values, values.logsumexp(-1, keepdim=True), out=target)
     return out
 
 
 @contextmanager
-def _products_of(hidden: torch.dtype, weight: str) -> Iterator[None]:
+def _products_of(hidden: torch.dtype, weight: str, device: torch.device) -> Iterator[None]:
     """Let oneDNN multiply in bfloat16 where both sides are: such products are exact in float32, and so are sums kept.
 
     (torch.set_float32_matmul_precision, "medium". Even without bfloat16 units it is 1.5 times as fast on a Zen 4, where
-    torch takes MKL otherwise.)
+    torch takes MKL otherwise.) A GPU's tensor cores keep shorter sums, so there the products are float32's.
     """
     import torch
 
-    exact = hidden == torch.bfloat16 and weight == "BF16"
+    exact = hidden == torch.bfloat16 and weight == "BF16" and device.type == "cpu"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if exact else "highest")
     try:
@@ -272,5 +291,7 @@ def _products_of(hidden: torch.dtype, weight: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _block(vocabulary: int) -> int:
-    return max(1, BLOCK_BYTES // (4 * vocabulary))
+def _block(logits: Tensor) -> int:
+    """Rows of ``logits`` [n, vocabulary] to work on at once, where they are."""
+    size = BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES
+    return max(1, size // (4 * logits.shape[1]))

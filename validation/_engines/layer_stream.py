@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,17 @@ class LayerStream:
         """
         fresh = {key: ids for ids in batches if (key := _key(ids)) not in self._numbers}
         numbers = {key: number for number, key in enumerate(fresh, len(self._numbers))}
+        try:
+            self._run(fresh, numbers, advance)
+        except BaseException:
+            self._states.forget(numbers.values())
+            raise
+        self._numbers |= numbers
+
+    def _run(
+        self, fresh: Mapping[bytes, Tensor], numbers: Mapping[bytes, int], advance: Callable[[float], None]
+    ) -> None:
+        """Run all layers on the ids ``fresh``, whose states are kept under ``numbers``."""
         for layer in range(self.layers if fresh else 0):
             module = self._layer(layer)
             for key, ids in fresh.items():
@@ -89,7 +100,6 @@ class LayerStream:
                 self._states.write(numbers[key], states)
                 advance(ids.numel() * self.share)
             del module  # before the next is loaded
-        self._numbers |= numbers
 
     def _give_states(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         """Before a forward of the model: let its last waypoint give what all layers make of these ids."""
@@ -185,6 +195,13 @@ class _HiddenStates:
             self._slots[number] = _Slot(end, tuple(states.shape), states.dtype, states.device)
         self._file.seek(self._slots[number].offset)
         self._file.write(states.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Drop what was written under ``numbers``, which may have other shapes next time."""
+        for number in numbers:
+            self._slots.pop(number, None)
+            if (states := self._held.pop(number, None)) is not None:
+                self._room += states.numel() * states.element_size()
 
     def close(self) -> None:
         """Forget all states."""

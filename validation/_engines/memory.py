@@ -1,15 +1,22 @@
-"""Whether a whole model fits into the memory that is free, of a GPU or of the machine."""
+"""Memory: whether a whole model fits into what is free, and batches that get smaller when a GPU's is full."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from quantool.formats.safetensors import check_index
-from quantool.runtime import arithmetic
+from quantool.runtime import arithmetic, gpus
 
 SHARE = 0.7
 """Of the memory that is free, what a whole model may take; its activations and logits need the rest."""
+BATCH_TOKENS = 2048
+HALVINGS = 2
+
+Result = TypeVar("Result")
 
 
 def fits(folder: Path, *, on_gpu: bool) -> bool:
@@ -51,3 +58,43 @@ def free_ram() -> int:
         used = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
         room = min(room, int(most) - int(used["anon"]))
     return max(room, 0)
+
+
+class BatchSize:
+    """How many tokens a model runs at once: half as many each time that the GPU's memory is full, twice at most."""
+
+    def __init__(self, tokens: int = BATCH_TOKENS) -> None:
+        self.tokens = tokens
+        self._first = tokens
+
+    def windows(self, context: int) -> int:
+        """Windows of ``context`` tokens that run at once; one at least."""
+        return max(1, self.tokens // context)
+
+    @property
+    def note(self) -> str:
+        """What to add to the words on how the model ran; empty as long as its first size was right."""
+        if self.tokens == self._first:
+            return ""
+        return f", in batches of {self.tokens} tokens instead of {self._first}: the GPU's memory was full"
+
+    def with_room(self, context: int, work: Callable[[], Result]) -> Result:
+        """The result of ``work``, tried again in batches of half as many tokens when the GPU's memory is full.
+
+        What ``work`` has finished it must not do again. Raises DependencyError when batches of one window of ``context``
+        tokens, or a quarter of the first size, are still too large.
+        """
+        import torch
+
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                said = str(error).partition("\n")[0]
+                least = max(context, self._first >> HALVINGS)
+                if self.tokens // 2 < least:
+                    raise gpus.full(f"{said} (batches of {self.tokens} tokens)") from error
+                self.tokens //= 2
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

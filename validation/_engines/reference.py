@@ -7,10 +7,10 @@ checkpoint's dtype. With 256,000 entries and width 2,048 that is 1 MB a window, 
 
 from __future__ import annotations
 
-import os
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,23 @@ from quantool.config.schema import Corpus
 from quantool.errors import DependencyError, SourceError
 from quantool.plugins.contract import Case
 from quantool.plugins.keys import Depends
-from quantool.runtime import arithmetic, process
+from quantool.runtime import arithmetic
+from quantool.runtime.gpus import devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import Stage, written
 from quantool.validation._engines import memory, unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
+from quantool.validation._engines.hidden_states import join_states, save_states
 from quantool.validation._engines.layer_files import Unstreamable
 from quantool.validation._engines.layer_stream import LayerStream
+from quantool.validation._engines.memory import BatchSize
+from quantool.validation._engines.spans import Span, drop_parts, in_shares, spans_of
 from quantool.validation._engines.windows import Windows, scored, windows
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -37,7 +43,6 @@ TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 REFERENCE = Depends(fields=("validation.context", "device"), libraries=("torch", "transformers"))
 """Hidden states on windows, which count by their hash."""
 WHOLE = "whole"
-BATCH_TOKENS = 2048
 VERIFIED_POSITIONS = 32
 LOGIT_TOLERANCE = 2**-6
 """Largest difference between the model's own logits and the recomputed ones, over the largest logit: four roundings to
@@ -65,7 +70,6 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     logits cannot be recomputed; ConfigError like ``windows``.
     """
     cut = windows(case, corpora, progress)
-    source = case.source
     stages = [
         Stage(
             f"reference/{part.corpus.name}",
@@ -76,17 +80,8 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     ]
 
     def produce(missing: list[int]) -> list[dict[str, Any]]:
-        request = {
-            "folder": str(source.folder),
-            "dtype": TORCH_DTYPES.get(source.facts.dtype, "bfloat16"),
-            "trust_remote_code": source.trust_remote_code,
-            "device": case.config.device or "auto",
-            "windows": [str(cut[number].path) for number in missing],
-            "outputs": [str(_file(case, cut[number].corpus)) for number in missing],
-        }
-        log = case.workspace.logs / "reference.log"
-        with progress.bar("reference", "tok") as bar:
-            head = process.call(capture, request, log=log, bar=bar, failure=SourceError)
+        kept = [(cut[number], stages[number]) for number in missing]
+        head = _computed(case, [part for part, _ in kept], [str(stage.key) for _, stage in kept], progress)
         return [head] * len(missing)
 
     heads = case.workspace.together(stages, produce)
@@ -103,75 +98,89 @@ def references(case: Case, corpora: Sequence[Corpus], progress: Progress) -> tup
     )
 
 
+def _computed(
+    case: Case, texts: Sequence[Windows], keys: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """Compute the hidden states of ``texts``, kept under ``keys``; a run that was broken off goes on behind its last span."""
+    source = case.source
+    files = [_file(case, text.corpus) for text in texts]
+    every = spans_of([text.count for text in texts], case.settings.context)
+    # Of the worker's account of the model nothing is kept: with nothing missing it makes the last span again.
+    missing = [span for span in every if not _part(span, files, keys).is_file()] or every[-1:]
+
+    def request(share: Sequence[Span]) -> dict[str, Any]:
+        return {
+            "folder": str(source.folder),
+            "dtype": TORCH_DTYPES.get(source.facts.dtype, "bfloat16"),
+            "trust_remote_code": source.trust_remote_code,
+            "device": devices(case.config.device).kind,
+            "windows": [str(text.path) for text in texts],
+            "spans": [astuple(span) for span in share],
+            "outputs": [str(_part(span, files, keys)) for span in share],
+        }
+
+    log = case.workspace.logs / "reference.log"
+    with progress.bar("reference", "tok") as bar:
+        hands = devices(case.config.device).each()
+        heads = in_shares(capture, missing, request, hands, log=log, bar=bar, failure=SourceError)
+    for number, file in enumerate(files):
+        join_states([_part(span, files, keys) for span in every if span.text == number], file)
+    drop_parts(files)
+    ways = dict.fromkeys(head["execution"] for head in heads)
+    return heads[0] | {"execution": ", ".join(ways)}
+
+
+def _part(span: Span, files: Sequence[Path], keys: Sequence[str]) -> Path:
+    return span.part(files[span.text], keys[span.text])
+
+
 def _file(case: Case, corpus: Corpus) -> Path:
     return case.workspace.work / "reference" / f"{corpus.name}.hidden.npy"
 
 
 @preloaded("transformers")
 def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``."""
-    import numpy as np
+    """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``.
 
+    With ``spans`` ([text, first, last]: see ``spans.Span``), on these parts of the files, each with its output.
+    """
     folder, outputs = Path(request["folder"]), [Path(output) for output in request["outputs"]]
-    texts = [np.load(path) for path in request["windows"]]
+    texts = texts_of(request)
     with open_model(folder, request["dtype"], request, outputs[0].parent) as loaded:
         model = loaded.model
         plan = plan_head(model, folder)
-        head = Head(folder, plan)
+        head = Head(folder, plan, device=model.device)
         for ids in texts:
             if ids.max() >= head.rows:
                 raise SourceError(
                     f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries"
                 )
         advance = adding(report, sum(text.size for text in texts))
-        loaded.prepare(texts, advance, keep_logits=False)
-        verify(model, head, texts[0][:1])
-        for ids, output in zip(texts, outputs, strict=True):
-            with written(output) as part:
-                for tokens in _saved(model, ids, part):
-                    advance(tokens * loaded.share)
+        waiting = list(zip(texts, outputs, strict=True))
+
+        def save_all() -> None:
+            loaded.prepare([ids for ids, _ in waiting], advance, keep_logits=False)
+            verify(model, head, waiting[0][0][:1])
+            while waiting:
+                ids, output = waiting[0]
+                with written(output) as part:
+                    for tokens in save_states(run(model, ids, loaded.size, keep_logits=False), ids, part):
+                        advance(tokens * loaded.share)
+                del waiting[0]
+
+        loaded.size.with_room(texts[0].shape[1], save_all)
         computed = str(model.dtype).removeprefix("torch.")
         return {"head": plan.fields(), "arithmetic": computed, "execution": loaded.execution}
 
 
-def _saved(model: Any, ids: Any, path: Path) -> Iterator[int]:
-    """Write the hidden states of the windows ``ids`` to ``path`` as they come; yields the tokens of each batch.
-
-    As a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16).
-    """
-    import numpy as np
-    import torch
-
-    target, done = None, 0
-    for count, states in run(model, ids, keep_logits=False):
-        plain = states.cpu()
-        values = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
-        if target is None:
-            shape = (len(ids), *values.shape[1:])
-            target = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
-            with path.open("r+b") as file:  # writing to a hole of a mapped file on a full disk is a SIGBUS
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        target[done:count] = values
-        yield (count - done) * ids.shape[1]
-        done = count
-    if target is not None:
-        target.flush()
-
-
-def read_hidden(path: Path) -> Any:
-    """Hidden states [windows, scored, width] that ``_saved`` wrote, mapped, not read; see ``as_tensor``."""
+def texts_of(request: dict[str, Any]) -> list[NDArray[np.int32]]:
+    """Window ids [windows, context] of what a worker is to run: its ``windows`` files, or the ``spans`` of them."""
     import numpy as np
 
-    return np.load(path, mmap_mode="r")
-
-
-def as_tensor(part: Any) -> Tensor:
-    """A part of ``read_hidden``'s hidden states as a tensor, in the dtype that the model gave them."""
-    import numpy as np
-    import torch
-
-    values = torch.from_numpy(np.array(part))
-    return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
+    files = [np.load(path) for path in request["windows"]]
+    if "spans" not in request:
+        return files
+    return [files[text][first:last] for text, first, last in request["spans"]]
 
 
 @dataclass(frozen=True)
@@ -180,8 +189,14 @@ class RunningModel:
 
     model: Any
     stream: LayerStream | None
-    execution: str
+    way: str
     """``whole``, ``layer by layer``, or ``whole: `` and why it is not layer by layer though memory is short."""
+    size: BatchSize = field(default_factory=BatchSize)
+
+    @property
+    def execution(self) -> str:
+        """How it ran: the ``way``, and in what batches where not in those of the first size."""
+        return f"{self.way}{self.size.note}"
 
     @property
     def share(self) -> float:
@@ -191,7 +206,11 @@ class RunningModel:
     def prepare(self, texts: Sequence[Any], advance: Callable[[float], None], *, keep_logits: bool) -> None:
         """Run the layers of a model that runs layer by layer on all that ``verify`` and ``run`` will ask of it."""
         if self.stream:
-            every = [batch for ids in texts for batch in batches(self.model, ids, keep_logits=keep_logits)]
+            every = [
+                batch
+                for ids in texts
+                for batch in batches(self.model, ids, self.size, keep_logits=keep_logits)
+            ]
             self.stream.prepare([torch_ids(texts[0][:1]), *every], advance)
 
 
@@ -208,6 +227,10 @@ def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path)
     by_layer = request.get("by_layer")
     if by_layer is None:
         by_layer = not memory.fits(folder, on_gpu=on_gpu)
+        if not by_layer and on_gpu and (model := _load_where_room(folder, dtype, request)) is not None:
+            yield RunningModel(model, None, WHOLE)
+            return
+        by_layer = by_layer or on_gpu  # another process has taken the room in between
     if by_layer:
         try:
             stream = LayerStream(folder, dtype, on_gpu=on_gpu, trust_remote_code=trusted, scratch=scratch)
@@ -220,6 +243,17 @@ def open_model(folder: Path, dtype: str, request: dict[str, Any], scratch: Path)
                 stream.close()
             return
     yield RunningModel(load_model(folder, dtype, request["device"], trusted), None, execution)
+
+
+def _load_where_room(folder: Path, dtype: str, request: dict[str, Any]) -> Any | None:
+    """As ``load_model``; None where the GPU has less room than it said."""
+    import torch
+
+    try:
+        return load_model(folder, dtype, request["device"], request["trust_remote_code"])
+    except torch.OutOfMemoryError:
+        gc.collect()
+        return None
 
 
 def adding(report: Callable[[float, float], None], total: int) -> Callable[[float], None]:
@@ -271,7 +305,9 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
     return model.eval().to("cuda" if on_gpu else "cpu")
 
 
-def run(model: Any, ids: Any, *, keep_logits: bool) -> Iterator[tuple[int, Tensor]]:
+def run(
+    model: Any, ids: Any, size: BatchSize | None = None, *, keep_logits: bool
+) -> Iterator[tuple[int, Tensor]]:
     """Run ``ids`` [windows, context] in batches; yield the number of windows done and what was computed.
 
     That is, for the scored positions of the batch, the hidden states before the head [windows, scored, width] or, with
@@ -281,17 +317,17 @@ def run(model: Any, ids: Any, *, keep_logits: bool) -> Iterator[tuple[int, Tenso
 
     done = 0
     with torch.no_grad(), tapped(model, scored(ids.shape[1]), keep_logits=keep_logits) as seen:
-        for batch in batches(model, ids, keep_logits=keep_logits):
+        for batch in batches(model, ids, size, keep_logits=keep_logits):
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits
             done += len(batch)
             yield done, logits if keep_logits else seen[-1]
             seen.clear()
 
 
-def batches(model: Any, ids: Any, *, keep_logits: bool) -> Iterator[Tensor]:
+def batches(model: Any, ids: Any, size: BatchSize | None = None, *, keep_logits: bool) -> Iterator[Tensor]:
     """The windows ``ids`` [windows, context] in the batches in which ``run`` runs them, on the CPU."""
     context = ids.shape[1]
-    step = max(1, BATCH_TOKENS // context)
+    step = (size or BatchSize()).windows(context)
     if keep_logits:
         window_bytes = 4 * len(scored(context)) * len(model.get_output_embeddings().weight)
         step = max(1, min(step, LOGIT_BYTES // window_bytes))
@@ -338,7 +374,7 @@ def verify(model: Any, head: Head, ids: Any) -> None:
     with torch.no_grad(), tapped(model, positions, keep_logits=True) as seen:
         batch = torch_ids(ids).to(model.device)
         own = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
-    made = head.logits(seen[-1][0].cpu())
+    made = head.logits(seen[-1][0]).cpu()
     if own.shape != made.shape or not torch.isfinite(own).all():
         raise SourceError(
             f"{type(model).__name__} gives logits {list(own.shape)} that are not finite or not its head's {list(made.shape)}"

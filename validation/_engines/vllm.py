@@ -28,8 +28,8 @@ from quantool.validation._engines.head import (
     following,
     joined,
 )
+from quantool.validation._engines.hidden_states import as_tensor, read_hidden
 from quantool.validation._engines.interface import Answer, Engine, Scored, require_room
-from quantool.validation._engines.reference import as_tensor, read_hidden
 from quantool.validation._engines.windows import scored
 
 if TYPE_CHECKING:

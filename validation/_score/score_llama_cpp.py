@@ -28,12 +28,14 @@ from quantool.validation._engines.head import (
     compare,
     entries_of,
     following,
+    gpu_bytes,
     joined,
     normalized,
 )
+from quantool.validation._engines.hidden_states import as_tensor, hidden_of
 from quantool.validation._engines.llama_cpp import Layout, Model, Weights, load_weights, make_context
-from quantool.validation._engines.memory import free_ram
-from quantool.validation._engines.reference import as_tensor, read_hidden
+from quantool.validation._engines.memory import free_gpu, free_ram
+from quantool.validation._engines.reference import texts_of
 from quantool.validation._engines.windows import scored
 
 if TYPE_CHECKING:
@@ -68,11 +70,13 @@ class _Member:
 
 @dataclass(frozen=True)
 class _CorpusText:
-    """One corpus: ids [windows, context] and the reference's hidden states of their scored positions."""
+    """One corpus, or a span of it: ids [windows, context] and the reference's hidden states of their scored positions."""
 
     number: int
     ids: NDArray[np.int32]
     hidden: Any
+    base_windows: int
+    """On how many of its windows the base is compared."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +93,24 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     """Worker: score the GGUF files ``models`` against the reference.
 
     Request: ``models`` (paths), ``outputs`` (for each model the .npz path for each corpus, null where it is not wanted),
-    ``windows`` and ``hidden`` (paths, one for each corpus), ``source`` (folder with the head), ``head``, ``tokens``
+    ``windows`` and ``hidden`` (paths, one for each corpus), ``spans`` (optional: [corpus, first, last] of the windows to
+    score, which then stand for the corpora in all else), ``source`` (folder with the head), ``head``, ``tokens``
     (entries of the tokenizer), ``context``, ``gpu``, and ``base``: null, or its ``path``, ``outputs`` (as those of a
     model), ``windows`` (how many of each corpus) and ``divided`` (as ``outputs``, for the comparison with the base).
     Result: ``failures``, for each model None or why it cannot be scored, ``types``, each one's ``general.file_type``, and the
     same of the base, ``base_failure`` and ``base_type``. A comparison with the base is left out where vocabularies differ.
     """
-    import numpy as np
-
     comparison = request["base"]
     models, outputs = request["models"], request["outputs"]
-    divided = comparison["divided"] if comparison else [[None] * len(request["windows"])] * len(models)
+    ids, hidden = texts_of(request), hidden_of(request)
+    divided = comparison["divided"] if comparison else [[None] * len(ids)] * len(models)
     members = [_Member(Path(path), *paths) for path, *paths in zip(models, outputs, divided, strict=True)]
     base = _Member(Path(comparison["path"]), comparison["outputs"], []) if comparison else None
+    firsts = [first for _, first, _ in request.get("spans", [])] or [0] * len(ids)
     texts = [
-        _CorpusText(number, np.load(windows), read_hidden(Path(hidden)))
-        for number, (windows, hidden) in enumerate(zip(request["windows"], request["hidden"], strict=True))
+        _CorpusText(number, part, states, min(max(0, compared - first), len(part)))
+        for compared in [comparison["windows"] if comparison else 0]
+        for number, (part, states, first) in enumerate(zip(ids, hidden, firsts, strict=True))
     ]
     total = sum(text.ids.size for member in members for text in texts if member.outputs[text.number])
     done = 0
@@ -183,11 +189,19 @@ class _Group:
                 else:
                     by_rows.setdefault(rows, []).append(member)
             for rows, equals in by_rows.items():
-                head = Head(source, plan, rows)
+                head = Head(source, plan, rows, self._device(source, plan))
                 for text in texts:
                     _Scoring(self, head, text, base if base in equals else None).run(
                         [member for member in equals if member is not base]
                     )
+
+    def _device(self, source: Path, plan: HeadPlan) -> str:
+        """Where logits are compared: on torch's GPU, if llama.cpp computes on one and its weights leave room."""
+        import torch
+
+        if not self.request["gpu"] or not torch.cuda.is_available():
+            return "cpu"
+        return "cuda" if gpu_bytes(source, plan, self.request["context"]) < free_gpu() else "cpu"
 
 
 @dataclass
@@ -202,13 +216,13 @@ class _Scoring:
     def __post_init__(self) -> None:
         self.context = self.text.ids.shape[1]
         self.layout = Layout.of(self.head.rows, self.context)
-        comparison = self.group.request["base"]
-        self.base_windows = min(comparison["windows"], len(self.text.ids)) if self.base and comparison else 0
+        self.base_windows = self.text.base_windows if self.base else 0
 
     def run(self, members: Sequence[_Member]) -> None:
         """Score the text and save what was found."""
         wanted = [member for member in members if member.outputs[self.text.number]]
-        base = [self.base] if self.base and (wanted or self.base.outputs[self.text.number]) else []
+        compared = self.base and self.base_windows and (wanted or self.base.outputs[self.text.number])
+        base = [self.base] if self.base and compared else []
         for member in (*base, *wanted):
             member.scores, member.beside_base = [], []
         size = max(1, BLOCK_BYTES // (4 * self.head.rows * len(scored(self.context))))
@@ -218,12 +232,12 @@ class _Scoring:
             if not any(member.failure is None for member in wanted) and last >= self.base_windows:
                 break
         number = self.text.number
-        for member in (*base, *wanted):
-            if member.failure is None and (path := member.outputs[number]):
-                joined(member.scores).save(Path(path))
-        for member in wanted:
+        for member in wanted:  # its own scores last: they say that it is done
             if member.failure is None and member.beside_base and (path := member.divided[number]):
                 joined(member.beside_base).save(Path(path))
+        for member in (*base, *wanted):
+            if member.failure is None and member.scores and (path := member.outputs[number]):
+                joined(member.scores).save(Path(path))
 
     def _block(self, first: int, last: int, base: Sequence[_Member], members: Sequence[_Member]) -> None:
         """Score windows ``first`` to ``last`` by all models."""
@@ -234,7 +248,7 @@ class _Scoring:
         for member in base if middle > first else ():
             for step, logits in self._decoded(member, self._beside_base(first, middle)):
                 if self._compared(member, step, expected.of(step), logits, member.scores):
-                    beside[step] = normalized(logits)
+                    beside[step] = normalized(logits, expected.device)
             if member.failure:
                 beside.clear()
         for member in members:
@@ -300,6 +314,7 @@ class _Expected:
         self._rows = len(scored(text.ids.shape[1]))
         fits = 4 * head.rows * self._rows * (last - first) <= BLOCK_BYTES
         self._kept = head.log_probs(as_tensor(text.hidden[first:last]).flatten(0, 1)) if fits else None
+        self.device = head.device
 
     def of(self, step: _Step) -> Tensor:
         """Those of one step [windows * wanted, vocabulary]."""

@@ -24,7 +24,8 @@ from quantool.validation._engines.head import (
     following,
     joined,
 )
-from quantool.validation._engines.reference import adding, as_tensor, open_model, read_hidden, run, verify
+from quantool.validation._engines.hidden_states import as_tensor, hidden_of
+from quantool.validation._engines.reference import RunningModel, adding, open_model, run, texts_of, verify
 from quantool.validation._engines.windows import scored
 from quantool.validation._findings.statistics import Tokens
 
@@ -38,11 +39,9 @@ if TYPE_CHECKING:
 def score(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: score the folders ``models`` one after the other; request and ``failures`` as in ``score_llama_cpp.score``.
 
-    ``executions`` says of each whether it ran whole, see ``reference.RunningModel``.
+    Outputs that are null are not wanted. ``executions`` says of each whether it ran whole, see ``reference.RunningModel``.
     """
-    import numpy as np
-
-    texts = [np.load(path) for path in request["windows"]]
+    texts = texts_of(request)
     advance = adding(report, sum(ids.size for ids in texts) * len(request["models"]))
     failures: list[str | None] = []
     executions: list[str | None] = []
@@ -63,26 +62,27 @@ def _score_folder(
     folder: Path,
     request: dict[str, Any],
     texts: Sequence[NDArray[np.int32]],
-    outputs: Sequence[str],
+    outputs: Sequence[str | None],
     advance: Callable[[float], None],
 ) -> str:
     """Score one folder on all texts; its memory is given back before the next one is loaded. Returns how it was run."""
-    with open_model(folder, "auto", request, Path(outputs[0]).parent) as loaded:
-        model = loaded.model
-        head, own = _heads(model, folder, request)
-        loaded.prepare(texts, advance, keep_logits=own is None)
-        if own is not None:
-            verify(model, Head(folder, own.plan), texts[0][:1])
-        for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
-            scores = _score_text(
-                model,
-                head,
-                own,
-                ids,
-                read_hidden(Path(hidden)),
-                lambda tokens: advance(tokens * loaded.share),
-            )
-            scores.save(Path(output))
+    scratch = next(Path(output).parent for output in outputs if output)
+    with open_model(folder, "auto", request, scratch) as loaded:
+        head, own = _heads(loaded.model, folder, request)
+        parts = zip(texts, hidden_of(request), outputs, strict=True)
+        waiting = [part for part in parts if part[2]]
+
+        def score_all() -> None:
+            loaded.prepare([ids for ids, _, _ in waiting], advance, keep_logits=own is None)
+            if own is not None:
+                verify(loaded.model, Head(folder, own.plan), waiting[0][0][:1])
+            while waiting:
+                ids, hidden, output = waiting[0]
+                scores = _score_text(loaded, head, own, ids, hidden, advance)
+                scores.save(Path(output))
+                del waiting[0]
+
+        loaded.size.with_room(texts[0].shape[1], score_all)
         return loaded.execution
 
 
@@ -92,13 +92,12 @@ def _heads(model: Any, folder: Path, request: dict[str, Any]) -> tuple[Head, Hea
     entries = model.get_output_embeddings().out_features
     rows = common_vocabulary(entries_of(source, plan), entries, request["tokens"])
     found = find_head(model, folder)
-    if found is None:
-        return Head(source, plan, rows), None
-    return Head(source, plan, rows), Head(folder, found, rows)
+    head = Head(source, plan, rows, model.device)
+    return head, None if found is None else Head(folder, found, rows, model.device)
 
 
 def _score_text(
-    model: Any,
+    loaded: RunningModel,
     head: Head,
     own: Head | None,
     ids: NDArray[np.int32],
@@ -108,7 +107,7 @@ def _score_text(
     parts = []
     step = max(1, LOGIT_BYTES // (4 * head.rows))
     done = 0
-    for count, batch in run(model, ids, keep_logits=own is None):
+    for count, batch in run(loaded.model, ids, loaded.size, keep_logits=own is None):
         states = as_tensor(hidden[done:count]).flatten(0, 1)
         targets = following(ids[done:count], scored(ids.shape[1]))
         for rows, logits in _logits(own, batch.flatten(0, 1), step):
@@ -116,7 +115,7 @@ def _score_text(
             if part is None:
                 raise Unsound(f"its logits are not finite (window {done + 1})")
             parts.append(part)
-        advance((count - done) * ids.shape[1])
+        advance((count - done) * ids.shape[1] * loaded.share)
         done = count
     return joined(parts)
 
@@ -125,5 +124,4 @@ def _logits(own: Head | None, batch: Tensor, step: int) -> Iterator[tuple[slice,
     """Float32 logits of ``batch`` (what ``run`` gives, positions in one row), ``step`` positions at a time."""
     for start in range(0, len(batch), step):
         rows = slice(start, start + step)
-        part = batch[rows].cpu()
-        yield rows, part.float() if own is None else own.logits(part)
+        yield rows, batch[rows].float() if own is None else own.logits(batch[rows])

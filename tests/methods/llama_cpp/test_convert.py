@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from quantool import pipeline
 from quantool.errors import ConfigError, DependencyError, QuantizationError, QuantoolError, SourceError
 from quantool.methods._llama_cpp import base_file, convert, dry_run, quantize
-from quantool.methods._llama_cpp.pre_tokenizer import KNOWN, is_byte_level, suggest
+from quantool.methods._llama_cpp.pre_tokenizer import KNOWN, equal_steps, is_byte_level, suggest
 from quantool.records import Plan
 from quantool.runtime import toolchain
 from quantool.source import shapes
@@ -27,9 +27,11 @@ from quantool.source.resolve import resolve
 pytestmark = pytest.mark.e2e
 
 # sha256(str(ids)) of upstream's check text by the tokenizer of tiny-chat, as upstream's converter prints it
+APPROXIMATE = {"gpt-4o", "tekken"}
 TINY_HASH = "6f4cf441fb8636efdf038b2bfa02796205e109070d34eb8186ffc4c5dbec4b14"
 Case = tuple[Path, dict[str, Any]]
 """A checkpoint, and options."""
+KNOWN_LLAMA = next(steps[0] for (steps, _), name in KNOWN.items() if name == "llama-bpe")
 COPY_IT = "copy it from the original checkpoint"
 
 
@@ -98,6 +100,22 @@ def unknown_structure(folder: Path) -> Case:
     return model, {"pre_tokenizer": None}
 
 
+def one_character(folder: Path) -> Case:
+    """Qwen2's expression with another number of digits at a time."""
+    model = copy(making.TINY, folder)
+    saved = making.read_json(model / "tokenizer.json")
+    split = saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].replace(r"|\p{N}|", r"|\p{N}+|")
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+    return model, {"pre_tokenizer": None}
+
+
+def lower_case(folder: Path) -> Case:
+    model = copy(making.TINY, folder)
+    edit(model / "tokenizer.json", normalizer={"type": "Lowercase"})
+    return model, {"pre_tokenizer": None}
+
+
 def broken_template(folder: Path) -> Case:
     model = copy(making.TINY, folder)
     (model / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m }\n{% endfor %}")
@@ -137,6 +155,8 @@ def unknown_architecture(folder: Path) -> Case:
 CASES: dict[str, Callable[[Path], Case]] = {
     "unknown hash": lambda _: (making.TINY, {"pre_tokenizer": None}),
     "unknown structure": unknown_structure,
+    "one character": one_character,
+    "lower case": lower_case,
     "unknown name": lambda _: (making.TINY, {"pre_tokenizer": "qwen22"}),
     "broken template": broken_template,
     "padded": padded,
@@ -158,10 +178,67 @@ CASES: dict[str, Callable[[Path], Case]] = {
 }
 
 
-def test_unknown_pre_tokenizer_names_the_hash_and_what_to_set() -> None:
-    error = refusal("unknown hash", SourceError)
-    assert TINY_HASH in error.message
-    assert "quantization_config.pre_tokenizer: qwen2" in error.hint
+def test_unknown_vocabulary_with_the_steps_of_a_name_needs_no_setting(tmp_path: Path) -> None:
+    made = accepted("unknown hash")
+    (note,) = [note for note in made.warnings if "qwen2" in note]
+    assert "the tokenizer check proves it" in note
+    named = plan(making.TINY)
+    assert made.outputs[0].files == named.outputs[0].files
+    assert not any("qwen2" in note for note in named.warnings)
+    wanted = [
+        making.config(
+            making.TINY,
+            tmp_path / str(name),
+            "F16",
+            method="fp16",
+            quantization_config={"pre_tokenizer": name},
+        )
+        for name in (None, "qwen2")
+    ]
+    hashes = [making.make(config)[1][0].files[0].sha256 for config in wanted]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("name", ["one character", "unknown structure"])
+def test_unknown_vocabulary_whose_steps_are_no_name_s_is_refused(name: str) -> None:
+    error = refusal(name, SourceError)
+    assert "with the hash " in error.message
+    assert "quantization_config.pre_tokenizer" in error.hint
+
+
+def test_step_that_llama_cpp_does_not_have_is_named() -> None:
+    error = refusal("lower case", SourceError)
+    assert 'no normalizer: {"type": "Lowercase"}' in error.message
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_bos_is_written_where_the_name_has_a_default(adds: bool, tmp_path: Path) -> None:
+    """llama-bpe means BOS unless the file says otherwise; a tokenizer without post-processor says nothing."""
+    model = copy(making.TINY, tmp_path / "model")
+    saved = making.read_json(model / "tokenizer.json")
+    saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = KNOWN_LLAMA
+    saved["model"]["ignore_merges"] = True
+    first = saved["added_tokens"][0]
+    saved["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": first["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {first["content"]: {"id": first["content"], "ids": [first["id"]], "tokens": [first["content"]]}},
+    } if adds else None  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+    settings = making.read_json(model / "tokenizer_config.json")
+    settings = {key: value for key, value in settings.items() if key != "add_bos_token"}
+    settings |= {"bos_token": first["content"], "tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    made = plan(model, pre_tokenizer=None)
+    assert any("llama-bpe" in note for note in made.warnings)
+    wanted = making.config(
+        model, tmp_path / "out", "F16", method="fp16", quantization_config={"pre_tokenizer": None}
+    )
+    artifact = making.make(wanted)[1][0]
+    keys = making.keys(artifact.folder / artifact.files[0].name)
+    assert keys["tokenizer.ggml.pre"] == "llama-bpe"
+    assert keys["tokenizer.ggml.add_bos_token"] is adds
 
 
 def test_unknown_pre_tokenizer_of_unknown_structure_says_how_to_choose() -> None:
@@ -193,6 +270,10 @@ def test_structure_suggests_a_name(name: str) -> None:
         "model": {"ignore_merges": merges},
     }
     assert suggest(tokenizer) == name
+    assert equal_steps(tokenizer | {"decoder": {"type": "ByteLevel"}}) == (
+        None if name in APPROXIMATE else name
+    )
+    assert equal_steps(tokenizer | {"decoder": {"type": "Metaspace"}}) is None
     tokenizer["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Whitespace"})
     assert suggest(tokenizer) is None
 

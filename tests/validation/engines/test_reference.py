@@ -9,7 +9,7 @@ import pytest
 from quantool.errors import ConfigError, SourceError
 from quantool.runtime import arithmetic, process
 from quantool.texts.corpus import Document
-from quantool.validation._engines import reference
+from quantool.validation._engines import hidden_states, reference
 from quantool.validation._engines import windows as _windows
 from quantool.validation._engines.head import Head, HeadPlan, plan_head
 from quantool.validation._engines.llama_cpp import Layout
@@ -79,12 +79,12 @@ def test_logits_come_back_from_stored_hidden_states(folder: Path, tmp_path: Path
     moves: list[float] = []
     answer = reference.capture(request, lambda done, _: moves.append(done))
     assert moves[-1] == ids().size
-    hidden = reference.read_hidden(tmp_path / "h.npy")
+    hidden = hidden_states.read_hidden(tmp_path / "h.npy")
     assert hidden.shape == (5, 15, 64)
     head = Head(folder, HeadPlan.of(answer["head"]))
     with torch.no_grad():
         own = loaded(folder)(torch.from_numpy(ids()).long(), use_cache=False).logits[:, 16:31].float()
-    made = head.log_probs(reference.as_tensor(hidden).flatten(0, 1)).view(own.shape)
+    made = head.log_probs(hidden_states.as_tensor(hidden).flatten(0, 1)).view(own.shape)
     # Roundings of the model's own bfloat16 logits are all that is between them.
     assert float((made - own.log_softmax(-1)).abs().max()) < 0.02 * float(own.abs().max())
     assert float(made.exp().sum(-1).sub(1).abs().max()) < 1e-5
@@ -179,12 +179,11 @@ import pathlib, sys
 import numpy as np, torch
 from quantool.errors import DependencyError
 from quantool.runtime.workspace import written
-from quantool.validation._engines import reference
+from quantool.validation._engines.hidden_states import save_states
 
-reference.run = lambda model, ids, keep_logits: iter([(len(ids), torch.zeros(len(ids), 8, 4096))])
 try:
     with written(pathlib.Path(sys.argv[1])) as part:
-        for _ in reference._saved(None, np.zeros((64, 16), np.int32), part):
+        for _ in save_states([(64, torch.zeros(64, 8, 4096))], np.zeros((64, 16), np.int32), part):
             pass
 except DependencyError as error:
     print(error)
@@ -230,7 +229,7 @@ def test_a_processor_without_bfloat16_computes_in_float32(
         if limit == "DEFAULT":
             monkeypatch.setattr(arithmetic, "native", lambda: ("bfloat16",))
         used[limit] = reference.capture(request, lambda *_: None)["arithmetic"]
-        states[limit] = reference.as_tensor(reference.read_hidden(tmp_path / "h.npy"))
+        states[limit] = hidden_states.as_tensor(hidden_states.read_hidden(tmp_path / "h.npy"))
     assert used == {"AVX2": "float32", "DEFAULT": "bfloat16"}
     assert {kind: values.dtype for kind, values in states.items()} == {
         "AVX2": torch.float32,

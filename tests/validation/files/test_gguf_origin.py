@@ -12,8 +12,9 @@ import pytest
 from tampering import case, findings, gguf_of, regressions, tampered
 
 from quantool.formats.gguf_keys import COMMIT, UNREAD, WEIGHTS, origin_keys, weights_sha256
+from quantool.origins import SourceFile
 from quantool.plugins.contract import Case
-from quantool.records import Finding, Gates, OutputPlan, Source, SourceFile, Verdict
+from quantool.records import Finding, Gates, OutputPlan, Source, Verdict
 from quantool.validation._files import gguf_origin
 from quantool.validation._files.gguf_file import Header, InspectedTensor
 from quantool.validation._findings.builder import FindingBuilder

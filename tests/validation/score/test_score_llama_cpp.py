@@ -24,7 +24,7 @@ from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
 from quantool.validation._engines.head import Head, HeadPlan
-from quantool.validation._engines.reference import as_tensor, read_hidden
+from quantool.validation._engines.hidden_states import as_tensor, read_hidden
 from quantool.validation._findings.statistics import Tokens, summarize
 from quantool.validation._score import score_llama_cpp
 

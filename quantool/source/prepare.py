@@ -1,0 +1,161 @@
+"""A quantized checkpoint, or a base and its adapter, as an ordinary checkpoint: sketched for a plan, written for a run.
+
+A sketch is a folder in the user cache with the small files as they will be; the weights are known by their headers alone. A
+run writes the weights beside them into ``work/`` of its output folder, once, for everything that is made after.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantool.errors import SourceError
+from quantool.formats.json_file import read_json
+from quantool.formats.safetensors import INDEX, TensorHeader, check_index, read_header, remote_headers
+from quantool.formats.safetensors_layout import encode_in_order, index_bytes
+from quantool.hub.download import hub_errors
+from quantool.origins import Origin, Prepared, SourceFile
+from quantool.records import Source, file_record, fingerprint
+from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress
+from quantool.runtime.versions import version_of
+from quantool.runtime.workspace import Workspace, written
+from quantool.source.adapter import WEIGHTS
+from quantool.source.quantized import SETTINGS
+from quantool.source.rewrite import Recipe, recipe_of, rewrite
+
+STAGE = "prepared"
+PEAK = 1 << 30
+"""Bytes of memory that preparing takes: a slice of a weight in float32 a few times over, and the libraries."""
+
+
+def sketch(source: Source, recipe: Recipe, prepared: Prepared, places: Mapping[str, Path]) -> Source:
+    """``source`` as ``recipe`` makes it: its folder holds everything but the weights.
+
+    ``places`` are the folders of the small files that stay as they are, by their names.
+    """
+    shards = recipe.shards()
+    texts = {"config.json": _config(prepared.origin.folder)}
+    if len(shards) > 1:
+        texts[INDEX] = index_bytes(shards).decode()
+    hashes = {file.name: file.sha256 for file in source.files if file.name in places}
+    folder = toolchain.cache_folder() / "sketches" / fingerprint(hashes, texts)[:32]
+    if not folder.is_dir():
+        with written(folder) as part:
+            for name, place in places.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(place / name, part / name)
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
+    small = [file_record(folder, name) for name in sorted([*places, *texts])]
+    weights = {
+        name: len(encode_in_order(stored)[0]) + sum(tensor.bytes for tensor in stored)
+        for name, stored in sorted(shards.items())
+    }
+    return source.model_copy(
+        update={
+            "folder": folder,
+            "tokenizer": None,
+            "files": (
+                *(SourceFile(**file.model_dump()) for file in small),
+                *(SourceFile(name=name, bytes=size) for name, size in weights.items()),
+            ),
+            "prepared": prepared,
+            "notes": (*source.notes, prepared.described()),
+        }
+    )
+
+
+def _config(folder: Path) -> str:
+    """config.json without its quantization."""
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop(SETTINGS, None)
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def found_headers(origin: Origin) -> dict[str, TensorHeader]:
+    """The headers of a checkpoint or adapter as it was found, read from its files or by range requests."""
+    sizes = {file.name: file.bytes for file in origin.files if file.name.endswith(".safetensors")}
+    if origin.commit is None or all((origin.folder / name).exists() for name in sizes):
+        if WEIGHTS in sizes:
+            return {tensor.name: tensor for tensor in read_header(origin.folder / WEIGHTS)}
+        return check_index(origin.folder)
+    with hub_errors(origin.model_id, origin.commit):
+        return remote_headers(origin.model_id, origin.commit, sizes)
+
+
+def recipe_for(prepared: Prepared) -> Recipe:
+    """The recipe that a prepared source is made by, from the headers of its origins."""
+    adapter = prepared.adapter
+    parts = (adapter.folder, found_headers(adapter)) if adapter is not None else None
+    return recipe_of(prepared.origin.folder, found_headers(prepared.origin), parts)
+
+
+def to_fetch(source: Source) -> int:
+    """Bytes of weights that are not on this machine."""
+    places = [(source.folder, source.files)]
+    if source.prepared is not None:
+        origins = (source.prepared.origin, source.prepared.adapter)
+        places = [(origin.folder, origin.files) for origin in origins if origin is not None]
+    return sum(file.bytes for folder, files in places for file in files if not (folder / file.name).exists())
+
+
+def is_prepared(source: Source) -> bool:
+    """Whether the weights lie in the source's folder; they do for one that needs no preparation."""
+    return source.prepared is None or all((source.folder / file.name).exists() for file in source.files)
+
+
+def recall(source: Source, workspace: Workspace) -> Source:
+    """The source in the folder that an earlier run prepared; as it is when there is none."""
+    if source.prepared is None or workspace.recall(STAGE, _key(source)) is None:
+        return source
+    return source.model_copy(update={"folder": workspace.work / STAGE})
+
+
+def forget(workspace: Workspace) -> None:
+    """Let the weights be prepared again, whatever their sizes and times say."""
+    workspace.forget(STAGE)
+
+
+def prepare(source: Source, workspace: Workspace, progress: Progress) -> Source:
+    """The source with its weights, written unless an earlier run has; the same source when there is nothing to prepare.
+
+    Raises SourceError for values that the target cannot hold, and for merged weights that are not base and adapter.
+    """
+    prepared = source.prepared
+    if prepared is None:
+        return source
+    folder = workspace.work / STAGE
+
+    def produce() -> tuple[list[Path], dict[str, Any]]:
+        with written(folder) as part, progress.bar(_title(prepared), "B") as bar:
+            shutil.copytree(source.folder, part)
+            request: Mapping[str, Any] = {
+                "folder": str(prepared.origin.folder),
+                "target": str(part),
+                "adapter": str(prepared.adapter.folder) if prepared.adapter is not None else None,
+            }
+            result = process.call(
+                rewrite, dict(request), log=workspace.logs / "prepare.log", bar=bar, failure=SourceError
+            )
+        return [folder / file.name for file in source.files], result
+
+    workspace.stage(STAGE, _key(source), produce)
+    return source.model_copy(update={"folder": folder})
+
+
+def _title(prepared: Prepared) -> str:
+    return "merge the adapter" if prepared.adapter is not None else "dequantize"
+
+
+def _key(source: Source) -> str:
+    if source.prepared is None:
+        raise AssertionError
+    small = [[file.name, file.bytes, file.sha256] for file in source.files]
+    versions = [version_of(name) for name in ("quantool", "torch", "safetensors")]
+    return fingerprint(source.prepared.identity(), small, versions)
