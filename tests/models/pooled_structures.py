@@ -77,8 +77,8 @@ def write_roberta_reranker(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=trained._tokenizer,
         model_max_length=512,
-        cls_token="<s>",
-        sep_token="</s>",
+        cls_token="<s>",  # noqa: S106
+        sep_token="</s>",  # noqa: S106
         **{f"{name}_token": token for name, token in zip(names, special, strict=True)},
     )
     torch.manual_seed(SEED)
