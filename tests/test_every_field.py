@@ -69,6 +69,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tokenizer_name": ({"tokenizer_name": "tokenizer"}, {}),
     "adapter": ({"adapter": "adapter"}, {}),
     "trust_remote_code": ({"trust_remote_code": True}, {}),
+    "drop": ({"drop": ["vision"]}, {}),
     "method": ({"method": "fp16", "quant_level": "F16"}, FLAT),
     "quant_level": ({"quant_level": "Q8_0"}, FLAT),
     "quantization_config": ({"quantization_config": {"pure": True, "pre_tokenizer": "qwen2"}}, FLAT),

@@ -50,6 +50,7 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     prepare=prepare,
     require=require_task,
     depends=VECTORS,
+    loads_reference=True,
     tasks=(TaskKind.RERANKING, TaskKind.CLASSIFICATION),
 )
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
