@@ -83,7 +83,7 @@ def _outline_gguf(
         f"{base_file.file_stem(source, options, str(rehearsal.keys['general.size_label']))}-{level}.gguf",
         len(sizes),
     )
-    stage = base_file.base_stage(request, options, kind, sum(sizes))
+    stage = base_file.base_stage(request, kind, sum(sizes), dry_run.conversion_ram(rehearsal), options)
     output = OutputPlan(
         id=f"fp16/{level}",
         method="fp16",

@@ -37,6 +37,12 @@ GGUF = Depends(
 """A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
 MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
+IMATRIX_RAM = 400 << 20
+"""Of the libraries, and of the activations of a batch."""
+WORK = {
+    "IQ4": 1e4, "IQ": 1e5, "TQ": 1e3, **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K"), 6e3), "Q6_K": 3e3, "": 200.0,
+}  # fmt: skip
+"""By the start of a level: operations for each weight, as the seconds of llama.cpp 0c1e570 compare with products."""
 
 
 class Options(base_file.GgufOptions):
@@ -106,6 +112,7 @@ def outline(request: Request, options: Options) -> Outline:
                 files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
                 bits_per_weight=dry_run.bits_per_weight(rehearsal, run["types"]),
                 peak_ram=_quantize_ram(rehearsal, run["types"]),
+                operations=_operations(level) * rehearsal.elements(),
                 gates=request.gates(level),
                 done=_is_done(request, options, kind, level, names),
                 needs=("base", "imatrix") if options.imatrix else ("base",),
@@ -245,18 +252,32 @@ def _quantize_ram(rehearsal: dry_run.Rehearsal, types: dict[str, str]) -> int:
     return min(largest, MAX_BUFFER) + (200 << 20)
 
 
+def _operations(level: str) -> float:
+    """What quantizing a weight costs, in multiplications and additions of a matrix product (they are far quicker)."""
+    return next((cost for start, cost in WORK.items() if level.startswith(start)), WORK[""])
+
+
 def _stages(
     request: Request, rehearsal: dry_run.Rehearsal, options: Options, kind: str
 ) -> tuple[StagePlan, ...]:
     source, workspace = request.source, request.workspace
     base_bytes = sum(dry_run.file_bytes(rehearsal, {n: t.type for n, t in rehearsal.tensors.items()}, 0))
-    stages = [base_file.base_stage(request, options, kind, base_bytes)]
+    stages = [base_file.base_stage(request, kind, base_bytes, dry_run.conversion_ram(rehearsal), options)]
     if options.imatrix is True:
         logits = 4 * source.facts.vocabulary * imatrix.IMATRIX_CONTEXT * LOGITS_WINDOWS
         columns = sum(8 * t.shape[-1] for t in rehearsal.tensors.values())
         matrix = _known_matrix(request, options, kind)
         done = matrix is not None and workspace.recall("imatrix", matrix) is not None
-        stages.append(StagePlan(name="imatrix", writes=columns, peak_ram=base_bytes + logits, done=done))
+        tokens = imatrix.tokens_at_most(request.config)
+        stages.append(
+            StagePlan(
+                name="imatrix",
+                writes=columns,
+                peak_ram=base_bytes + logits + IMATRIX_RAM,
+                operations=2.0 * source.facts.parameters * tokens,
+                done=done,
+            )
+        )
     return tuple(stages)
 
 

@@ -180,6 +180,7 @@ def plan(
         typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
     else:
         typer.echo(planned(made, machine, terminal_width()))
+    pipeline.require_room(loaded, made, machine)
 
 
 @app.command()

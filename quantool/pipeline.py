@@ -17,7 +17,7 @@ from quantool.given_artifacts import judged_by
 from quantool.plan import effort
 from quantool.plan import make as planning
 from quantool.plan.depends import depends_of
-from quantool.plan.disk import check_disk
+from quantool.plan.disk import check_disk, check_ram
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Job
 from quantool.publish import preupload
@@ -109,6 +109,8 @@ def run(
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
             reports = _all_at_once(config, plan, workspace, progress)
+        effort.learn_making(plan, config, workspace.seconds, {*machine.done})
+        effort.learn_checking(plan, config, reports)
         with progress.step(effort.PACK):
             packed = pack(plan, reports, workspace)
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
@@ -175,8 +177,8 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[
         source = overlay(source, workspace.work / "source")
     with progress.step("work out files, sizes and memory"):
         known = recall_scan(recall_prepared(source, workspace), workspace)
-        _, machine = _checked_plan(config, known, workspace)
-    check_disk(machine, workspace.root)
+        plan, machine = _checked_plan(config, known, workspace)
+    require_room(config, plan, machine)
     source = prepare(source, workspace, progress)
     with progress.step("scan weights"):
         source = scan_source(source, workspace, progress)
@@ -187,6 +189,12 @@ def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[
             progress.warn(note)
     write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
     return plan, machine
+
+
+def require_room(config: Config, plan: Plan, machine: MachineState) -> None:
+    """DependencyError when disk or memory of this machine do not hold what the plan needs."""
+    check_disk(machine, config.output_path)
+    check_ram(plan, machine, config)
 
 
 def _warned(workspace: Workspace) -> frozenset[str]:
@@ -232,7 +240,7 @@ def _make(
     method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
     job = Job(config, plan, output, workspace, depends_of(method))
-    with progress.step(effort.make_step(output)):
+    with progress.step(effort.make_step(output)), workspace.timed(output.id):
         artifact = method.quantize(job, options, progress)
     if artifact.folder.name != output.repo:  # recalled; it was made for another repository
         for file in (*artifact.files, *artifact.shared):

@@ -192,6 +192,8 @@ class OutputPlan(Record):
     files: tuple[PlannedFile, ...]
     bits_per_weight: float | None
     peak_ram: int
+    operations: float = 0.0
+    """Multiplications and additions that making it takes, from which the plan tells the time."""
     gates: Gates
     done: bool = Field(default=False, exclude=True)
     """Whether an earlier run left it finished, said by an outline; a ``MachineState`` says it beside a plan."""
@@ -207,6 +209,8 @@ class StagePlan(Record):
     name: str
     writes: int
     peak_ram: int
+    operations: float = 0.0
+    """As in ``OutputPlan``."""
     done: bool = Field(default=False, exclude=True)
     """As in ``OutputPlan``."""
 
@@ -220,6 +224,10 @@ class MachineState(Record):
     """Bytes that the steps still to do write."""
     done: tuple[str, ...] = ()
     """Names of the steps that are finished, outputs among them."""
+    seconds: dict[str, float] = Field(default={})
+    """By stage, the time that it is expected to need here."""
+    ram: int = 0
+    """Bytes of memory that this machine has; 0: not looked at."""
 
 
 class Plan(Record):

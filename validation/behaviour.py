@@ -23,9 +23,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantool.config.schema import Config
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
-from quantool.records import Finding, Gates
+from quantool.records import Finding, Gates, Source
 from quantool.runtime.progress import Progress
 from quantool.tasks import TaskKind
 from quantool.texts import inputs
@@ -53,6 +54,9 @@ TIE = 0.25
 CHANCE = 0.005
 """A one-sided split of stops that is less likely than this is not chance: 8 of 8."""
 SHOWN = 90  # characters of an example
+USUAL = 40
+"""Prompts of a model with tools and one corpus of conversations, for the plan's estimate."""
+PROMPT_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,12 @@ class AnswerPair:
         )
 
 
+def computes(config: Config, source: Source, /) -> tuple[int, int]:
+    """As many prompts as there usually are, none for a model without a template."""
+    asked = USUAL if source.facts.chat_template is not None else 0
+    return asked * PROMPT_TOKENS, asked * config.validation.behaviour.max_new_tokens
+
+
 @check(
     NAME,
     depends=TOKENIZER
@@ -101,6 +111,8 @@ class AnswerPair:
         inputs=(inputs.prompts, inputs.held_out),
         gates=True,
     ),
+    computes=computes,
+    loads_reference=True,
     holds_model=True,
     tasks=(TaskKind.GENERATION,),
 )

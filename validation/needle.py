@@ -56,10 +56,22 @@ def require(config: Config, source: Source) -> None:
         corpus.read(haystack, characters=1)
 
 
+def computes(config: Config, source: Source, /) -> tuple[int, int]:
+    """Every cell of the grid, with its answer."""
+    del source
+    settings = config.validation.needle
+    if settings is None:
+        return 0, 0
+    cells = len(set(settings.depths))
+    return cells * sum(settings.lengths), cells * len(settings.lengths) * needle_worker.ANSWER
+
+
 @check(
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
+    computes=computes,
+    loads_reference=True,
     holds_model=True,
     tasks=(TaskKind.GENERATION,),
 )

@@ -44,6 +44,13 @@ def writes(config: Config, source: Source, /) -> int:
     return len(corpora(config)) * windows * len(scored(settings.context)) * width
 
 
+def computes(config: Config, source: Source, /) -> tuple[int, int]:
+    """Every window of every text."""
+    del source
+    settings = config.validation
+    return len(corpora(config)) * (settings.max_tokens // settings.context) * settings.context, 0
+
+
 def prepare(cases: Sequence[Case], progress: Progress) -> None:
     """Score all artifacts that are not yet, those of one engine together; the reference is computed once."""
     for case in cases:
@@ -55,6 +62,8 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     NAME,
     prepare=prepare,
     writes=writes,
+    computes=computes,
+    loads_reference=True,
     depends=WINDOWS
     | REFERENCE
     | SCORES

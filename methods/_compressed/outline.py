@@ -316,6 +316,7 @@ def _output(
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
+        operations=_operations(task, request.config, source),
         gates=request.gates(task.level),
         done=hashed
         and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
@@ -383,6 +384,19 @@ def _peak_ram(
     tokens = config.sample_size * max_seq_length(config)
     kept = {"awq": 4, "gptq": 2, "rtn": 2}[task.recipe.algorithm]
     return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
+
+
+PASSES = {"awq": 20, "gptq": 4, "rtn": 2}
+"""Forward passes of the calibration text that an algorithm costs, its search or factorizations among them."""
+
+
+def _operations(task: LevelTask, config: Config, source: Source) -> float:
+    if not task.calibrated:
+        return 0.0
+    path, tokens = config.dataset_path, config.sample_size * max_seq_length(config)
+    if path is not None and path.is_file() and path.suffix != ".parquet":
+        tokens = min(tokens, path.stat().st_size // 4)  # characters of a token, usually
+    return 2.0 * source.facts.parameters * tokens * PASSES[task.recipe.algorithm]
 
 
 def _widened(task: LevelTask, config: Config, source: Source) -> bool:

@@ -10,11 +10,14 @@ from quantool.methods._llama_cpp.dry_run import Rehearsal
 from quantool.records import Source
 from quantool.source.parts import Parts
 from quantool.source.tensor_headers import headers
+from quantool.tasks import TaskKind
 
-BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
 """Ends of names that the converter passes over (0c1e570, conversion/base.py, ``prepare_tensors``)."""
 BUFFER = "a buffer that engines compute from config.json"
 NO_HEAD = "llama.cpp's converter writes no head for further tokens of this architecture"
+POOLER = "pooler."
+NOT_READ = "BERT's own pooler, which an embedding pooled as modules.json says does not read"
 FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 
 
@@ -57,6 +60,10 @@ def _line(
         fate, reason = Fate.DROPPED, BUFFER if tensor.name.endswith(BUFFERS) else ""
         if parts.part_of(tensor.name) == MTP:
             reason = NO_HEAD
+        elif source.facts.task.kind is TaskKind.EMBEDDING and tensor.name.removeprefix("bert.").startswith(
+            POOLER
+        ):
+            reason = NOT_READ
     return TensorLine(
         name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, fate=fate, to=tuple(to), reason=reason
     )

@@ -210,18 +210,13 @@ def is_converted(request: Request, options: GgufOptions, kind: str) -> bool:
     return hashed and request.workspace.recall(f"base-{kind}", base_key(source, options, kind)) is not None
 
 
-def base_stage(request: Request, options: GgufOptions, kind: str, size: int) -> StagePlan:
-    """The step that converts, which writes ``size`` bytes."""
-    done = is_converted(request, options, kind)
-    return StagePlan(name=f"base-{kind}", writes=size, peak_ram=export_ram(request.source), done=done)
+def base_stage(request: Request, kind: str, size: int, ram: int, options: GgufOptions) -> StagePlan:
+    """The step that converts, which writes ``size`` bytes and takes ``ram`` at most."""
+    return StagePlan(
+        name=f"base-{kind}", writes=size, peak_ram=ram, done=is_converted(request, options, kind)
+    )
 
 
 def require_loadable(path: Path, log: Path) -> None:
     """Let llama.cpp load a file; QuantizationError with its reason when it does not."""
     process.call(quantize.probe, {"path": str(path), "vocabulary_only": False}, log=log)
-
-
-def export_ram(source: Source) -> int:
-    """Peak memory of the conversion: two copies of the largest tensor in float32, and the libraries."""
-    widening = {"F32": 1, "F64": 1}.get(source.facts.dtype, 2)
-    return 2 * widening * source.facts.largest_tensor + GIB

@@ -17,7 +17,7 @@ from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
 from quantool.formats.gguf_header import FIRST, padded, shard_names
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import write_skeleton
-from quantool.methods._llama_cpp import convert, split
+from quantool.methods._llama_cpp import convert, convert_ahead, split
 from quantool.methods._llama_cpp.base_file import GgufOptions, conversion, recipe, require_loadable
 from quantool.methods._llama_cpp.pre_tokenizer import known_names
 from quantool.records import Source, fingerprint
@@ -27,6 +27,8 @@ from quantool.source.resolve import overlay
 from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 
+LIBRARIES = 700 << 20
+"""Bytes that torch and transformers take."""
 DIMENSION = 8
 """Bytes of a dimension in a tensor's entry of the header."""
 SPACE_KEY = "tokenizer.ggml.add_space_prefix"
@@ -222,6 +224,12 @@ def tensor_bytes(tensor: ConvertedTensor, type_name: str) -> int:
     """Bytes of a tensor stored as ``type_name``."""
     kind = toolchain.ggml_types()[type_name.lower()]
     return math.prod(tensor.shape) // kind.block * kind.size
+
+
+def conversion_ram(rehearsal: Rehearsal) -> int:
+    """Peak memory of the conversion: what is prepared ahead of the writer, and the libraries."""
+    largest = max(rehearsal.tensors.values(), key=lambda tensor: tensor.bytes)
+    return convert_ahead.room(math.prod(largest.shape), largest.bytes) + LIBRARIES
 
 
 def bits_per_weight(rehearsal: Rehearsal, types: dict[str, str]) -> float:

@@ -86,6 +86,19 @@ def matrix(
     return (FileRecord.model_validate(result["file"]), result["label"]), key
 
 
+def _token_limit(config: Config) -> int:
+    return int(str((config.calibration_config or {}).get("max_tokens") or IMATRIX_TOKENS))
+
+
+def tokens_at_most(config: Config) -> int:
+    """Tokens of calibration text that are run: a text file cannot have more than it has bytes, usually a quarter."""
+    limit = _token_limit(config)
+    path = config.dataset_path
+    if path is None or not path.is_file() or path.suffix == ".parquet":
+        return limit
+    return min(limit, path.stat().st_size // 4)
+
+
 def _text_key(config: Config, source: Source) -> str:
     """The key of the calibration ids: weights do not change them."""
     return key_of(TEXT, source.without_weights(), IMATRIX_CONTEXT, config=config)
@@ -99,7 +112,7 @@ def _matrix_key(config: Config, source: Source, base_key: str, ids: str) -> str:
 def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
     """Token ids of the calibration text as an array in ``ids``; made again only when text or tokenizer changed."""
     source, workspace, config = job.plan.source, job.workspace, job.config
-    limit = int(str((config.calibration_config or {}).get("max_tokens") or IMATRIX_TOKENS))
+    limit = _token_limit(config)
     key = _text_key(config, source)
 
     def produce() -> tuple[list[Path], dict[str, Any]]:

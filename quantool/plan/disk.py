@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from quantool.errors import DependencyError
+from quantool.config.schema import Config
+from quantool.errors import ConfigError, DependencyError
+from quantool.plugins import find
 from quantool.plugins.contract import Outline
-from quantool.records import MachineState, OutputPlan, Source, StagePlan
+from quantool.records import MachineState, OutputPlan, Plan, Source, StagePlan
+from quantool.runtime import arithmetic, machine
 from quantool.runtime.progress import amount
 from quantool.source.prepare import PEAK, STAGE, is_prepared
+
+LIBRARIES = 1 << 30
+"""Bytes that torch, transformers and the activations of a batch take."""
+LOGITS_ROWS = 2048
+"""Positions whose logits are in memory at once, of reference and artifact together."""
+LARGER = "run on a machine with more memory"
+WHOLE_SHARE = 0.7
+"""Of the memory, up to which a model is judged whole (``validation/_engines/memory.py``)."""
 
 
 def stages(
@@ -37,9 +49,22 @@ def stages(
     for output in outputs:
         size = sum(file.bytes for file in output.files)
         steps.append(StagePlan(name=output.id, writes=size, peak_ram=output.peak_ram, done=output.done))
-    needed = _weights(source) if holds_model else min(_weights(source), two_layers(source))
-    steps.append(StagePlan(name="judge", writes=judging, peak_ram=needed + (2 << 30), done=False))
+    steps.append(
+        StagePlan(
+            name="judge", writes=judging, peak_ram=_judging_ram(source, holds_model=holds_model), done=False
+        )
+    )
     return tuple(steps)
+
+
+def _judging_ram(source: Source, *, holds_model: bool) -> int:
+    """A model as it is computed with, whole where it fits or must; else two layers; and libraries, logits, activations."""
+    widening = 2 if source.facts.dtype != "F32" and "bfloat16" not in arithmetic.native() else 1
+    whole = widening * _weights(source)
+    fits = whole <= WHOLE_SHARE * machine.total_ram()
+    needed = whole if holds_model or fits else min(whole, widening * two_layers(source))
+    logits = 4 * source.facts.vocabulary * LOGITS_ROWS
+    return needed + logits + LIBRARIES
 
 
 def _weights(source: Source) -> int:
@@ -65,13 +90,55 @@ def peak_disk(stages: Sequence[StagePlan], outputs: Sequence[OutputPlan], *, bou
     return waiting - sum(heavy) + max(heavy, default=0) if bounded else waiting
 
 
-def check_disk(machine: MachineState, root: Path) -> None:
+def check_disk(here: MachineState, root: Path) -> None:
     """DependencyError when the run would not fit."""
-    if machine.peak_disk > machine.free_disk:
+    if here.peak_disk > here.free_disk:
         raise DependencyError(
-            f"the run writes {amount(machine.peak_disk, 'B')}, {amount(machine.free_disk, 'B')} are free in {root}",
+            f"the run writes {amount(here.peak_disk, 'B')}, {amount(here.free_disk, 'B')} are free in {root}",
             hint="free some, choose fewer levels, or set output_path to another disk",
         )
+
+
+def check_ram(plan: Plan, here: MachineState, config: Config) -> None:
+    """DependencyError when a step still to do needs more memory than this machine has, with the setting to change."""
+    waiting = [stage for stage in plan.stages if stage.name not in here.done]
+    largest = max(waiting, key=lambda stage: stage.peak_ram, default=None)
+    if largest is None or not here.ram or largest.peak_ram <= here.ram:
+        return
+    raise DependencyError(
+        f"{largest.name} needs {amount(largest.peak_ram, 'B')} of memory, this machine has {amount(here.ram, 'B')}",
+        hint=_smaller(plan, largest, config),
+    )
+
+
+def _smaller(plan: Plan, stage: StagePlan, config: Config) -> str:
+    """What makes a stage fit."""
+    output = next((output for output in plan.outputs if output.id == stage.name), None)
+    if stage.name == "judge":
+        holders = ", ".join(holding(config, plan.source))
+        return (
+            f"leave {holders} out of validation.checks: the others judge layer by layer"
+            if holders
+            else LARGER
+        )
+    if output is not None and output.operations and output.engine == "transformers":
+        return "lower sample_size or calibration_config.max_seq_length, or choose a level without calibration (FP8_DYNAMIC)"
+    if stage.name == "imatrix":
+        return "set quantization_config.imatrix to a matrix that was made elsewhere, or to false"
+    return LARGER
+
+
+def holding(config: Config, source: Source) -> tuple[str, ...]:
+    """The checks that will run and need memory for all weights of the checkpoint at once."""
+    settings = config.validation
+    found: list[str] = []
+    for name in find.judging_checks(config, source.facts.task):
+        with suppress(
+            ConfigError, DependencyError
+        ):  # one that cannot be loaded: a run says so before it starts
+            if find.find_check(name).holds_model and getattr(settings, name, True) is not None:
+                found.append(name)
+    return tuple(found)
 
 
 def existing(path: Path) -> Path:

@@ -10,14 +10,16 @@ from quantool import gates
 from quantool.config.schema import Config, Quantization
 from quantool.errors import ConfigError, DependencyError
 from quantool.formats.safetensors import some
-from quantool.plan import disk
+from quantool.plan import disk, effort
 from quantool.plan.account import refuse_unjudged, with_ledgers
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
 from quantool.plan.files import unknown_files
+from quantool.plan.loading import refuse_unloadable
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import MachineState, Plan, Source
+from quantool.runtime import machine
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
@@ -46,6 +48,7 @@ def plan_here(
     refuse_unjudged(config, source, parts, tensors)
     _refuse_texts(config, source)
     _ask_checks(config, source)
+    refuse_unloadable(config, source, parts, tensors)
     outlines = [
         with_ledgers(_outline(config, source, workspace, wanted), config, source, parts, tensors)
         for wanted in config.requested()
@@ -59,7 +62,7 @@ def plan_here(
         outputs,
         downloads,
         _judging(config, source, workspace),
-        holds_model=_holds_model(config, source),
+        holds_model=bool(disk.holding(config, source)),
     )
     free = shutil.disk_usage(disk.existing(workspace.root)).free
     notes = [
@@ -76,12 +79,14 @@ def plan_here(
         versions=versions(),
         warnings=tuple(dict.fromkeys(notes)),
     )
-    machine = MachineState(
+    here = MachineState(
         free_disk=free,
         peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
         done=tuple(step.name for step in steps if step.done),
+        seconds=effort.seconds(decided, config),
+        ram=machine.total_ram(),
     )
-    return decided, machine
+    return decided, here
 
 
 def options_of(wanted: Quantization, method: contract.Method) -> contract.Options:
@@ -131,16 +136,6 @@ def _judging(config: Config, source: Source, workspace: Workspace) -> int:
             wanted += check.writes(config, source) if check.writes is not None else 0
     kept = sum(path.stat().st_size for path in (workspace.work / "reference").glob("*") if path.is_file())
     return max(0, wanted - kept)
-
-
-def _holds_model(config: Config, source: Source) -> bool:
-    """Whether a check that will run needs memory for all weights of the checkpoint at once."""
-    settings = config.validation
-    for name in find.judging_checks(config, source.facts.task):
-        with suppress(ConfigError, DependencyError):
-            if find.find_check(name).holds_model and getattr(settings, name, True) is not None:
-                return True
-    return False
 
 
 def _advice(source: Source, config: Config) -> list[str]:

@@ -172,6 +172,14 @@ class Writes(Protocol):
         ...
 
 
+class Computes(Protocol):
+    """What a check lets a model compute, from which the plan tells the time."""
+
+    def __call__(self, config: Config, source: Source, /) -> tuple[int, int]:
+        """Tokens that it reads, and that it generates one by one: of the reference, and of each artifact."""
+        ...
+
+
 class Prepare(Protocol):
     """Work of a check that is cheaper for several artifacts at once; what it finds is kept in their workspace."""
 
@@ -198,6 +206,10 @@ class Check:
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
     writes: Writes | None = None
+    computes: Computes | None = None
+    """None: nothing that takes time."""
+    loads_reference: bool = False
+    """Whether it loads the checkpoint with transformers, where the section of its name (if there is one) is set."""
     holds_model: bool = False
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
     tasks: frozenset[TaskKind] = frozenset(TaskKind)
@@ -228,6 +240,8 @@ def check(
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
+    computes: Computes | None = None,
+    loads_reference: bool = False,
     holds_model: bool = False,
     tasks: Iterable[TaskKind] = TaskKind,
 ) -> Callable[[Judge], Check]:
@@ -236,9 +250,10 @@ def check(
     ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
+    ``loads_reference`` says that it loads the checkpoint with transformers, so that the plan makes sure that it can.
     ``tasks`` are what the models that it judges are for; models for something else are judged without it.
-    ``writes`` says how many bytes it keeps on disk, ``holds_model`` that it needs memory for all weights of the
-    checkpoint at once; the plan counts both.
+    ``writes`` says how many bytes it keeps on disk, ``computes`` how many tokens it runs through a model, ``holds_model``
+    that it needs memory for all weights of the checkpoint at once; the plan counts them.
     """
     return lambda judge: Check(
         name=name,
@@ -248,6 +263,8 @@ def check(
         require=require,
         depends=depends,
         writes=writes,
+        computes=computes,
+        loads_reference=loads_reference,
         holds_model=holds_model,
         tasks=frozenset(tasks),
     )

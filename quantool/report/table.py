@@ -12,8 +12,12 @@ from pathlib import Path
 from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
 from quantool.report.holdings import of_outputs
+<<<<<<< HEAD
 from quantool.report.pooled import FIGURES, pooled_metrics, worst_pooled
 from quantool.runtime.progress import amount
+=======
+from quantool.runtime.progress import amount, span
+>>>>>>> integ
 
 HEADINGS = (
     "file", "size", "bpw", "worst corpus", "perplexity", "reference", "mean KLD", "same top-p", "template", "verdict",
@@ -158,19 +162,24 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
         rows = [(row[0], _shortened(row[1], longest), *row[2:]) for row in rows]
     lines += _aligned(rows, right={2, 3, 4})
     lines += ["", *(f"holds    {statement} ({ids})" for ids, statement in of_outputs(plan.outputs)), ""]
-    stages = [("stage", "writes", "peak RAM", "state")]
+    stages = [("stage", "writes", "peak RAM", "time", "state")]
     stages += [
         (
             stage.name,
             amount(stage.writes, "B"),
             amount(stage.peak_ram, "B"),
+            span(machine.seconds.get(stage.name, 0.0)),
             "done" if stage.name in machine.done else "to do",
         )
         for stage in plan.stages
     ]
-    lines += _aligned(stages, right={1, 2})
+    lines += _aligned(stages, right={1, 2, 3})
+    waiting = [stage for stage in plan.stages if stage.name not in machine.done]
+    highest = max((stage.peak_ram for stage in waiting), default=0)
     lines += [
         "",
+        f"time     about {span(sum(machine.seconds.get(stage.name, 0.0) for stage in waiting))} on this machine",
+        f"memory   {amount(highest, 'B')} needed at most, {amount(machine.ram, 'B')} here",
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
     ]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Workspace:
         self.stages = self.state / "stages"
         self.work = self.state / "work"
         self.logs = root / "logs"
+        self.seconds: dict[str, float] = {}
+        """What stages took that this run produced, without those produced within them."""
         self._locked = False
         self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
@@ -138,9 +141,18 @@ class Workspace:
         """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
         result = self.recall(name, key)
         if result is None:
-            files, result = produce()
+            with self.timed(name):
+                files, result = produce()
             self.keep(name, key, files, result)
         return result
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note the seconds of a stage; those of stages within it are theirs alone."""
+        started, before = time.monotonic(), sum(self.seconds.values())
+        yield
+        within = sum(self.seconds.values()) - before
+        self.seconds[name] = time.monotonic() - started - within
 
     def together(
         self,

@@ -180,14 +180,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def held_out_recall(model: Any, tokenizer: Any) -> tuple[int, int]:
     """Of how many held-out docstrings the second half is the nearest one to the first, and of how many in all."""
-    pairs = []
-    for item in docstrings.collect():
-        if (
-            item.held_out
-            and len(item.text) >= SHORTEST
-            and (middle := item.text.find(" ", len(item.text) // 2)) > 0
-        ):
-            pairs.append((item.text[:middle][-400:], item.text[middle:].strip()[:400]))
+    pairs = [
+        (item.text[:middle][-400:], item.text[middle:].strip()[:400])
+        for item in docstrings.collect()
+        if item.held_out
+        and len(item.text) >= SHORTEST
+        and (middle := item.text.find(" ", len(item.text) // 2)) > 0
+    ]
     model.eval()
     with torch.no_grad():
         left = embed(model, tokenizer, [pair[0] for pair in pairs], 256)

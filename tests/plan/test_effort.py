@@ -1,5 +1,6 @@
 """The steps that a run expects are those that it takes, and what is done costs nothing."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,19 @@ import pytest
 
 from quantool import pipeline
 from quantool.config.load import load
+from quantool.plan import effort
 from quantool.plan.effort import COMPARE, PACK, steps
 from quantool.plugins import find
+from quantool.runtime import machine
 from quantool.runtime.progress import Progress, Step
+from quantool.runtime.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("plugin")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def test_a_run_takes_the_steps_that_it_expects(
@@ -45,4 +54,79 @@ def test_larger_work_takes_longer_and_done_work_nothing(config_file: Callable[..
     assert again["make fake/Q4_K_M"] == first["make fake/Q4_K_M"]
     facts = plan.source.facts.model_copy(update={"parameters": 10**12})
     large = plan.model_copy(update={"source": plan.source.model_copy(update={"facts": facts})})
-    assert {step.name: step.seconds for step in steps(large, job, set())}[COMPARE] > 100 * first[COMPARE]
+    measured = job.validation.model_copy(update={"checks": ("perplexity",)})
+    job = job.model_copy(update={"validation": measured})
+    small, huge = (
+        {step.name: step.seconds for step in steps(made, job, set())}[COMPARE] for made in (plan, large)
+    )
+    assert huge > 100 * small > 0
+
+
+def test_what_a_run_took_is_what_the_next_plan_says(config_file: Callable[..., Path]) -> None:
+    job = load(config_file(), (), find).config
+    guessed = pipeline.plan_here(job, Progress(quiet=True))[1].seconds
+    assert set(guessed) == {"download", "scan", "fake/Q8_0", "fake/Q4_K_M", "judge"}
+    result = pipeline.run(job, Progress(quiet=True))
+    known = machine.measured()
+    assert {"scan", "fake/Q8_0", "fake/Q4_K_M", "check/fakecheck"} <= set(known)
+    again = pipeline.plan_here(job, Progress(quiet=True))[1].seconds
+    for name in ("fake/Q8_0", "fake/Q4_K_M", "scan"):
+        assert again[name] == pytest.approx(known[name][-1].seconds)
+    pipeline.run(job, Progress(quiet=True))
+    assert machine.measured()["fake/Q8_0"] == known["fake/Q8_0"]  # recalled: nothing was measured
+    assert again["judge"] == pytest.approx(sum(report.seconds for report in result.reports), abs=1e-6)
+
+
+def test_a_stage_has_its_own_seconds_alone(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+
+    def inner() -> tuple[list[Path], dict[str, str]]:
+        time.sleep(0.05)
+        return [], {}
+
+    def outer() -> tuple[list[Path], dict[str, str]]:
+        workspace.stage("inner", "1", inner)
+        time.sleep(0.01)
+        return [], {}
+
+    workspace.stage("outer", "1", outer)
+    assert workspace.seconds["inner"] >= 0.05
+    assert 0.01 <= workspace.seconds["outer"] < 0.05
+    again = Workspace(tmp_path)
+    again.stage("outer", "1", outer)
+    assert again.seconds == {}  # recalled: nothing was measured
+
+
+def test_operations_take_time_where_they_are_computed(
+    config_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load(config_file(), (), find).config
+    plan = pipeline.plan(job, Progress(quiet=True))
+    heavy = plan.outputs[0].model_copy(update={"engine": "transformers", "operations": 1e12})
+    plan = plan.model_copy(update={"outputs": (heavy, plan.outputs[1])})
+    speed = machine.Speed(operations=1e10, hashing=1e9)
+    monkeypatch.setattr(machine, "gpus", lambda: 0)
+    on_cpu = effort.making(plan, job, speed)[heavy.id].estimate
+    assert on_cpu == pytest.approx(1e12 / (effort.FORWARD * 1e10), rel=0.1)
+    monkeypatch.setattr(machine, "gpus", lambda: 1)
+    assert effort.making(plan, job, speed)[heavy.id].estimate < 5
+    kept_off = job.model_copy(update={"device": "cpu"})
+    assert effort.making(plan, kept_off, speed)[heavy.id].estimate == on_cpu
+
+
+def test_checks_cost_what_they_compute(config_file: Callable[..., Path]) -> None:
+    job = load(config_file(), (), find).config
+    plan = pipeline.plan(job, Progress(quiet=True))
+    speed = machine.Speed(operations=1e6, hashing=1e9)
+
+    def cost(**validation: object) -> float:
+        settings = type(job.validation).model_validate(
+            job.validation.model_dump(exclude_unset=True) | validation
+        )
+        changed = job.model_copy(update={"validation": settings})
+        return sum(work.estimate for work in effort.checking(plan, changed, speed).values())
+
+    few, many = (cost(checks=["perplexity"], context=16, max_tokens=tokens) for tokens in (16000, 160000))
+    assert 5 < many / few < 10.5
+    assert cost(checks=["needle"]) == 0  # not configured
+    assert cost(checks=["needle"], needle={"lengths": [128]}) > 1

@@ -52,9 +52,13 @@ EXPLAINED = [
 
 def planned(folder: Path, method: dict[str, Any], **keys: Any) -> Plan:
     started = time.process_time()
-    config = Config.model_validate(
-        {"model_id": str(folder), "output_path": str(folder.parent / "out"), **method, **keys}
-    )
+    wanted = {
+        "output_path": str(folder.parent / "out"),
+        "validation": {"checks": ["ledger"]},
+        **method,
+        **keys,
+    }
+    config = Config.model_validate({"model_id": str(folder), **wanted})
     made = pipeline.plan(config, Progress(quiet=True))
     assert time.process_time() - started < SECONDS
     return made

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import making
 import pytest
 
 from quantool import pipeline
@@ -15,7 +16,8 @@ from quantool.plugins import find
 from quantool.plugins.contract import Outline
 from quantool.plugins.find import find_method
 from quantool.records import Gates, MachineState, Plan, PlannedFile, StagePlan
-from quantool.runtime import versions
+from quantool.runtime import arithmetic, versions
+from quantool.runtime import machine as here
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
 from tests.checkpoint import write_checkpoint
@@ -76,15 +78,18 @@ def test_stages_and_the_disk_that_they_need(model: Path, monkeypatch: pytest.Mon
     assert [(stage.name, stage.writes) for stage in made.stages] == [
         ("download", 0), ("scan", 0), ("fake/Q8_0", 100), ("fake/Q4_K_M", 100), ("judge", 0),
     ]  # fmt: skip
-    assert machine == MachineState(free_disk=12345, peak_disk=200, done=("download",))
+    assert set(machine.seconds) == {stage.name for stage in made.stages}
+    known = machine.model_copy(update={"seconds": {}, "ram": 0})
+    assert known == MachineState(free_disk=12345, peak_disk=200, done=("download",))
 
 
-def test_what_judging_writes_is_counted_until_it_is_there(model: Path) -> None:
+def test_what_judging_writes_is_counted_until_it_is_there(tmp_path: Path) -> None:
     """T13: the hidden states of the reference, one row of 2 bytes a number for each of 7 of 16 positions."""
     settings = {
         "corpora": [{"name": "a", "dataset": "python-docs"}, {"name": "b", "dataset": "python-docs"}],
         "context": 16, "max_tokens": 165, "checks": ["perplexity"],
     }  # fmt: skip
+    model = shutil.copytree(making.TINY, tmp_path / "model")
     made, machine = planned_here(model, validation=settings)
     width = made.source.facts.hidden * (4 if made.source.facts.dtype == "F32" else 2)
     assert made.stages[-1].name == "judge"
@@ -133,7 +138,9 @@ def test_what_is_done_needs_no_more_disk(model: Path) -> None:
     assert [stage.done for stage in found] == [False, False, True, False, False]
 
 
-def test_judging_needs_two_layers_unless_a_check_holds_the_model(model: Path) -> None:
+def test_judging_needs_two_layers_where_a_model_does_not_fit(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = planned(model).source
     files = tuple(
         file.model_copy(update={"bytes": 2_000_000}) if file.name.endswith(".safetensors") else file
@@ -152,8 +159,19 @@ def test_judging_needs_two_layers_unless_a_check_holds_the_model(model: Path) ->
     weights = sum(file.bytes for file in files if file.name.endswith(".safetensors"))
     per_parameter = weights // 1_000_000
     assert disk.two_layers(source) == (100_000 + 2 * 90_000) * per_parameter
-    peaks = [disk.stages(source, (), (), 0, holds_model=whole)[-1].peak_ram for whole in (True, False)]
-    assert [peak - (2 << 30) for peak in peaks] == [weights, disk.two_layers(source)]
+    beside = disk.LIBRARIES + 4 * 1000 * disk.LOGITS_ROWS
+
+    def peaks() -> list[int]:
+        made = [disk.stages(source, (), (), 0, holds_model=whole)[-1].peak_ram for whole in (True, False)]
+        return [peak - beside for peak in made]
+
+    monkeypatch.setattr(arithmetic, "native", lambda: ("bfloat16",))
+    monkeypatch.setattr(here, "total_ram", lambda: 10 * weights)
+    assert peaks() == [weights, weights]  # it fits, so it is judged whole
+    monkeypatch.setattr(here, "total_ram", lambda: weights)
+    assert peaks() == [weights, disk.two_layers(source)]
+    monkeypatch.setattr(arithmetic, "native", lambda: ())
+    assert peaks() == [2 * weights, 2 * disk.two_layers(source)]  # computed in float32
 
 
 @pytest.mark.parametrize(
@@ -167,7 +185,7 @@ def test_judging_needs_two_layers_unless_a_check_holds_the_model(model: Path) ->
 )
 def test_a_check_that_holds_the_model_says_so(model: Path, settings: dict[str, Any], holds: bool) -> None:
     wanted = {"model_id": str(model), "method": "fake", "quant_level": ["Q8_0"], "validation": settings}
-    assert make._holds_model(Config.model_validate(wanted)) == holds
+    assert bool(disk.holding(Config.model_validate(wanted), planned(model).source)) == holds
 
 
 def test_free_disk_is_that_of_the_nearest_folder_there_is(
@@ -195,6 +213,40 @@ def test_a_disk_that_is_too_small_is_refused(model: Path, needed: int, free: int
     ) as caught:
         disk.check_disk(made, model)
     assert "output_path" in caught.value.hint
+
+
+def test_memory_that_is_too_small_is_refused_with_the_setting(model: Path) -> None:
+    made = planned(model)
+    steps = [
+        stage.model_copy(update={"peak_ram": 10**9 * (3 if stage.name == "judge" else 1)})
+        for stage in made.stages
+    ]
+    made = made.model_copy(update={"stages": tuple(steps)})
+    wanted = {"model_id": str(model), "method": "fake", "quant_level": ["Q8_0"]}
+    checks = {"validation": {"checks": ["perplexity", "behaviour"]}}
+    config = Config.model_validate(wanted | checks)
+    small = MachineState(peak_disk=0, free_disk=0, ram=2 * 10**9)
+    with pytest.raises(
+        DependencyError, match=r"judge needs 3\.0 GB of memory, this machine has 2\.0 GB"
+    ) as caught:
+        disk.check_ram(made, small, config)
+    assert "leave behaviour out of validation.checks" in caught.value.hint
+    disk.check_ram(made, small.model_copy(update={"done": ("judge",)}), config)
+    disk.check_ram(made, small.model_copy(update={"ram": 3 * 10**9}), config)
+
+
+def test_calibration_that_is_too_large_names_its_settings(model: Path) -> None:
+    made = planned(model)
+    output = made.outputs[0].model_copy(update={"engine": "transformers", "operations": 1e15})
+    steps = [
+        stage.model_copy(update={"peak_ram": 9 * 10**9 if stage.name == output.id else 1})
+        for stage in made.stages
+    ]
+    made = made.model_copy(update={"stages": tuple(steps), "outputs": (output, made.outputs[1])})
+    config = Config.model_validate({"model_id": str(model), "method": "fake", "quant_level": ["Q8_0"]})
+    with pytest.raises(DependencyError, match=r"fake/Q8_0 needs 9\.0 GB") as caught:
+        disk.check_ram(made, MachineState(peak_disk=0, free_disk=0, ram=10**9), config)
+    assert "sample_size" in caught.value.hint
 
 
 def test_outputs_that_would_overwrite_each_other_are_refused(model: Path) -> None:

@@ -34,7 +34,9 @@ def test_a_sound_reranker_passes() -> None:
     assert found["token_ids"].measured == "320 of 320"
 
 
-@pytest.mark.parametrize(("name", "metric"), [("qwen3_classifier", "same_label"), ("qwen3_reranker", "rank_correlation")])
+@pytest.mark.parametrize(
+    ("name", "metric"), [("qwen3_classifier", "same_label"), ("qwen3_reranker", "rank_correlation")]
+)
 def test_a_sound_folder_passes(name: str, metric: str) -> None:
     found = judged(name, made.fp8(name))
     assert tampering.regressions(found) == set()
@@ -50,7 +52,9 @@ def reversed_rows(data: Any) -> None:
 
 
 def test_a_head_of_zeros_in_a_gguf_is_named(tmp_path: Path) -> None:
-    damaged = tampering.edited(made.gguf("bert_classifier"), tmp_path / "m.gguf", "cls.output.weight", cleared)
+    damaged = tampering.edited(
+        made.gguf("bert_classifier"), tmp_path / "m.gguf", "cls.output.weight", cleared
+    )
     found = judged("bert_classifier", damaged)
     assert {"logit_error", "same_label"} & tampering.regressions(found)
     assert "every text gets the same logits: the classifier is lost or zero" in found["logit_error"].detail
@@ -77,7 +81,10 @@ def test_permuted_labels_in_a_gguf_are_named(tmp_path: Path) -> None:
     damaged = tampering.tampered(made.gguf("bert_classifier"), tmp_path / "m.gguf", names)
     found = judged("bert_classifier", damaged)
     assert tampering.regressions(found) == {"labels"}
-    assert (found["labels"].measured, found["labels"].reference) == ("law, sport, weather", "sport, law, weather")
+    assert (found["labels"].measured, found["labels"].reference) == (
+        "law, sport, weather",
+        "sport, law, weather",
+    )
 
 
 def test_another_pooling_in_a_gguf_is_named(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ class LayerFiles:
             sketch: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=named, trust_remote_code=trust_remote_code
             )
-        self._config, self._kind = config, type(sketch)
+        self._config, self._kind = sketch.config, type(sketch)
         self._path, _ = decoder_layers(sketch)
         self._part_of_layer = re.compile(rf"(?:^|\.){self._path.rpartition('.')[2]}\.(\d+)\.")
 
