@@ -12,12 +12,8 @@ from pathlib import Path
 from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
 from quantool.report.holdings import of_outputs
-<<<<<<< HEAD
 from quantool.report.pooled import FIGURES, pooled_metrics, worst_pooled
-from quantool.runtime.progress import amount
-=======
 from quantool.runtime.progress import amount, span
->>>>>>> integ
 
 HEADINGS = (
     "file", "size", "bpw", "worst corpus", "perplexity", "reference", "mean KLD", "same top-p", "template", "verdict",

@@ -143,6 +143,8 @@ def test_a_reranker_upside_down_is_found(tmp_path: Path) -> None:
 
 
 def test_a_reranker_that_needs_types_of_tokens_is_refused_as_a_gguf(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="by 2 types of tokens, and llama.cpp gives all of them the first"):
+    with pytest.raises(
+        SourceError, match=r"by 2 types of tokens, and llama\.cpp gives all of them the first"
+    ):
         made.gguf("bert_reranker")
     assert json.loads((made.checkpoint("bert_reranker") / "config.json").read_text())["type_vocab_size"] == 2
