@@ -17,7 +17,7 @@ from quantool.methods._artifacts.files import (
     is_companion,
     relative_files,
 )
-from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed import autoawq, calibrate, cost, stream
 from quantool.methods._compressed.mappings import decoder_of
 from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
@@ -25,7 +25,6 @@ from quantool.methods._compressed.outline import (
     CompressedOptions,
     LevelTask,
     Recipe,
-    max_seq_length,
     split,
     task_key,
     task_of,
@@ -35,6 +34,7 @@ from quantool.methods._compressed.proof import verify
 from quantool.plugins.contract import Draft, Job, Method, method
 from quantool.records import Artifact, Source
 from quantool.runtime import process
+from quantool.runtime.gpus import devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.source.resolve import overlay
@@ -76,7 +76,8 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
         if result is None:
             work, request = _work(task, job, options, source, part)
             with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
-                result = process.call(work, request, log=log, bar=bar)
+                variables = devices(config.device).variables()
+                result = process.call(work, request, log=log, bar=bar, variables=variables)
             if task.carried:
                 carry(source.folder, part, task.carried, task.kept)
         if task.autoawq:
@@ -120,7 +121,7 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
         "scheme": asdict(task.scheme),
         "targets": list(task.selection.targets),
         "ignore": list(task.selection.ignore),
-        "device": job.config.device or "auto",
+        "device": devices(job.config.device).kind,
     }
     located = headers(source)
     if task.calibrated:
@@ -132,7 +133,7 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
             "architecture": decoder_of(source.facts.architecture),
             "loader": loader(source.facts.task, located),
             "options": options.model_dump(mode="json"),
-            "max_seq_length": max_seq_length(job.config),
+            "max_seq_length": cost.max_seq_length(job.config),
             "seed": job.plan.seed,
         }
     return stream.quantize, request | {
