@@ -115,7 +115,7 @@ def test_a_module_that_is_not_carried_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pooling_that_is_missing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="1_Pooling/config.json is missing: modules.json names it"):
+    with pytest.raises(SourceError, match=r"1_Pooling/config\.json is missing: modules.json names it"):
         found(write_sentences(tmp_path, TRANSFORMER, POOLING, pooling=None))
 
 
