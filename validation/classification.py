@@ -83,6 +83,8 @@ def _judge_head(case: Case, made: ArtifactVectors) -> Iterator[Finding]:
         yield BUILD.fact(
             "head", " ".join(heads) or "none", "" if heads else "the file has no tensors of a classifier"
         )
+        if made.pooling != "rank":
+            return
         named = made.labels if any(made.labels) or len(wanted) > 1 else wanted  # one label needs no name
     else:
         try:

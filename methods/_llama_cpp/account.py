@@ -67,7 +67,7 @@ def _reason(source: Source, parts: Parts, name: str) -> str:
         return BUFFER
     if parts.part_of(name) == MTP:
         return NO_HEAD
-    if source.facts.task.kind is TaskKind.EMBEDDING and name.startswith(BESIDE_VECTORS):
+    if source.facts.task.kind is TaskKind.EMBEDDING and name.removeprefix("bert.").startswith(BESIDE_VECTORS):
         return "no pooled vector reads it"
     return ""
 
