@@ -24,7 +24,7 @@ LAYER = re.compile(r"^(?P<part>(?:model\.)?(?:language_model\.)?layers\.(?P<numb
 
 
 @dataclass(frozen=True)
-class Layout:
+class HeadLayout:
     """Where the parts of a head's first layer stand: names without ``.weight``, ``block`` as a prefix with its dot."""
 
     embedding_norm: str
@@ -62,7 +62,7 @@ def head_patterns(names: Iterable[str], layers: int) -> tuple[str, ...]:
     return tuple(rf"re:^{re.escape(part)}\..*" for part in parts)
 
 
-def layout_of(names: Iterable[str], layers: int) -> Layout | None:
+def layout_of(names: Iterable[str], layers: int) -> HeadLayout | None:
     """The layout of a head's first layer; None when there is none, or of an unknown kind."""
     known = frozenset(names)
     return next(
@@ -71,19 +71,19 @@ def layout_of(names: Iterable[str], layers: int) -> Layout | None:
     )
 
 
-def _layouts(layers: int) -> Iterable[Layout]:
+def _layouts(layers: int) -> Iterable[HeadLayout]:
     for top in ("", "model.", "model.language_model."):
         place = f"{top}layers.{layers}"
-        yield Layout(
+        yield HeadLayout(
             f"{place}.enorm", f"{place}.hnorm", f"{place}.eh_proj", f"{place}.shared_head.norm", f"{place}."
         )
         place = f"{top}mtp"
-        yield Layout(
+        yield HeadLayout(
             f"{place}.pre_fc_norm_embedding", f"{place}.pre_fc_norm_hidden", f"{place}.fc", f"{place}.norm",
             f"{place}.layers.0.",
         )  # fmt: skip
         place = f"{top}mtp_layers.0"
-        yield Layout(
+        yield HeadLayout(
             f"{place}.token_layernorm", f"{place}.hidden_layernorm", f"{place}.input_proj", f"{place}.final_layernorm",
             f"{place}.", hidden_first=True,
         )  # fmt: skip
@@ -97,14 +97,12 @@ def promised_layers(config: Mapping[str, Any]) -> int:
     return max(counts, default=0)
 
 
-def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> list[str]:
-    """A note when ``config`` (config.json) promises a head of which the weights, by ``names``, have nothing.
+def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> None:
+    """Raise SourceError for a head that is there in part: a layer of several, or one without its projection or a norm.
 
-    Raises SourceError for a head that is there in part: a layer of several, or one without its projection or a norm.
+    ``config`` is config.json. A head of which nothing is there is refused by ``source/parts.py``.
     """
     promised, found = promised_layers(config), head_tensors(names, layers)
-    if not found:
-        return [_absent(promised)] if promised else []
     numbers = {matched["part"] for name in found if (matched := LAYER.match(name))}
     if numbers and len(numbers) < promised:
         raise SourceError(
@@ -112,19 +110,11 @@ def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> 
             f"have {len(numbers)}: {', '.join(sorted(numbers))}",
             hint="a shard is missing, or the checkpoint was converted without them",
         )
-    if layout_of(found, layers) is None and (lacking := _lacking(found, layers)):
+    if found and layout_of(found, layers) is None and (lacking := _lacking(found, layers)):
         raise SourceError(
             f"the multi-token-prediction head lacks {', '.join(lacking)}",
             hint="a shard is missing, or the checkpoint was converted by a tool that lost it",
         )
-    return []
-
-
-def _absent(promised: int) -> str:
-    return (
-        f"config.json promises {promised} layer{'s' * (promised > 1)} of multi-token prediction, the weights have none: "
-        "engines cannot draft with what is made of them; take the checkpoint that has them, or set the key to 0"
-    )
 
 
 def _lacking(found: Iterable[str], layers: int) -> list[str]:
