@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from quantool.records import (
     StagePlan,
     fingerprint,
 )
-from quantool.runtime import process, toolchain
+from quantool.runtime import machine, process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text
 from quantool.source.tensor_headers import headers as source_headers
@@ -40,6 +40,8 @@ GGUF = Depends(
 """A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
 MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
+CORES = 4
+"""For each level that is quantized at once."""
 BY_LEVEL = "level"
 IMATRIX_RAM = 400 << 20
 """Of the libraries, and of the activations of a batch."""
@@ -316,6 +318,38 @@ def _stages(
     return tuple(stages)
 
 
+def levels_at_once(waiting: int, cores: int, free: int, peak: int) -> int:
+    """How many levels are quantized side by side: llama.cpp reads and writes on one core while the others wait.
+
+    Each gets threads for all cores, which are there for a part of a tensor only: the last level then has them all. Where
+    there are few cores they are busy with one, and memory is for half of what is ``free`` bytes, ``peak`` for each.
+    """
+    return max(1, min(waiting, cores // CORES, free // 2 // max(1, peak)))
+
+
+def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
+    """Make base and matrix, then say how many levels may be quantized at the same time; split ones are not."""
+    if any(len(job.output.files) > 1 for job in jobs):
+        return 1
+    first = jobs[0]
+    source, workspace = first.plan.source, first.workspace
+    kind, _ = base_file.choose_type(source, options.base_type)
+    _, matrix = imatrix.matrix(first, options, options.imatrix, kind, progress)
+    keys = {
+        job.output.id: _level_key(
+            source, options, kind, job.output.level, matrix, [file.name for file in job.output.files]
+        )
+        for job in jobs
+    }
+    waiting = [job.output for job in jobs if workspace.recall(job.output.id, keys[job.output.id]) is None]
+    if len(waiting) < 2:
+        return 1
+    base_file.base(first, options, kind, progress)
+    need_disk(workspace, sum(file.bytes for output in waiting for file in output.files))
+    peak = max(output.peak_ram for output in waiting)
+    return levels_at_once(len(waiting), machine.cores(), machine.free_ram(), peak)
+
+
 @method(
     "gguf",
     options=Options,
@@ -323,6 +357,7 @@ def _stages(
     outline=outline,
     needs=("llama_cpp", "gguf"),
     depends=GGUF | base_file.BASE | imatrix.TEXT | imatrix.MATRIX,
+    at_once=at_once,
 )
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""

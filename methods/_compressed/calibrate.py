@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool.errors import ConfigError, QuantizationError, SourceError
+from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
 from quantool.methods._compressed.experts import counted_routing
 from quantool.methods._compressed.torch_setup import (
     choose_device,
@@ -62,7 +62,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     try:
         outcome = _run(request, samples, tokenizer, report)
     except torch.OutOfMemoryError as error:
-        raise QuantizationError(
+        raise DependencyError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
             hint=f"lower calibration_config.max_seq_length (now {request['max_seq_length']}) or sample_size (now "
             f"{len(samples)}), free the GPU of other work, or set device: cpu",

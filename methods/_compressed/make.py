@@ -34,6 +34,7 @@ from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.plugins.contract import Draft, Job, Method, method
 from quantool.records import Artifact, Source
 from quantool.runtime import process
+from quantool.runtime.gpus import devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.source.mtp import head_tensors
@@ -76,7 +77,8 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
         if result is None:
             work, request = _work(task, job, options, source, part)
             with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
-                result = process.call(work, request, log=log, bar=bar)
+                variables = devices(config.device).variables()
+                result = process.call(work, request, log=log, bar=bar, variables=variables)
             if task.carried:
                 carry(source.folder, part, task.carried, task.kept)
         if task.autoawq:
@@ -120,7 +122,7 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
         "scheme": asdict(task.scheme),
         "targets": list(task.selection.targets),
         "ignore": list(task.selection.ignore),
-        "device": job.config.device or "auto",
+        "device": devices(job.config.device).kind,
     }
     located = layers_of(source)
     if task.calibrated:

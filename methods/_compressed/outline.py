@@ -23,6 +23,7 @@ from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
+from quantool.methods._compressed import cost
 from quantool.methods._compressed.layers import joined_lines, layers_of
 from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
@@ -46,7 +47,6 @@ from quantool.records import (
     PlannedFile,
     Source,
 )
-from quantool.runtime.arithmetic import native
 from quantool.runtime.gpus import capabilities, devices
 from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
@@ -315,7 +315,7 @@ def _output(
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
-        operations=_operations(task, request.config, source),
+        operations=cost.operations(task.recipe.algorithm, request.config, source) if task.calibrated else 0.0,
         gates=request.gates(task.level),
         done=hashed
         and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
@@ -352,41 +352,11 @@ def _streamed(located: Mapping[str, TensorHeader], task: LevelTask) -> dict[str,
 def _peak_ram(
     task: LevelTask, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
 ) -> int:
-    """An estimate, from above.
-
-    Libraries and, streamed, slices; calibrated, the model, a layer in float32 and the activations between layers (AWQ
-    keeps those inside a layer as well).
-    """
+    """An estimate, from above: libraries and slices of streamed levels, ``cost.ram`` of calibrated ones."""
     if not task.calibrated:
         return GIB + workers(options, located) * 32 * SLICE
-    facts = source.facts
-    model = sum(tensor.bytes for tensor in located.values())
-    if _widened(task, config, source):
-        model = max(model, 4 * facts.parameters)
-    layer = 4 * facts.parameters // facts.layers
-    tokens = config.sample_size * max_seq_length(config)
-    kept = {"awq": 4, "gptq": 2, "rtn": 2}[task.recipe.algorithm]
-    return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
-
-
-PASSES = {"awq": 20, "gptq": 4, "rtn": 2}
-"""Forward passes of the calibration text that an algorithm costs, its search or factorizations among them."""
-
-
-def _operations(task: LevelTask, config: Config, source: Source) -> float:
-    if not task.calibrated:
-        return 0.0
-    path, tokens = config.dataset_path, config.sample_size * max_seq_length(config)
-    if path is not None and path.is_file() and path.suffix != ".parquet":
-        tokens = min(tokens, path.stat().st_size // 4)  # characters of a token, usually
-    return 2.0 * source.facts.parameters * tokens * PASSES[task.recipe.algorithm]
-
-
-def _widened(task: LevelTask, config: Config, source: Source) -> bool:
-    """Whether calibration computes in another type than the checkpoint's (``arithmetic.widen``)."""
-    own = {"BF16": "bfloat16", "F16": "float16"}.get(source.facts.dtype)
-    on_cpu = config.device == "cpu" or not capabilities()
-    return task.calibrated and on_cpu and own is not None and own not in native()
+    stored = sum(tensor.bytes for tensor in located.values())
+    return cost.ram(task.recipe.algorithm, config, source, stored)
 
 
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool.errors import QuantizationError, SourceError
+from quantool.errors import DependencyError, SourceError
 from quantool.formats.fused_experts import split_experts
 from quantool.formats.safetensors import TensorHeader, read_headers
 from quantool.formats.safetensors_layout import Stored, as_stored, encode, write_index
@@ -70,7 +70,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
         with ThreadPoolExecutor(request["workers"]) as pool:
             written = list(pool.map(lambda shard: writer.convert(shard, meter), request["shards"]))
     except torch.OutOfMemoryError as error:
-        raise QuantizationError(
+        raise DependencyError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
             hint=f"lower quantization_config.workers (now {request['workers']}), free the GPU of other work, or set "
             "device: cpu",
