@@ -97,12 +97,14 @@ def promised_layers(config: Mapping[str, Any]) -> int:
     return max(counts, default=0)
 
 
-def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> None:
-    """Raise SourceError for a head that is there in part: a layer of several, or one without its projection or a norm.
+def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> list[str]:
+    """A note when ``config`` (config.json) promises a head of which the weights, by ``names``, have nothing.
 
-    ``config`` is config.json. A head of which nothing is there is refused by ``source/parts.py``.
+    Raises SourceError for a head that is there in part: a layer of several, or one without its projection or a norm.
     """
     promised, found = promised_layers(config), head_tensors(names, layers)
+    if not found:
+        return [_absent(promised)] if promised else []
     numbers = {matched["part"] for name in found if (matched := LAYER.match(name))}
     if numbers and len(numbers) < promised:
         raise SourceError(
@@ -110,11 +112,19 @@ def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> 
             f"have {len(numbers)}: {', '.join(sorted(numbers))}",
             hint="a shard is missing, or the checkpoint was converted without them",
         )
-    if found and layout_of(found, layers) is None and (lacking := _lacking(found, layers)):
+    if layout_of(found, layers) is None and (lacking := _lacking(found, layers)):
         raise SourceError(
             f"the multi-token-prediction head lacks {', '.join(lacking)}",
             hint="a shard is missing, or the checkpoint was converted by a tool that lost it",
         )
+    return []
+
+
+def _absent(promised: int) -> str:
+    return (
+        f"config.json promises {promised} layer{'s' * (promised > 1)} of multi-token prediction, the weights have none: "
+        "engines cannot draft with what is made of them; take the checkpoint that has them, or set the key to 0"
+    )
 
 
 def _lacking(found: Iterable[str], layers: int) -> list[str]:

@@ -93,7 +93,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     _bound(tokenizer)
     made = preparation.made_headers()
     facts, more = model_facts(configuration, generation, tokenizer.folder, made)
-    check_head(configuration.top, made, facts.layers)
+    more += check_head(configuration.top, made, facts.layers)
     card, remarks = model_card(place.folder)
     task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
     places = {name: place.folder for name in small if place is tokenizer or not _is_tokenizer(name)}

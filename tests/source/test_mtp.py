@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from quantool.config.schema import Config
 from quantool.errors import SourceError
@@ -82,9 +84,13 @@ def test_what_config_json_promises(config: dict[str, Any], promised: int) -> Non
     assert mtp.promised_layers(config) == promised
 
 
-def test_a_whole_head_is_no_mistake_and_its_absence_is_for_the_ledger() -> None:
-    for head in (NEXTN, QWEN, MIMO, ERNIE, ()):
-        mtp.check_head({"num_nextn_predict_layers": 1}, (*TRUNK, *head), 2)
+def test_a_promised_head_that_the_weights_lack_is_said_with_what_to_do() -> None:
+    (note,) = mtp.check_head({"num_nextn_predict_layers": 1}, TRUNK, 2)
+    assert "promises 1 layer of multi-token prediction, the weights have none" in note
+    assert "set the key to 0" in note
+    assert mtp.check_head({"num_nextn_predict_layers": 0}, TRUNK, 2) == []
+    for head in (NEXTN, QWEN, MIMO, ERNIE):
+        assert mtp.check_head({"num_nextn_predict_layers": 1}, (*TRUNK, *head), 2) == []
 
 
 def test_a_head_in_part_is_refused_by_name() -> None:
@@ -108,3 +114,17 @@ def test_resolve_refuses_a_head_in_part(tmp_path: Path) -> None:
     )
     with pytest.raises(SourceError, match=r"head lacks model\.layers\.2\.eh_proj\.weight"):
         resolve(config, weights=False, progress=Progress(quiet=True))
+
+
+def test_resolve_notes_a_missing_head(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
+    config = Config.model_validate(
+        {
+            "model_id": str(folder),
+            "method": "gguf",
+            "quant_level": "Q8_0",
+            "output_path": str(tmp_path / "out"),
+        }
+    )
+    source = resolve(config, weights=False, progress=Progress(quiet=True))
+    assert any("multi-token prediction" in note for note in source.notes)
