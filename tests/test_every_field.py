@@ -11,11 +11,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import adapters
 import pytest
 from pydantic import BaseModel
 
 from quantool import gates
 from quantool.config.schema import Config
+from quantool.formats.safetensors import check_index
 from quantool.judging import findings_key
 from quantool.methods import gguf
 from quantool.methods._llama_cpp import dry_run
@@ -23,7 +25,7 @@ from quantool.plan.depends import depends_of
 from quantool.plan.make import options_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check, Request
-from quantool.records import Artifact, FileRecord, OutputPlan, Source
+from quantool.records import Artifact, FileRecord, OutputPlan, Source, fingerprint
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace
@@ -65,7 +67,9 @@ MAPPINGS = [{"smooth_layer": "re:.*up_proj", "balance_layers": ["re:.*down_proj"
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model_id": ({"model_id": "renamed"}, {}),
     "tokenizer_name": ({"tokenizer_name": "tokenizer"}, {}),
+    "adapter": ({"adapter": "adapter"}, {}),
     "trust_remote_code": ({"trust_remote_code": True}, {}),
+    "drop": ({"drop": ["vision"]}, {}),
     "method": ({"method": "fp16", "quant_level": "F16"}, FLAT),
     "quant_level": ({"quant_level": "Q8_0"}, FLAT),
     "quantization_config": ({"quantization_config": {"pure": True, "pre_tokenizer": "qwen2"}}, FLAT),
@@ -132,7 +136,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 CHANGE_NO_BYTE_AND_NO_VERDICT = {
-    "revision",  # of a Hub id; the commit that it leads to is in every key (Source.identity)
+    "revision", "adapter_revision",  # of a Hub id; the commit that it leads to is in every key (Source.identity)
     "cache_dir", "dataset_cache_dir",  # where downloads lie
     "output_path",  # an output folder may be moved
     "push_to_hub", "repo_id", "private", "disk_bounded", "quantizations.repo_id",  # where files go, and when
@@ -212,6 +216,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tasks" / "own.yaml").write_text("task: own\n")
     for name in ("renamed", "tokenizer"):
         shutil.copytree(CHAT, folder / name)
+    queries = [name for name in check_index(CHAT) if name.endswith("q_proj.weight")]
+    adapters.write(
+        folder / "adapter", dict.fromkeys(queries, (256, 256)), base_model_name_or_path="tiny-chat"
+    )
     settings = json.loads((CHAT / "tokenizer_config.json").read_text())
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"changed": True}))
     shutil.copytree(toolchain.locate().folder, folder / "checkout")
@@ -239,11 +247,12 @@ def rehearsal(real: Any = dry_run.rehearse) -> dry_run.Rehearsal:
 
 
 @cache
-def source_of(model: str, tokenizer: str | None, *, trusted: bool) -> Source:
+def source_of(model: str, tokenizer: str | None, adapter: str | None = None, *, trusted: bool) -> Source:
     """The source with its weights hashed; kept, because every change of a field asks for it."""
-    config = Config(model_id=model, tokenizer_name=tokenizer, trust_remote_code=trusted)
+    config = Config(model_id=model, tokenizer_name=tokenizer, adapter=adapter, trust_remote_code=trusted)
     source = resolve(config, weights=False, progress=Progress(quiet=True))
-    files = tuple(file.model_copy(update={"sha256": file.sha256 or "0" * 64}) for file in source.files)
+    weights = fingerprint(source.prepared and source.prepared.identity())
+    files = tuple(file.model_copy(update={"sha256": file.sha256 or weights}) for file in source.files)
     return source.model_copy(update={"files": files, "max_abs": 1.0})
 
 
@@ -261,7 +270,8 @@ def merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 def keys(settings: dict[str, Any], folder: Path) -> dict[str, str]:
     """The keys of every artifact, of what they share, and of every check on one artifact of each engine."""
     config = Config.model_validate(settings)
-    source = source_of(config.model_id, config.tokenizer_name, trusted=config.trust_remote_code)
+    named = (config.model_id, config.tokenizer_name, config.adapter)
+    source = source_of(*named, trusted=config.trust_remote_code)
     workspace = Noting(folder / "out")
     for wanted in config.requested():
         method = find.find_method(wanted.method)

@@ -112,6 +112,7 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
         gates=True,
     ),
     computes=computes,
+    loads_reference=True,
     holds_model=True,
     tasks=(TaskKind.GENERATION,),
 )

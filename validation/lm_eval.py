@@ -95,6 +95,7 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
     NAME,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(("validation.lm_eval",), inputs=(_documents,)),
+    loads_reference=True,
     holds_model=True,
     tasks=(TaskKind.GENERATION,),
 )

@@ -71,6 +71,7 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
     computes=computes,
+    loads_reference=True,
     holds_model=True,
     tasks=(TaskKind.GENERATION,),
 )

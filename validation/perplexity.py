@@ -63,6 +63,7 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     prepare=prepare,
     writes=writes,
     computes=computes,
+    loads_reference=True,
     depends=WINDOWS
     | REFERENCE
     | SCORES

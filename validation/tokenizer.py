@@ -2,7 +2,7 @@
 
 A GGUF with another pre-tokenizer, vocabulary or BOS setting agrees with every other GGUF made the same way, and its
 quantized levels look healthy beside its own base; only the source's tokenizer (transformers) can show it. Two
-limits of llama.cpp are reported as skipped, and only where nothing else differs: it has no NFC normalizer, and it puts the
+limits of llama.cpp are reported as skipped, and only where nothing else differs: it lacks normalizers (NFC, BERT's), and it puts the
 space of SentencePiece either before the text and after every special token or nowhere.
 """
 
@@ -35,12 +35,15 @@ from quantool.validation._engines.vocabulary import (
     of_gguf,
 )
 from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._pooled.word_pieces import cleaned
 
 NAME = "tokenizer"
 BUILD = FindingBuilder(NAME)
 HEAD = 20_000  # characters of each corpus
 CHARACTERS = 600_000
 """Characters of all corpora together: 100,000 tokens and more, of tokens six characters long. Python's docstrings fill up."""
+NORMALIZERS = ("nfc", "word_pieces")
+"""Limits of llama.cpp that go away once a text is changed as the source's tokenizer changes it."""
 PLAIN = ProbeText("plain text", "Hello world", add_special=True)
 BEGINNINGS = (
     PLAIN,
@@ -62,22 +65,23 @@ AROUND = (
 class TokenizedText:
     """A text with its ids on both sides.
 
-    ``nfc`` are the artifact's ids of the text in Unicode's NFC, ``respaced`` the source's with spaces put as the
+    ``normal`` are the artifact's ids of the text as ``normalizer`` leaves it, ``respaced`` the source's with spaces put as the
     artifact puts them; either is None where that does not apply.
     """
 
     text: ProbeText
     expected: list[int]
     found: list[int]
-    nfc: list[int] | None
+    normal: list[int] | None
     respaced: list[int] | None
+    normalizer: str = "nfc"
 
     def limit(self) -> str:
         """Which of llama.cpp's known limits alone explains the difference, or an empty string."""
         if self.found == self.expected:
             return ""
-        if self.nfc == self.expected:
-            return "nfc"
+        if self.normal == self.expected:
+            return self.normalizer
         return "space_prefix" if self.found == self.respaced else ""
 
 
@@ -164,15 +168,23 @@ def _compare(
     normalized = {
         place: replace(text, text=normal)
         for place, text in enumerate(texts)
-        if reference["facts"]["nfc"] and (normal := unicodedata.normalize("NFC", text.text)) != text.text
+        if (normal := _normal(text.text, reference["facts"])) != text.text
     }
     vocabulary, ids = of_gguf(case, [*texts, *normalized.values()])
-    nfc: list[list[int] | None] = [None] * len(texts)
+    normal_ids: list[list[int] | None] = [None] * len(texts)
     for place, found in zip(normalized, ids[len(texts) :], strict=True):
-        nfc[place] = found
+        normal_ids[place] = found
+    normalizer = "word_pieces" if reference["facts"]["word_pieces"] else "nfc"
     respaced = _respaced(case, reference, vocabulary) or [None] * len(texts)
-    columns = zip(texts, reference["ids"], ids[: len(texts)], nfc, respaced, strict=True)
-    return [TokenizedText(*row) for row in columns if row[1] is not None], vocabulary
+    columns = zip(texts, reference["ids"], ids[: len(texts)], normal_ids, respaced, strict=True)
+    return [TokenizedText(*row, normalizer) for row in columns if row[1] is not None], vocabulary
+
+
+def _normal(text: str, facts: dict[str, Any]) -> str:
+    """What the source's tokenizer makes of a text before it cuts it, as far as llama.cpp does not."""
+    if facts["word_pieces"]:
+        return cleaned(text)
+    return unicodedata.normalize("NFC", text) if facts["nfc"] else text
 
 
 def _respaced(case: Case, reference: dict[str, Any], vocabulary: Vocabulary) -> list[Any] | None:
@@ -203,11 +215,11 @@ def _judge(
     cause: str = "",
 ) -> Finding:
     """Ids of ``texts`` are equal, but for those that a known limit explains."""
-    counted = [text for text in texts if text.limit() != "nfc"]
+    counted = [text for text in texts if text.limit() not in NORMALIZERS]
     wrong = [text for text in counted if text.found != text.expected and not text.limit()]
     notes = []
     if len(counted) < len(texts):
-        notes.append(f"{len(texts) - len(counted)} more skipped (nfc)")
+        notes.append(f"{len(texts) - len(counted)} more skipped ({texts[0].normalizer})")
     if spaced := sum(text.limit() == "space_prefix" for text in counted):
         notes.append(f"{spaced} of them equal but for spaces put by llama.cpp (space_prefix)")
     if not counted:
@@ -239,6 +251,8 @@ def _judge_bos(beginnings: Sequence[TokenizedText], bos: int | None) -> Finding:
 def _limits(texts: Sequence[TokenizedText]) -> list[Finding]:
     """One skipped finding for each known limit of llama.cpp that showed."""
     reasons = {
+        "word_pieces": "BERT's tokenizer leaves control characters out and knows no word of more than 100 characters, "
+        "llama.cpp does neither; equal without these",
         "nfc": "the source's tokenizer normalizes text to NFC, llama.cpp cannot; equal once the text is normalized",
         "space_prefix": "the source's tokenizer puts a space before the first word of a text only; llama.cpp puts one "
         "there and after every special token, or nowhere (tokenizer.ggml.add_space_prefix); equal but for that space",

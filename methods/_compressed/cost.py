@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from quantool.config.schema import Config
+from quantool.methods._compressed.sizes import max_seq_length
 from quantool.records import Source
 from quantool.runtime.arithmetic import native
 from quantool.runtime.gpus import capabilities
 
 GIB = 1 << 30
-MAX_SEQ_LENGTH = 512
 PASSES = {"awq": 20, "gptq": 4, "rtn": 2}
 """Forward passes of the calibration text that an algorithm costs, its search or factorizations among them."""
 ACTIVATIONS = {"awq": 4, "gptq": 2, "rtn": 2}
 """Activations of all samples that are kept at once: those between layers, of AWQ also inside a layer."""
-
-
-def max_seq_length(config: Config) -> int:
-    """Tokens of a calibration sample."""
-    value = (config.calibration_config or {}).get("max_seq_length")
-    return value if isinstance(value, int) else MAX_SEQ_LENGTH
 
 
 def ram(algorithm: str, config: Config, source: Source, stored: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from importlib.metadata import distribution
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ AWQ_REGISTRIES = (
     (f"{TRANSFORM}/awq/mappings.py", "AWQ_MAPPING_REGISTRY"),
     (f"{TRANSFORM}/awq/dynamic_mappings.py", "AWQ_DYNAMIC_MAPPING_REGISTRY"),
 )
+HEADS = re.compile(r"(ForSequenceClassification|Model)$")
 SMOOTHQUANT_REGISTRIES = (
     (f"{TRANSFORM}/smoothquant/utils.py", "MAPPINGS_REGISTRY"),
     (f"{TRANSFORM}/smoothquant/dynamic_mappings.py", "SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY"),
@@ -45,6 +47,11 @@ def _spelled(value: Any) -> Any:
 
 
 Mappings = tuple[Annotated[Mapping, BeforeValidator(_spelled)], ...]
+
+
+def decoder_of(architecture: str) -> str:
+    """The class under which llmcompressor lists the layers of an embedding model or classifier: the one that writes text."""
+    return HEADS.sub("ForCausalLM", architecture)
 
 
 def check(

@@ -16,7 +16,7 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.json_file import read_json
-from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
+from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
 from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.ledger import TensorLine
@@ -24,7 +24,8 @@ from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
-from quantool.methods._compressed.mappings import check
+from quantool.methods._compressed.layers import joined_lines, layers_of
+from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
@@ -37,6 +38,7 @@ from quantool.methods._compressed.schemes import (
     planned,
     select,
 )
+from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.methods._compressed.stream import SLICE
 from quantool.plugins.contract import Options, Outline, Request
 from quantool.plugins.keys import Depends, key_of
@@ -52,8 +54,6 @@ from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
 
-SHARD_BYTES = 5_000_000_000
-"""Where calibrated checkpoints are cut; streamed ones keep the source's shards."""
 STREAMED = Depends(
     fields=("device",),
     libraries=("llmcompressor", "compressed-tensors", "torch", "transformers"),
@@ -69,7 +69,6 @@ CALIBRATED = STREAMED | Depends(
 GIB = 1 << 30
 CONFIG_GROWTH = 1300
 """About what quantization_config adds to config.json, bytes."""
-WORKERS = 4
 
 
 def _listed(value: Any) -> Any:
@@ -162,7 +161,7 @@ def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False)
 
 def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTask:
     """Decide one level; raises what makes it impossible."""
-    located = headers(source)
+    located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
     cache = getattr(options, "kv_cache", None) is not None
@@ -241,10 +240,10 @@ def outline(
         raise ConfigError(
             "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
         )
-    located = headers(source)
+    located = layers_of(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
-        check(options.mappings, source.facts.architecture, modules, registries)
+        check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
     if calibrated and corpus.calibration_corpus(config) is None:
         levels = ", ".join(task.level for task in tasks if task.calibrated)
         raise ConfigError(
@@ -271,14 +270,15 @@ def _lines(task: LevelTask, source: Source, located: Mapping[str, TensorHeader])
     """What becomes of each tensor; calibrated levels are saved by transformers."""
     chosen = [layer.name for layer in task.selection.layers]
     absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
-    return account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+    found = account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+    return joined_lines(found, headers(source))
 
 
 def _coverage(request: Request) -> list[str]:
     """A warning when too little text is asked for to reach all experts."""
     config, least = request.config, request.gates(request.levels[0]).min_expert_tokens
     model = read_json(request.source.folder / "config.json")
-    return coverage_note(model, config.sample_size * cost.max_seq_length(config), least or MIN_EXPERT_TOKENS)
+    return coverage_note(model, config.sample_size * max_seq_length(config), least or MIN_EXPERT_TOKENS)
 
 
 def _loading(task: LevelTask) -> Iterator[str]:
@@ -349,22 +349,6 @@ def _streamed(located: Mapping[str, TensorHeader], task: LevelTask) -> dict[str,
     }
 
 
-def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
-    """Shards of at most 5 GB, filled in order: how calibrated levels are cut."""
-    groups: list[list[Stored]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.bytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.bytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    names = (f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1))
-    return dict(zip(names, groups, strict=True))
-
-
 def _peak_ram(
     task: LevelTask, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
 ) -> int:
@@ -373,12 +357,6 @@ def _peak_ram(
         return GIB + workers(options, located) * 32 * SLICE
     stored = sum(tensor.bytes for tensor in located.values())
     return cost.ram(task.recipe.algorithm, config, source, stored)
-
-
-def workers(options: Any, located: Mapping[str, TensorHeader]) -> int:
-    """How many shards are streamed side by side."""
-    shards = len({tensor.file for tensor in located.values()})
-    return min(options.workers or WORKERS, shards)
 
 
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:

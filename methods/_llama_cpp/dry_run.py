@@ -29,6 +29,8 @@ from quantool.source.tensor_headers import headers
 
 LIBRARIES = 700 << 20
 """Bytes that torch and transformers take."""
+DIMENSION = 8
+"""Bytes of a dimension in a tensor's entry of the header."""
 SPACE_KEY = "tokenizer.ggml.add_space_prefix"
 
 
@@ -240,8 +242,17 @@ def split_bytes(rehearsal: Rehearsal, types: dict[str, str], extra: int, limit: 
     """Sizes of the parts that one file with ``types`` (in the file's order) makes when split at ``limit`` bytes."""
     tensors = {name: rehearsal.tensors[name] for name in types}
     sizes = [padded(tensor_bytes(tensor, types[name])) for name, tensor in tensors.items()]
-    infos = [split.info_bytes(name, len(tensor.shape)) for name, tensor in tensors.items()]
-    return split.part_bytes(_merged_header(rehearsal) + extra, infos, sizes, limit)
+    infos = [
+        split.info_bytes(name, len(tensor.shape) - _needless(tensor)) for name, tensor in tensors.items()
+    ]
+    needless = DIMENSION * sum(map(_needless, tensors.values()))
+    return split.part_bytes(_merged_header(rehearsal) - needless + extra, infos, sizes, limit)
+
+
+def _needless(tensor: ConvertedTensor) -> int:
+    """Dimensions that llama.cpp does not write: rows, where there is one (ggml.c, ``ggml_n_dims``), as of a reranker's head."""
+    rows = tensor.shape[:-1]
+    return next((number for number, size in enumerate(rows) if size != 1), len(rows))
 
 
 def _merged_header(rehearsal: Rehearsal) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.formats.json_file import read_json
 from quantool.records import Source
 from quantool.tasks import TaskKind
 
@@ -18,6 +19,7 @@ GGUF_POOLINGS = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST", "rank": "RAN
 WORD_PIECE = "bert-bge"
 """A name for a WordPiece vocabulary: llama.cpp cuts all of them in the same way, whatever the name (src/llama-vocab.cpp)."""
 BERT = "BertForSequenceClassification"
+TYPES = "type_vocab_size"
 POOLER, CLASSIFIER = "pooler.dense.", "classifier."
 
 
@@ -27,6 +29,13 @@ def gguf_pooling(source: Source) -> str | None:
     if task.kind is TaskKind.GENERATION:
         return None
     if task.kind is not TaskKind.EMBEDDING:
+        types = read_json(source.folder / "config.json").get(TYPES, 1)
+        if task.kind is TaskKind.RERANKING and types != 1:
+            raise SourceError(
+                f"{source.name} tells query and document apart by {types} types of tokens, and llama.cpp gives all of "
+                "them the first",
+                hint="make FP8 or another format for transformers: as a GGUF it would put documents in another order",
+            )
         return "rank"
     if task.pooling is not None and task.pooling not in GGUF_POOLINGS:
         raise SourceError(

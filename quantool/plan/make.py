@@ -15,10 +15,11 @@ from quantool.plan.account import refuse_unjudged, with_ledgers
 from quantool.plan.collisions import refuse_collisions, refuse_own_folder
 from quantool.plan.depends import depends_of
 from quantool.plan.files import unknown_files
+from quantool.plan.loading import refuse_unloadable
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import MachineState, Plan, Source
-from quantool.runtime import machine
+from quantool.runtime import builds, machine
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
@@ -47,6 +48,7 @@ def plan_here(
     refuse_unjudged(config, source, parts, tensors)
     _refuse_texts(config, source)
     _ask_checks(config, source)
+    refuse_unloadable(config, source, parts, tensors)
     outlines = [
         with_ledgers(_outline(config, source, workspace, wanted), config, source, parts, tensors)
         for wanted in config.requested()
@@ -81,6 +83,7 @@ def plan_here(
         free_disk=free,
         peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
         done=tuple(step.name for step in steps if step.done),
+        engines=builds.places(config.device),
         seconds=effort.seconds(decided, config),
         ram=machine.total_ram(),
     )

@@ -217,6 +217,8 @@ class Check:
     writes: Writes | None = None
     computes: Computes | None = None
     """None: nothing that takes time."""
+    loads_reference: bool = False
+    """Whether it loads the checkpoint with transformers, where the section of its name (if there is one) is set."""
     holds_model: bool = False
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
     tasks: frozenset[TaskKind] = frozenset(TaskKind)
@@ -250,6 +252,7 @@ def check(
     depends: Depends | None = None,
     writes: Writes | None = None,
     computes: Computes | None = None,
+    loads_reference: bool = False,
     holds_model: bool = False,
     tasks: Iterable[TaskKind] = TaskKind,
 ) -> Callable[[Judge], Check]:
@@ -258,6 +261,7 @@ def check(
     ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
     name below ``validation``.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
+    ``loads_reference`` says that it loads the checkpoint with transformers, so that the plan makes sure that it can.
     ``tasks`` are what the models that it judges are for; models for something else are judged without it.
     ``writes`` says how many bytes it keeps on disk, ``computes`` how many tokens it runs through a model, ``holds_model``
     that it needs memory for all weights of the checkpoint at once; the plan counts them.
@@ -271,6 +275,7 @@ def check(
         depends=depends,
         writes=writes,
         computes=computes,
+        loads_reference=loads_reference,
         holds_model=holds_model,
         tasks=frozenset(tasks),
     )

@@ -182,7 +182,7 @@ class Workspace:
         for number, result in zip(missing, produce(missing) if missing else (), strict=True):
             results[number] = result
             stage = stages[number]
-            if stage.key is not None:
+            if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
                 self.keep(stage.name, stage.key, stage.files, result)
         return [results[number] for number in range(len(stages))]
 

@@ -7,14 +7,25 @@ from functools import cache
 
 from quantool.records import Source
 from quantool.source.class_defaults import parsed
+from quantool.tasks import TaskKind
 
-SUFFIXES = {
-    "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "Model": "MODEL_MAPPING_NAMES",
-    "ForMaskedLM": "MODEL_MAPPING_NAMES",
+CLASSES = {
+    TaskKind.EMBEDDING: "AutoModel",
+    TaskKind.RERANKING: "AutoModelForSequenceClassification",
+    TaskKind.CLASSIFICATION: "AutoModelForSequenceClassification",
+    TaskKind.GENERATION: "AutoModelForCausalLM",
 }
-"""End of an architecture's name to the table of classes that ``AutoModel…`` loads it by; any other is a text generator."""
-CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+"""What a model is for to the class of transformers that finds its class."""
+TABLES = {
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
+
+
+def auto_class(source: Source) -> str:
+    """Name of the class of transformers that the reference of ``source`` is loaded through."""
+    return CLASSES[source.facts.task.kind]
 
 
 def loader(source: Source) -> str | None:
@@ -24,15 +35,13 @@ def loader(source: Source) -> str | None:
     """
     if source.trust_remote_code:
         return source.facts.architecture
-    architecture = source.facts.architecture
-    table = next((name for end, name in SUFFIXES.items() if architecture.endswith(end)), CAUSAL)
-    return _tables()[table].get(source.facts.model_type)
+    return _tables()[TABLES[auto_class(source)]].get(source.facts.model_type)
 
 
 @cache
 def _tables() -> dict[str, dict[str, str]]:
     """The tables of ``models/auto/modeling_auto.py`` (transformers 5.17) that ``loader`` needs."""
-    wanted = {CAUSAL, *SUFFIXES.values()}
+    wanted = {*TABLES.values()}
     tables: dict[str, dict[str, str]] = {}
     for node in parsed("models/auto/modeling_auto.py").body:
         match node:

@@ -31,6 +31,8 @@ ACTIVATIONS = (
 )  # fmt: skip
 """Last parts of the names of what belongs to activations or to the cache of keys and values: no weight is made of it."""
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+PACKED = (".weight_packed", ".qweight", ".weight_scale", ".weight_scale_inv")
+"""Ends of names that only quantized checkpoints have."""
 PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
 LEFTOVERS = (".weight_scale", "_scale_inv", ".weight_shape", ".g_idx", ".scales", "_scales")
 """Ends of the names of parts: one that no weight has taken belongs to a weight that is lost."""
@@ -107,10 +109,9 @@ def read_unpacking(
     checkpoint = _Unexplained(path, settings, dict(headers))
     kind, reader = READERS[str(settings["quant_method"])]
     weights = {weight.name: weight for weight in reader(checkpoint)}
-    dropped = [
-        tensor for name, tensor in checkpoint.headers.items() if name.rpartition(".")[2].endswith(ACTIVATIONS)
-    ]
-    left = [tensor for tensor in checkpoint.headers.values() if tensor not in dropped]
+    left, dropped = [], []
+    for name, tensor in checkpoint.headers.items():
+        (dropped if name.rpartition(".")[2].endswith(ACTIVATIONS) else left).append(tensor)
     strange = [tensor.name for tensor in left if tensor.dtype not in PLAIN or tensor.name.endswith(LEFTOVERS)]
     if strange:
         raise SourceError(
@@ -126,6 +127,19 @@ def read_unpacking(
         raise SourceError(f"{path.parent}: {some(twice)}: there quantized and in full precision")
     target = DTYPES.get(str(dtype).removeprefix("torch."), "BF16")
     return Unpacking(_form(kind, [*weights.values()]), target, weights, tuple(left), tuple(dropped))
+
+
+def require_plain(path: Path, headers: Mapping[str, TensorHeader]) -> None:
+    """SourceError for parts of quantized weights where config.json ``path`` says nothing of a quantization."""
+    found = sorted(
+        name for name, tensor in headers.items() if tensor.dtype.startswith("F8_") or name.endswith(PACKED)
+    )
+    if found:
+        raise SourceError(
+            f"{path.parent}: {len(found)} tensors are parts of quantized weights ({some(found)}), but config.json has no "
+            f"{SETTINGS}",
+            hint=f"restore {SETTINGS} in config.json, or {BF16_FIRST}",
+        )
 
 
 def _form(kind: str, weights: list[PackedWeight]) -> str:

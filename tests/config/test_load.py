@@ -231,7 +231,7 @@ push_to_hub: true
         "c.yaml:10:45: validation.gates.Q8_0.max_kld: unknown key (value 0.1); did you mean max_mean_kld?",
         'c.yaml:11:1: sample_size: must be a whole number (value "many")',
         "c.yaml:12:1: Seed: unknown key (value 3); did you mean seed or dataset_seed?",
-        "--set device: must be 'auto', 'cpu' or 'cuda' (value \"gpu\"); did you mean cpu?",
+        "--set device: must be 'auto', 'cpu', 'cuda' or, for the first two GPUs, 'cuda:0,1' (value \"gpu\"); did you mean cpu?",
     ]
 
 

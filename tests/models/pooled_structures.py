@@ -15,6 +15,10 @@ MODELS = Path(__file__).resolve().parent
 EMBEDDING = MODELS / "tiny-embedding"
 SEED = 20240229
 WIDTH = 256  # K-quants work on rows of 256
+SHAPE: dict[str, Any] = {
+    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512,
+    "initializer_range": 0.08,
+}  # fmt: skip
 LABELS = ("sport", "law", "weather")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -49,10 +53,40 @@ def write_bert_classifier(folder: Path) -> Path:
 
 
 def write_bert_reranker(folder: Path) -> Path:
-    """BertForSequenceClassification with one label, and one type of token."""
+    """BertForSequenceClassification with one label: query and document are told apart by types of tokens."""
     from transformers import BertForSequenceClassification
 
-    return _write_bert(folder, BertForSequenceClassification, ("LABEL_0",), types=1)
+    return _write_bert(folder, BertForSequenceClassification, ("LABEL_0",))
+
+
+def write_roberta_reranker(folder: Path) -> Path:
+    """RobertaForSequenceClassification with one label, as bge-reranker has one: query and document between ends."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import RobertaProcessing
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained = ByteLevelBPETokenizer()
+    text = (MODELS / "text" / "calibration.txt").read_text(encoding="utf-8")
+    trained.train_from_iterator([text], vocab_size=2000, special_tokens=special, show_progress=False)
+    trained.post_processor = RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
+    )
+    names = ("bos", "pad", "eos", "unk", "mask", "cls", "sep")
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=trained._tokenizer,
+        model_max_length=512,
+        **{f"{name}_token": token for name, token in zip(names, (*special, "<s>", "</s>"), strict=True)},
+    )
+    torch.manual_seed(SEED)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        max_position_embeddings=514, **SHAPE, **_labelled(("LABEL_0",)),
+    )  # fmt: skip
+    _save(RobertaForSequenceClassification(config), folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def write_qwen3_classifier(folder: Path) -> Path:
@@ -84,18 +118,23 @@ def _labelled(labels: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
 
 
-def _write_bert(folder: Path, kind: Any, labels: Sequence[str], types: int = 2) -> Path:
+def _write_bert(folder: Path, kind: Any, labels: Sequence[str]) -> Path:
     import torch
     from transformers import BertConfig
 
     size = _write_word_pieces(folder)
     torch.manual_seed(SEED)
     config = BertConfig(
-        vocab_size=size, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=512, type_vocab_size=types, pad_token_id=0, initializer_range=0.08,
+        vocab_size=size, max_position_embeddings=512, type_vocab_size=2, pad_token_id=0, **SHAPE,
         **(_labelled(labels) if labels else {}),
     )  # fmt: skip
-    model = kind(config)
+    return _save(kind(config), folder)
+
+
+def _save(model: Any, folder: Path) -> Path:
+    """Write a model whose biases are no zeros either."""
+    import torch
+
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith("bias"):

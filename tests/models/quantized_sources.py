@@ -69,9 +69,9 @@ def _compressed(settings: dict[str, Any], grid: str) -> Layer:
     """A layer by compressed-tensors' own compressor; ``grid`` is the sharing of scales."""
 
     def layer(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-        from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
-        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-        from compressed_tensors.quantization import QuantizationScheme
+        from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor  # type: ignore[import-untyped]
+        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor  # type: ignore[import-untyped]
+        from compressed_tensors.quantization import QuantizationScheme  # type: ignore[import-untyped]
 
         scheme = QuantizationScheme.model_validate({"targets": ["Linear"], **settings})
         maker = (

@@ -1,9 +1,11 @@
 import json
+import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import making
 import pytest
 
 from quantool import pipeline
@@ -82,12 +84,13 @@ def test_stages_and_the_disk_that_they_need(model: Path, monkeypatch: pytest.Mon
     assert known == MachineState(free_disk=12345, peak_disk=200, done=("download",))
 
 
-def test_what_judging_writes_is_counted_until_it_is_there(model: Path) -> None:
+def test_what_judging_writes_is_counted_until_it_is_there(tmp_path: Path) -> None:
     """T13: the hidden states of the reference, one row of 2 bytes a number for each of 7 of 16 positions."""
     settings = {
         "corpora": [{"name": "a", "dataset": "python-docs"}, {"name": "b", "dataset": "python-docs"}],
         "context": 16, "max_tokens": 165, "checks": ["perplexity"],
     }  # fmt: skip
+    model = shutil.copytree(making.TINY, tmp_path / "model")
     made, machine = planned_here(model, validation=settings)
     width = made.source.facts.hidden * (4 if made.source.facts.dtype == "F32" else 2)
     assert made.stages[-1].name == "judge"

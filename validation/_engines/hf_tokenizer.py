@@ -229,6 +229,7 @@ def describe(tokenizer: Any) -> dict[str, Any]:
         "special": _ordered(tokenizer, template),
         "special_ids": _added(tokenizer),
         "templates": template if isinstance(template, dict) else {"default": template} if template else {},
+        "word_pieces": saved.get("model", {}).get("type") == "WordPiece",
         "nfc": "NFC" in _kinds(saved.get("normalizer")),
         "prepend_scheme": _scheme(saved.get("pre_tokenizer")),
         "size": len(tokenizer),

@@ -211,8 +211,7 @@ def _layer(
     absent += sorted(str(key) for key in info["mismatched_keys"])
     if absent:
         raise Unsound(f"the head's layer lacks {', '.join(absent[:4])}")
-    if hasattr(made, "ct_decompress_hook"):  # what the first forward of a whole model does
-        made.hf_quantizer.compressor.decompress_model(made)
+    unpacked.decompress(made)
     return made.eval().to(model.device), sketch
 
 

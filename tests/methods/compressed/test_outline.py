@@ -161,7 +161,7 @@ def test_an_architecture_without_mappings_is_refused(llama: Path, tmp_path: Path
 def test_an_architecture_that_is_no_text_model_is_refused(
     llama: Path, tmp_path: Path, planned: Planned
 ) -> None:
-    odd = copied(llama, tmp_path / "odd", architectures=["LlamaForSequenceClassification"])
+    odd = copied(llama, tmp_path / "odd", architectures=["LlamaForConditionalGeneration"])
     with pytest.raises(SourceError, match="not supported"):
         planned(odd, tmp_path / "out", "fp8", "FP8_DYNAMIC")
 
