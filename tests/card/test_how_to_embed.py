@@ -95,15 +95,6 @@ def test_the_server_reranks() -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.upstream
-def test_the_server_classifies() -> None:
-    answer = answered(pooled_making.gguf("bert_classifier"), CLASSIFIER)
-    logits = [entry["embedding"][0] for entry in answer]
-    assert [len(row) for row in logits] == [3, 3]
-    assert logits[0] != logits[1]
-
-
-@pytest.mark.e2e
 def test_the_snippet_for_a_classifier_runs() -> None:
     folder = pooled_making.fp8("qwen3_classifier")
     (snippet,) = blocks(how_to_embed.loaded(str(folder), CLASSIFIER, 256), "python")
@@ -124,6 +115,13 @@ def test_pooling_and_prompts_are_the_models_own() -> None:
     assert "- query: `Find: `" in text
     assert "document" not in text.partition("wants its prompt")[2]
     assert "--pooling mean" in how_to_embed.served("x", EMBEDDING.model_copy(update={"pooling": "mean"}), 512)
+
+
+def test_a_classifier_is_run_by_the_program_that_knows_its_labels() -> None:
+    """llama-server answers with as many numbers as the model is wide, of which the first ones alone are logits."""
+    text = how_to_embed.served("-m x.gguf", CLASSIFIER, 512)
+    assert "llama-embedding -m x.gguf --pooling rank -c 512" in text
+    assert "a logit for each label: sport, law, weather" in text
 
 
 def test_a_prompt_stays_on_its_line() -> None:

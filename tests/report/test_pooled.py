@@ -41,7 +41,7 @@ def test_the_columns_are_those_of_the_task() -> None:
     assert rows_of(EMBEDDED)[0][3:6] == ["eu", "0.99970", "0.97"]
     assert rows_of(EMBEDDED)[1][3:6] == ["en", "0.99100", "0.93"]
     assert "recall@10" in table(EMBEDDED)
-    assert len({len(line.split()) for line in table(EMBEDDED, 40).splitlines()}) == 1
+    assert max(map(len, table(EMBEDDED, 60).splitlines())) <= 60
     assert "nearest" in meaning(EMBEDDED)
 
 
