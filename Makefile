@@ -4,6 +4,7 @@
 # make tools        build llama.cpp's own tools, which the tests marked "upstream" compare with
 # make bench        time and memory against those tools
 # make setup        only install; make develop: the developer's tools too
+# CUDA=1            behind any of these: llama.cpp for NVIDIA's GPUs (needs CUDA's compiler, nvcc)
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,11 +13,14 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/quantool
 LLAMA := 0.3.36
 SDIST := $(CACHE)/sdist/llama_cpp_python-$(LLAMA).tar.gz
 # The wheel is compiled for this processor: a home shared by several kinds of machine keeps one for each.
+# With CUDA=1 it is another wheel of the same name, in folders of its own, and an installed one is replaced.
+CUDA ?=
+BUILT := $(if $(CUDA),-cuda)
 CPU := $(shell (uname -m; grep -m1 -E 'flags|Features' /proc/cpuinfo) | cksum | cut -d' ' -f1)
 PY := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
-WHEELS := $(CACHE)/wheels/$(PY)-$(CPU)
+WHEELS := $(CACHE)/wheels/$(PY)-$(CPU)$(BUILT)
 WHEEL := $(WHEELS)/llama_cpp_python-$(LLAMA)-py3-none-linux_$(shell uname -m).whl
-BUILD := $(CACHE)/build/$(LLAMA)-$(CPU)
+BUILD := $(CACHE)/build/$(LLAMA)-$(CPU)$(BUILT)
 TOOLS := $(CACHE)/tools/$(LLAMA)
 # Python's byte code is written when a module is first imported: of 17,000 files that is a small part.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
@@ -29,8 +33,8 @@ endif
 
 .PHONY: setup develop quickstart lint unit check test tools bench clean
 
-setup: $(VENV)/.setup
-develop: $(VENV)/.develop
+setup: $(VENV)/.setup$(BUILT)
+develop: $(VENV)/.develop$(BUILT)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,7 +61,7 @@ $(BUILD)/out/Makefile: | $(SDIST)
 	cmake -S $(BUILD)/vendor/llama.cpp -B $(BUILD)/out -G "Unix Makefiles" -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DCMAKE_INSTALL_RPATH='$$ORIGIN' -DLLAMA_BUILD_TESTS=OFF \
 	  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
-	  -DLLAMA_OPENSSL=OFF $(CMAKE_ARGS) >$(BUILD)/log
+	  -DLLAMA_OPENSSL=OFF $(if $(CUDA),-DGGML_CUDA=ON) $(CMAKE_ARGS) >$(BUILD)/log
 
 $(WHEEL): | $(SDIST)
 	@echo "compiling llama.cpp (2 minutes on two free cores)"
@@ -69,13 +73,15 @@ $(WHEEL): | $(SDIST)
 	  --config-settings sdist.include='llama_cpp/lib/*' --wheel-dir $(BUILD) $(BUILD)
 	mv $(BUILD)/$(@F) $@
 
-$(VENV)/.setup: $(VENV)/.libraries | $(WHEEL)
+$(VENV)/.setup$(BUILT): $(VENV)/.libraries | $(WHEEL)
+	$(PIP) --force-reinstall --no-deps $(WHEEL)
 	$(PIP) $(WHEEL)
 	$(PIP) --editable '.[compressed]'
 	$(BIN)/quantool toolchain install --sdist $(SDIST)
+	@rm -f $(VENV)/.setup $(VENV)/.setup-cuda $(VENV)/.develop $(VENV)/.develop-cuda
 	@touch $@
 
-$(VENV)/.develop: $(VENV)/.setup
+$(VENV)/.develop$(BUILT): $(VENV)/.setup$(BUILT)
 	$(PIP) --editable '.[compressed,dev]'
 	@touch $@
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quantool.errors import DependencyError
-from quantool.runtime import toolchain
+from quantool.runtime import builds, loading_trial, toolchain
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 
@@ -26,13 +26,20 @@ TOOLS = {
 
 
 def examine() -> dict[str, str]:
-    """Facts by name, in the order to show them; nothing is installed, loaded or asked over the network."""
+    """Facts by name, in the order to show them; nothing is installed or asked over the network.
+
+    Loaded is only a tiny model, where the build of llama.cpp is of a kind that may crash.
+    """
     found = {"python": platform.python_version(), **versions()}
     found["converter"] = _converter()
     for name, purpose in TOOLS.items():
         found[name] = str(toolchain.upstream_tool(name) or f"not found ({purpose})")
     found["chat template engine"] = _template_engine()
     found["accelerator"] = _accelerator()
+    for engine, place in builds.places(None).items():
+        found[f"{engine} computes"] = place
+    if builds.llama_cpp_has_cuda() or builds.crash_of_own_cxx():
+        found["llama.cpp beside torch"] = loading_trial.loads_beside_torch()
     found["cores"] = str(os.cpu_count())
     found["memory"] = amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "B")
     found["disk here"] = f"{amount(shutil.disk_usage(Path.cwd()).free, 'B')} free"

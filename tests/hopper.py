@@ -1,6 +1,8 @@
-"""Speed of served artifacts and cost of quantizing, on one Hopper GPU with vLLM; the README's table comes from here.
+"""What a run costs on Hopper GPUs, stage by stage, and the speed of what it makes in vLLM; the README's tables come from here.
 
     python tests/hopper.py model FOLDER           a random Llama of 6.7 B parameters (bf16, 13.5 GB)
+    python tests/hopper.py run FOLDER OUTPUT      all of it made and judged: seconds of each stage, use of the GPUs
+    python tests/hopper.py scores FOLDER ARTIFACT … --output FOLDER --tokens N --gpus 0,1 --memory GB
     python tests/hopper.py quantize FOLDER OUTPUT --calibration FILE
     python tests/hopper.py speed FOLDER …         tokens/s at batch 1 and 64, one process a folder
 
@@ -101,6 +103,97 @@ def quantize(model: Path, output: Path, calibration: Path) -> None:
         )
 
 
+JOB = """\
+model_id: {model}
+quantizations:
+  - {{method: gguf, quant_level: [Q8_0, Q4_K_M], quantization_config: {{pre_tokenizer: qwen2, imatrix: true}}}}
+  - {{method: fp8, quant_level: FP8_DYNAMIC}}
+  - {{method: awq, quant_level: W4A16}}
+dataset_path: {text}/calibration.txt
+sample_size: 128
+calibration_config: {{max_seq_length: 512}}
+output_path: {output}
+device: cuda
+validation:
+  corpora: [{{name: docs, path: {text}/heldout.en.txt}}, {{name: chat, path: {text}/heldout.chat.jsonl}}]
+"""
+
+
+def run(model: Path, output: Path) -> None:
+    """Make and judge everything through the command line; print when each stage ended, and how busy the GPUs were."""
+    output.mkdir(parents=True, exist_ok=True)
+    job = output / "job.yaml"
+    job.write_text(JOB.format(model=model, output=output, text=TINY.parent / "text"))
+    started = time.monotonic()
+    command = [sys.executable, "-m", "quantool", str(job)]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-lms", "500"],
+            stdout=subprocess.PIPE, text=True,
+        ) as watch,
+    ):  # fmt: skip
+        for line in process.stderr or ():
+            print(f"{time.monotonic() - started:7.1f}  {line}", end="", flush=True)
+        code = process.wait()
+        watch.terminate()
+        samples = [tuple(map(float, line.split(","))) for line in watch.stdout or () if line.count(",") == 1]
+    busy = sum(use for use, _ in samples) / max(1, len(samples))
+    most = max((used for _, used in samples), default=0)
+    print(
+        f"exit {code} after {time.monotonic() - started:.0f} s; GPU busy {busy:.0f} %, at most {most / 1024:.1f} GiB"
+    )
+
+
+def scores(model: Path, artifacts: list[Path], output: Path, tokens: int, gpus: str, memory: float) -> None:
+    """Print the seconds of reference and scores on so many tokens, and the divergences; a folder is scored by transformers.
+
+    ``memory`` is what torch may have of a GPU, GB; 0: all.
+    """
+    from quantool.config.schema import Config, Corpus, Validation
+    from quantool.plugins.contract import Case
+    from quantool.records import Gates
+    from quantool.runtime.progress import Progress
+    from quantool.runtime.workspace import Workspace
+    from quantool.source.resolve import resolve
+    from quantool.texts.corpus import corpora
+    from quantool.validation._engines.reference import references
+    from quantool.validation._findings.statistics import summarize
+    from quantool.validation._score.scores import compute, kept_scores
+
+    if memory:
+        fraction = memory / 140
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{fraction:.4f}"
+    output.mkdir(parents=True)
+    text = output / "text.txt"
+    text.write_text(
+        (TINY.parent / "text" / "calibration.txt").read_text(encoding="utf-8") * 200, encoding="utf-8"
+    )
+    validation = Validation(corpora=(Corpus(name="text", path=text),), max_tokens=tokens)
+    config = Config(model_id=str(model), method="gguf", validation=validation, device=f"cuda:{gpus}")
+    progress = Progress()
+    source = resolve(config, weights=True, progress=progress)
+    cases = [
+        Case(path, "transformers" if path.is_dir() else "llama.cpp", path.stem, source, config, Gates(), Workspace(output))
+        for path in artifacts
+    ]  # fmt: skip
+    for case in cases[:1]:
+        known = references(case, corpora(config), progress)
+        print(f"reference: {known[0].execution}, {known[0].arithmetic}", flush=True)
+    for case in cases:
+        compute([case], known, progress)
+        found = kept_scores(case, known)
+        if found.failure:
+            print(f"{case.name}: {found.failure}")
+            continue
+        summary = summarize(found.tokens[0])
+        print(
+            f"{case.name}: {found.execution}; KLD {summary.mean_kld.value:.8f}, "
+            f"PPL {summary.perplexity.value:.4f} / {summary.perplexity_reference.value:.4f}",
+            flush=True,
+        )
+
+
 def speed(folder: Path) -> None:
     """Print tokens/s of greedy answers of 256 tokens to prompts of 128, at batch 1 and 64."""
     import torch
@@ -131,11 +224,32 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("output", type=Path)
     making.add_argument("--calibration", type=Path, required=True)
+    whole = steps.add_parser("run")
+    whole.add_argument("folder", type=Path)
+    whole.add_argument("output", type=Path)
+    judging = steps.add_parser("scores")
+    judging.add_argument("folder", type=Path)
+    judging.add_argument("artifacts", type=Path, nargs="+")
+    judging.add_argument("--output", type=Path, required=True)
+    judging.add_argument("--tokens", type=int, default=16384)
+    judging.add_argument("--gpus", default="0")
+    judging.add_argument("--memory", type=float, default=0)
     steps.add_parser("speed").add_argument("folders", type=Path, nargs="+")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.step == "model":
         write_model(arguments.folder)
+    elif arguments.step == "run":
+        run(arguments.folder, arguments.output)
+    elif arguments.step == "scores":
+        scores(
+            arguments.folder,
+            arguments.artifacts,
+            arguments.output,
+            arguments.tokens,
+            arguments.gpus,
+            arguments.memory,
+        )
     elif arguments.step == "quantize":
         quantize(arguments.folder, arguments.output, arguments.calibration)
     elif len(arguments.folders) == 1:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -207,6 +208,34 @@ def missing_library(_request: dict[str, Any], _report: Report) -> dict[str, Any]
     import no_such_library  # type: ignore[import-not-found]
 
     return dict(no_such_library.__dict__)
+
+
+def gpu_fault(request: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """Raise what torch raises when a GPU is full or gone."""
+    import torch
+
+    if request["kind"] == "out of memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nSee documentation")
+    raise RuntimeError(
+        "CUDA error: unspecified launch failure\nmore" if request["kind"] == "gone" else "seven is not eight"
+    )
+
+
+def llama_crash(_request: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """Die as llama.cpp does."""
+    print("llama_model_loader: loaded", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return {}
+
+
+def steps(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Report two steps, and leave a file behind a wait."""
+    report(1, 2)
+    time.sleep(request.get("wait", 0))
+    report(2, 2)
+    if "touch" in request:
+        Path(request["touch"]).touch()
+    return {"number": request["number"]}
 
 
 def end(request: dict[str, Any], _report: Report) -> dict[str, Any]:

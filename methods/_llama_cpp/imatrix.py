@@ -14,6 +14,7 @@ from quantool.plugins.contract import Job
 from quantool.plugins.keys import Depends, key_of
 from quantool.records import FileRecord, Source, file_record, sha256_of
 from quantool.runtime import process
+from quantool.runtime.gpus import NO_GPU, devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, written
 from quantool.texts import inputs
@@ -144,11 +145,14 @@ def _computed(
 
     def produce() -> tuple[list[Path], dict[str, Any]]:
         base, _ = base_file.base(job, options, kind, progress)
-        request = {"base": str(base), "ids": str(ids), "label": name, "gpu": config.device == "cuda"}
+        wanted = devices(config.device)
+        on_gpu = wanted.kind == "cuda"
+        request = {"base": str(base), "ids": str(ids), "label": name, "gpu": on_gpu}
         with written(target) as part, progress.bar("importance matrix", "tok") as bar:
             request["output"] = str(part)
             log = workspace.logs / "imatrix.log"
-            result = process.call(imatrix_collect.collect, request, log=log, bar=bar)
+            variables = wanted.variables() if on_gpu else NO_GPU
+            result = process.call(imatrix_collect.collect, request, log=log, bar=bar, variables=variables)
         return [target], {
             "file": file_record(job.folder, target.name).model_dump(),
             "label": name,

@@ -1,13 +1,12 @@
 """The child that computes an importance matrix: mean squared activations of every weight's input columns.
 
-As tools/imatrix/imatrix.cpp of llama.cpp, through the ``cb_eval`` hook of the library: the same entries and counts; the
-sums differ by the order of addition (8e-5 relative measured). Conversations keep their special tokens, because the ids
+As tools/imatrix/imatrix.cpp of llama.cpp: the same entries and counts; the sums differ by the order of addition (8e-5
+relative measured). Conversations keep their special tokens, because the ids
 come from the source's own tokenizer.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,36 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.errors import ConfigError, QuantizationError
+from quantool.methods._llama_cpp.activations import Collector
 from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load_gguf
 from quantool.runtime.worker import Report, preloaded
 
-MIN_BATCH = 16  # imatrix.cpp ignores smaller matrix products
 WINDOWS_PER_DECODE = 4
-F32 = 0  # ggml.h: GGML_TYPE_F32
-
-
-class _Tensor(ctypes.Structure):
-    """``struct ggml_tensor`` of ggml.h; its size is compared with ``ggml_tensor_overhead()`` before use."""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.POINTER(_Tensor)),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-    ("extra", ctypes.c_void_p),
-    ("padding", ctypes.c_char * 8),
-]
-OBJECT_SIZE = 32  # ggml.c: sizeof(struct ggml_object), part of the overhead
+LOGIT_BYTES = 512 << 20
+"""Float32 logits that a GPU computes at once."""
 
 
 @preloaded("transformers")
@@ -89,6 +66,7 @@ def tokenize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"windows": windows, "documents": used, "sha256": hashlib.sha256(table.tobytes()).hexdigest()}
 
 
+@preloaded("torch")
 def collect(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Run the base model over the windows and write the matrix in GGUF format.
 
@@ -96,99 +74,14 @@ def collect(request: dict[str, Any], report: Report) -> dict[str, Any]:
     Result: ``entries``, ``chunks``, ``incomplete`` (expert tensors with experts that saw no token).
     """
     ids = np.load(request["ids"])
-    collector = _Collector()
+    collector = Collector()
     _decode(request["base"], ids, collector, report, gpu=request["gpu"])
     _write(Path(request["output"]), collector, request["label"], ids)
-    incomplete = [name for name, counts in collector.counts.items() if not counts.all()]
+    incomplete = [name for name, counts in collector.counts.items() if not bool(counts.all())]
     return {"entries": len(collector.sums), "chunks": len(ids), "incomplete": incomplete}
 
 
-class _Collector:
-    """Sums of squares by weight name, [matrices, columns], and rows counted, [matrices]."""
-
-    def __init__(self) -> None:
-        from llama_cpp._ggml import libggml_base_path
-
-        library = ctypes.CDLL(str(libggml_base_path / "libggml-base.so"))
-        library.ggml_op_name.restype = ctypes.c_char_p
-        library.ggml_tensor_overhead.restype = ctypes.c_size_t
-        library.ggml_nbytes.restype = ctypes.c_size_t
-        library.ggml_nbytes.argtypes = [ctypes.c_void_p]
-        library.ggml_backend_tensor_get.argtypes = [
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t,
-        ]  # fmt: skip
-        if library.ggml_tensor_overhead() != ctypes.sizeof(_Tensor) + OBJECT_SIZE:
-            raise DependencyError("this llama-cpp-python has another struct ggml_tensor than quantool knows")
-        operations = {library.ggml_op_name(number): number for number in range(60)}
-        self.dense, self.sparse = operations[b"MUL_MAT"], operations[b"MUL_MAT_ID"]
-        self.library = library
-        self.sums: dict[str, NDArray[np.float32]] = {}
-        self.counts: dict[str, NDArray[np.int64]] = {}
-        self.failure: BaseException | None = None
-
-    def callback(self, pointer: int, ask: bool, _data: object) -> bool:
-        """``ggml_backend_sched_eval_callback``: nothing may be raised through C."""
-        try:
-            return self._visit(ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents, ask=ask)
-        except BaseException as error:  # noqa: BLE001 - kept and raised outside
-            self.failure = error
-            return False
-
-    def _visit(self, tensor: _Tensor, *, ask: bool) -> bool:
-        if tensor.op not in (self.dense, self.sparse):
-            return not ask
-        weight, values = tensor.src[0].contents, tensor.src[1].contents
-        name = weight.name.decode()
-        name = name.split("#")[1] if "#" in name else name
-        if ask:
-            if tensor.op == self.sparse:
-                return True
-            return bool(values.ne[1] >= MIN_BATCH and values.type == F32 and name.startswith("blk."))
-        squares = np.square(self._read(values, np.float32))  # [ne3, ne2, ne1, ne0]
-        if tensor.op == self.sparse:
-            experts = self._read(tensor.src[2].contents, np.int32)[0, 0]  # [tokens, experts used]
-            self._add_sparse(name, weight, squares[0], experts)
-        else:
-            self._add_dense(name, weight, squares)
-        return True
-
-    def _read(self, tensor: _Tensor, dtype: type[np.generic]) -> NDArray[Any]:
-        """Copy a tensor (from the accelerator if need be) as [ne3, ne2, ne1, ne0]."""
-        size = self.library.ggml_nbytes(ctypes.byref(tensor))
-        buffer = np.empty(size, np.uint8)
-        self.library.ggml_backend_tensor_get(ctypes.byref(tensor), buffer.ctypes.data, 0, size)
-        shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
-        return np.lib.stride_tricks.as_strided(buffer.view(dtype), shape, strides)
-
-    def _entry(
-        self, name: str, matrices: int, columns: int, counted: int
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        sums = self.sums.setdefault(name, np.zeros((matrices, columns), np.float32))
-        return sums, self.counts.setdefault(name, np.zeros(counted, np.int64))
-
-    def _add_sparse(
-        self, name: str, weight: _Tensor, squares: NDArray[np.float32], experts: NDArray[np.int32]
-    ) -> None:
-        """A mixture of experts: each token's row counts for the experts that it was sent to."""
-        total = weight.ne[2]
-        sums, counts = self._entry(name, total, squares.shape[-1], total)
-        for slot in range(experts.shape[1]):
-            rows = squares[:, slot % squares.shape[1]]
-            for expert in np.unique(experts[:, slot]):
-                chosen = experts[:, slot] == expert
-                sums[expert] += rows[chosen].sum(0)
-                counts[expert] += chosen.sum()
-
-    def _add_dense(self, name: str, weight: _Tensor, squares: NDArray[np.float32]) -> None:
-        matrices = weight.ne[2] * weight.ne[3]
-        sums, counts = self._entry(name, matrices, squares.shape[-1], 1)
-        for outer, block in enumerate(squares):
-            for inner, rows in enumerate(block):
-                sums[(outer % weight.ne[3]) * weight.ne[2] + inner % weight.ne[2]] += rows.sum(0)
-        counts[0] += squares.shape[0] * squares.shape[1] * squares.shape[2] // matrices
-
-
-def _decode(base: str, ids: NDArray[np.int32], collector: _Collector, report: Report, *, gpu: bool) -> None:
+def _decode(base: str, ids: NDArray[np.int32], collector: Collector, report: Report, *, gpu: bool) -> None:
     """Feed all windows through the model, several sequences a batch, all outputs asked for."""
     import os
 
@@ -205,12 +98,15 @@ def _decode(base: str, ids: NDArray[np.int32], collector: _Collector, report: Re
         callback = llama_cpp.ggml_backend_sched_eval_callback(collector.callback)
         shape = llama_cpp.llama_context_default_params()
         shape.n_ctx = shape.n_batch = context * together
-        shape.n_ubatch = context
+        entries = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))
+        at_once = LOGIT_BYTES // (4 * entries * context) if gpu else 1
+        shape.n_ubatch = context * max(1, min(together, at_once))
         shape.n_seq_max = together
         shape.n_threads = shape.n_threads_batch = os.cpu_count() or 1
         shape.cb_eval = callback
         state = llama_cpp.llama_init_from_model(model, shape)
         if not state:
+            log.require_room()
             raise QuantizationError(
                 f"llama.cpp cannot make a context of {context * together} tokens for {base}"
             )
@@ -228,6 +124,7 @@ def _decode(base: str, ids: NDArray[np.int32], collector: _Collector, report: Re
             )
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(state), True)
             code = llama_cpp.llama_decode(state, batch)
+            collector.forget()
             if collector.failure is not None:
                 raise collector.failure
             if code != 0:
@@ -235,13 +132,14 @@ def _decode(base: str, ids: NDArray[np.int32], collector: _Collector, report: Re
             report(min(start + together, windows) * context, windows * context)
 
 
-def _write(path: Path, collector: _Collector, label: str, ids: NDArray[np.int32]) -> None:
+def _write(path: Path, collector: Collector, label: str, ids: NDArray[np.int32]) -> None:
     """The GGUF layout of tools/imatrix: ``<weight>.in_sum2`` and ``<weight>.counts``, no architecture."""
     import gguf
 
     if not collector.sums:
         raise QuantizationError("no activations were collected")
-    broken = [name for name, sums in collector.sums.items() if not np.isfinite(sums).all()]
+    sums = {name: values.cpu().numpy() for name, values in collector.sums.items()}
+    broken = [name for name, values in sums.items() if not np.isfinite(values).all()]
     if broken:
         raise QuantizationError(f"the activations of {', '.join(broken[:3])} are not finite")
     writer = gguf.GGUFWriter(path, arch="")
@@ -250,9 +148,9 @@ def _write(path: Path, collector: _Collector, label: str, ids: NDArray[np.int32]
     writer.add_array("imatrix.datasets", [label])
     writer.add_uint32("imatrix.chunk_count", len(ids))
     writer.add_uint32("imatrix.chunk_size", ids.shape[1])
-    for name in sorted(collector.sums):
-        counts = collector.counts[name].astype(np.float32).reshape(-1, 1)
-        writer.add_tensor(f"{name}.in_sum2", collector.sums[name].reshape(len(counts), -1))
+    for name in sorted(sums):
+        counts = collector.counts[name].cpu().numpy().astype(np.float32).reshape(-1, 1)
+        writer.add_tensor(f"{name}.in_sum2", sums[name].reshape(len(counts), -1))
         writer.add_tensor(f"{name}.counts", counts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

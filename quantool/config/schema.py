@@ -49,7 +49,7 @@ def _at_home(path: Path) -> Path:
 
 
 def _device(value: str) -> str:
-    if not re.match(gpus.PATTERN, value):
+    if not re.fullmatch(gpus.PATTERN, value):
         raise PydanticCustomError("literal_error", "no such device", {"expected": gpus.NAMES})
     return value
 

@@ -19,7 +19,7 @@ from quantool.plan.loading import refuse_unloadable
 from quantool.plugins import contract, find
 from quantool.plugins.contract import Outline, Request
 from quantool.records import MachineState, Plan, Source
-from quantool.runtime import machine
+from quantool.runtime import builds, machine
 from quantool.runtime.progress import amount
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
@@ -83,6 +83,7 @@ def plan_here(
         free_disk=free,
         peak_disk=disk.peak_disk(steps, outputs, bounded=config.disk_bounded),
         done=tuple(step.name for step in steps if step.done),
+        engines=builds.places(config.device),
         seconds=effort.seconds(decided, config),
         ram=machine.total_ram(),
     )

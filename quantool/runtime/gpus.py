@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quantool.errors import DependencyError
 
-PATTERN = r"^(auto|cpu|cuda(:\d+(,\d+)*)?)$"
+PATTERN = r"auto|cpu|cuda(:\d+(,\d+)*)?"
 """What ``device`` may be: ``auto``, ``cpu``, ``cuda`` (every GPU that is to be seen), ``cuda:0,1`` (these of them)."""
 NAMES = "'auto', 'cpu', 'cuda' or, for the first two GPUs, 'cuda:0,1'"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -22,8 +22,8 @@ FAULT = re.compile(
     r"CUDA error|CUDA out of memory|CUDA driver error|cublas\w* (?:error|failed)", re.IGNORECASE
 )
 """What torch and llama.cpp say when it is the GPU that failed, not what ran on it."""
-NO_ROOM = re.compile(r"cudaMalloc failed|out of memory", re.IGNORECASE)
-"""What they say when its memory is full."""
+NO_ROOM = re.compile(r"cudaMalloc failed|failed to allocate CUDA\d* buffer|unable to allocate CUDA\d* buffer")
+"""What llama.cpp says when its memory is full."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from quantool.errors import QuantizationError
+from quantool.runtime import gpus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +85,11 @@ class LlamaLog:
         for kept in (self.lines, self.warnings, self.errors):
             kept.clear()
 
+    def require_room(self) -> None:
+        """Raise DependencyError when the last failure was a GPU's, whose memory is full: it says nothing about a file."""
+        if full := next((line.strip() for line in self.lines if gpus.NO_ROOM.search(line)), None):
+            raise gpus.full(full)
+
     def reason(self) -> str:
         """What the library said about its failure, without the names of the functions that logged it."""
         errors = [ORIGIN.sub("", line).strip() for line in self.errors if line]
@@ -121,6 +127,7 @@ def load_gguf(
         parameters.load_mode = LOAD_MODE_NONE
     handle = api.llama_model_load_from_file(os.fsencode(path), parameters)
     if not handle:
+        log.require_room()
         raise LoadError(log.reason().replace(f"{path.parent}/", ""))
     try:
         yield handle

@@ -21,13 +21,14 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from quantool.errors import BY_NAME, DependencyError, QuantizationError, QuantoolError
-from quantool.runtime import children
+from quantool.runtime import builds, children, gpus
 from quantool.runtime.progress import Bar
 from quantool.runtime.worker import Work, name_of, preload_of
 
 __all__ = ["ENVIRONMENT", "call", "environment", "name_of", "tail"]
 
 LOG_LINES_SHOWN = 12
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
 
 # Spinning OpenMP threads cost two to six times the time as soon as another process wants the cores.
 ENVIRONMENT = {
@@ -78,9 +79,15 @@ def call(
             hint="free some, or set output_path to another disk; finished stages are kept",
         )
     if result is None:
+        last = tail(log)
+        if code == -signal.SIGABRT and gpus.FAULT.search(last):
+            raise gpus.failed(next(line for line in last.splitlines() if gpus.FAULT.search(line)).strip())
+        reason = builds.crash_of_own_cxx() if code in CRASHES else None
+        if reason is not None and "llama" in last + target:
+            raise DependencyError(f"{target} ended {_describe(code or 0)}: {reason}", hint=f"log: {log}")
         raise failure(
             f"{target} ended {_describe(code or 0)} without a result",
-            hint=f"last lines of {log}:\n{tail(log)}",
+            hint=f"last lines of {log}:\n{last}",
         )
     return result
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantool.errors import SourceError
+from quantool.errors import QuantoolError, SourceError
 from quantool.plugins.contract import Case
 from quantool.runtime import process
-from quantool.runtime.progress import Progress
+from quantool.runtime.gpus import NO_GPU, devices
+from quantool.runtime.parallel import side_by_side
+from quantool.runtime.progress import Bar, Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Stage
 from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS, artifact_key
@@ -40,6 +42,8 @@ class Questions:
     """What the answers depend on beside the model; None when that is not known, so that nothing is kept."""
     unit: str = ""
     """Of what the worker reports."""
+    divided: tuple[str, str] | None = None
+    """The list of the request, and that of the answer, that several GPUs may share; None when all goes to one process."""
 
 
 def ask_reference(
@@ -53,9 +57,8 @@ def ask_reference(
 
     def produce(_: object) -> list[dict[str, Any]]:
         log = case.workspace.logs / f"reference.{questions.check}.log"
-        request = _request(case, questions, REFERENCE, case.source.folder)
         with progress.bar(f"reference, {questions.check}", questions.unit) as bar:
-            answers = process.call(questions.work, request, log=log, bar=bar, failure=SourceError)
+            answers = _ask(case, questions, (REFERENCE, case.source.folder), log, bar, SourceError)
         if answers["failure"]:
             raise SourceError(f"{case.source.name} cannot be asked: {answers['failure']}")
         return [answers]
@@ -71,10 +74,9 @@ def ask_artifact(
 
     def produce(_: object) -> list[dict[str, Any]]:
         log = case.workspace.logs / f"{case.name.replace('/', '-')}.{questions.check}.log"
-        request = _request(case, questions, case.engine, case.artifact)
         with progress.bar(f"{case.name}, {questions.check}", questions.unit) as bar:
             try:
-                answers = process.call(questions.work, request, log=log, bar=bar, failure=WorkerError)
+                answers = _ask(case, questions, (case.engine, case.artifact), log, bar, WorkerError)
             except WorkerError as error:
                 raise Unsound(crash(error, case.engine)) from error
         if answers["failure"]:
@@ -84,15 +86,45 @@ def ask_artifact(
     return case.workspace.together([Stage(f"{questions.check}/{case.name}", key)], produce, anew=anew)[0]
 
 
-def _request(case: Case, questions: Questions, engine: str, model: Path) -> dict[str, Any]:
-    return {
+def _ask(
+    case: Case,
+    questions: Questions,
+    model: tuple[str, Path],
+    log: Path,
+    bar: Bar,
+    failure: type[QuantoolError],
+) -> dict[str, Any]:
+    """The worker's answer about a model (engine and place); of several GPUs each answers its part of the questions."""
+    engine, place = model
+    wanted = devices(case.config.device)
+    hands = wanted.each() if engine == "transformers" and questions.divided else [wanted.variables()]
+    if engine == "llama.cpp" and wanted.kind != "cuda":
+        hands = [dict(NO_GPU)]
+    request = {
         **questions.request,
         "engine": engine,
-        "model": str(model),
+        "model": str(place),
         "tokenizer": str(case.source.tokenizer or case.source.folder),
-        "device": case.config.device or "auto",
+        "device": wanted.kind,
         "trust_remote_code": case.source.trust_remote_code,
     }
+    given, made = questions.divided or ("", "")
+    every = request.get(given, [])
+    count = max(1, min(len(hands), len(every)))
+    ends = [len(every) * number // count for number in range(count + 1)]
+
+    def asked(number: int) -> Callable[[Bar], dict[str, Any]]:
+        share = {given: every[ends[number] : ends[number + 1]]} if count > 1 else {}
+        own = log.with_suffix(f".{number}{log.suffix}") if number else log
+        return lambda part: process.call(
+            questions.work, request | share, log=own, bar=part, failure=failure, variables=hands[number]
+        )
+
+    answers = side_by_side([asked(number) for number in range(count)], bar)
+    if count == 1:
+        return answers[0]
+    failed = next((answer["failure"] for answer in answers if answer["failure"]), "")
+    return {"failure": failed, made: [] if failed else [one for answer in answers for one in answer[made]]}
 
 
 @contextmanager

@@ -183,7 +183,9 @@ def questions_of(case: Case, prompts: Prompts) -> Questions:
         "budget": case.settings.behaviour.max_new_tokens,
         "ends": sorted(prompts.all_ends()),
     }
-    return Questions("behaviour", answer, request, fingerprint(request), "tok")
+    return Questions(
+        "behaviour", answer, request, fingerprint(request), "tok", divided=("prompts", "answers")
+    )
 
 
 def read_answers(found: Mapping[str, Any]) -> tuple[ChatAnswer, ...]:

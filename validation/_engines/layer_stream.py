@@ -9,6 +9,7 @@ embeddings; the waypoint before it gives what the layer before it gave.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,12 @@ class LayerStream:
         ``scratch`` is a folder for hidden states. Raises Unstreamable when they cannot, SourceError for missing weights.
         """
         self._device = "cuda" if on_gpu else "cpu"
+        self._reads_ahead = on_gpu  # a CPU has one memory, and no time while it computes
         self._route = Route()
         self._states = _HiddenStates(scratch)
         self._numbers: dict[bytes, int] = {}
         try:
-            self._files = LayerFiles(folder, dtype, trust_remote_code=trust_remote_code)
+            self._files = LayerFiles(folder, dtype, self._device, trust_remote_code=trust_remote_code)
             self.model = self._placed(self._files.load(self._route))
             self.layers = len(decoder_layers(self.model)[1])
             self._prove()
@@ -59,7 +61,13 @@ class LayerStream:
 
     def close(self) -> None:
         """Give back disk and memory; the model cannot be called any more."""
+        import torch
+
+        if self._reads_ahead:
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            sys.stdout.write(f"layer by layer: at most {peak:.2f} GB of the GPU's memory\n")
         self._hook.remove()
+        self._files.close()
         self._states.close()
 
     @property
@@ -88,6 +96,8 @@ class LayerStream:
         """Run all layers on the ids ``fresh``, whose states are kept under ``numbers``."""
         for layer in range(self.layers if fresh else 0):
             module = self._layer(layer)
+            if self._reads_ahead and layer + 1 < self.layers:
+                self._files.read_ahead(layer + 1)
             for key, ids in fresh.items():
                 before = self._states.read(numbers[key]) if layer else None
                 try:

@@ -139,6 +139,7 @@ def make_context(weights: Weights, layout: Layout, context: int, log: LlamaLog) 
     with ExitStack() as stack:
         handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context))
         if not handle:
+            log.require_room()
             raise Unsound(f"llama.cpp cannot run it: {log.reason()}")
         stack.callback(api.llama_free, handle)
         batch = api.llama_batch_init(layout.sequences * context, 0, 1)

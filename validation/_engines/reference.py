@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,7 +292,11 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
             unpacked.load_unpacked(folder, dtype, trust_remote_code)
             if unpacked.must_unpack(folder)
             else AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                device_map=_straight_to(on_gpu=on_gpu),
             )
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
@@ -302,7 +307,14 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
         raise SourceError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(absent[:5])}")
     if not on_gpu:
         arithmetic.widen(model)
-    return model.eval().to("cuda" if on_gpu else "cpu")
+        return model.eval()
+    unpacked.decompress(model.to("cuda"))
+    return model.eval()
+
+
+def _straight_to(*, on_gpu: bool) -> str | None:
+    """The device that transformers loads weights to without a stay in memory, for which it needs accelerate."""
+    return "cuda" if on_gpu and find_spec("accelerate") else None
 
 
 def run(

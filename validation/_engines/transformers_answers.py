@@ -12,15 +12,20 @@ anew. A head that is itself quantized speaks for itself.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import SourceError
+from quantool.runtime import gpus
+from quantool.validation._engines import unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, SLICE_BYTES, Unsound, transforms
 from quantool.validation._engines.interface import Answer, Engine, Scored, require_room
+from quantool.validation._engines.memory import HALVINGS
 from quantool.validation._engines.reference import load_model, verify
 
 if TYPE_CHECKING:
@@ -37,18 +42,12 @@ PADDING_TOLERANCE = 2**-4
 activations are rounded to FP8 and 0.02 in bfloat16; 0.3 and more with a model that reads padding."""
 
 
-def unpack(model: Any) -> None:
-    """Unpack the weights of a compressed-tensors model now, not in the first step of an answer; others are left alone."""
-    if hasattr(model, "ct_decompress_hook"):
-        model.hf_quantizer.compressor.decompress_model(model)
-
-
 @contextmanager
 def load_engine(folder: Path, context: int, device: str, trust_remote_code: bool) -> Iterator[Engine]:
     """Load a folder in the dtype it is saved in. Raises Unsound when transformers does not load it."""
     try:
         model = load_model(folder, "auto", device, trust_remote_code)
-        unpack(model)
+        unpacked.decompress(model)
         engine = TransformersEngine(model, context)
     except SourceError as error:
         raise Unsound(error.message) from error
@@ -82,7 +81,8 @@ class TransformersEngine:
         require_room(prompts, [budget] * len(prompts), self)
         answers: dict[int, Answer] = {}
         for batch in self._batches(prompts, budget):
-            answers |= zip(batch, self._answers([prompts[number] for number in batch], budget), strict=True)
+            made = self._with_room([prompts[number] for number in batch], budget, HALVINGS)
+            answers |= zip(batch, made, strict=True)
         return [answers[number] for number in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
@@ -145,6 +145,22 @@ class TransformersEngine:
             )
         made: list[list[int]] = whole[:, length:].tolist()
         return made
+
+    def _with_room(self, prompts: Sequence[Sequence[int]], budget: int, halvings: int) -> list[Answer]:
+        """As ``_answers``, in two halves where the GPU's memory is full; DependencyError after so many ``halvings``."""
+        import torch
+
+        try:
+            return self._answers(prompts, budget)
+        except torch.OutOfMemoryError as error:
+            if len(prompts) == 1 or not halvings:
+                said = str(error).partition("\n")[0]
+                raise gpus.full(f"{said} ({len(prompts)} answers at once)") from error
+        sys.stdout.write(f"the GPU's memory is full with {len(prompts)} answers at once: now half as many\n")
+        gc.collect()
+        middle = len(prompts) // 2
+        halves = (prompts[:middle], prompts[middle:])
+        return [answer for half in halves for answer in self._with_room(half, budget, halvings - 1)]
 
     def _answers(self, prompts: Sequence[Sequence[int]], budget: int) -> list[Answer]:
         """Answer all ``prompts`` in one batch."""

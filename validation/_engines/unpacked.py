@@ -78,6 +78,19 @@ def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[An
     return model, info
 
 
+def decompress(model: Any) -> None:
+    """Unpack the weights of a compressed-tensors model now, not in its first forward; others are left alone.
+
+    It stays where it is: compressed-tensors would have each module compute where its weights were at this moment, and
+    look after every tensor that it reads.
+    """
+    if hasattr(model, "ct_decompress_hook"):
+        from compressed_tensors.offload import remove_dispatch  # type: ignore[import-untyped]
+
+        model.hf_quantizer.compressor.decompress_model(model)
+        remove_dispatch(model, onload_tensors=True)
+
+
 def check_layout(folder: Path) -> None:
     """Raise SourceError for an AutoAWQ layout that cannot be unpacked."""
     if not is_autoawq(folder):
