@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
 from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
+from quantool.methods._llama_cpp.mtp import head_pattern, require_types, with_head
 from quantool.methods._llama_cpp.quantize import rehearse
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
@@ -26,9 +28,10 @@ from quantool.records import (
     StagePlan,
     fingerprint,
 )
-from quantool.runtime import process, toolchain
+from quantool.runtime import machine, process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import write_text
+from quantool.source.tensor_headers import headers as source_headers
 
 GGUF = Depends(
     libraries=("llama-cpp-python",),
@@ -37,6 +40,9 @@ GGUF = Depends(
 """A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
 MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
+CORES = 4
+"""For each level that is quantized at once."""
+BY_LEVEL = "level"
 IMATRIX_RAM = 400 << 20
 """Of the libraries, and of the activations of a batch."""
 WORK = {
@@ -59,6 +65,10 @@ class Options(base_file.GgufOptions):
     tensor_types: dict[str, str] = Field({}, description="Tensor name (regular expression) to ggml type.")
     output_tensor_type: str | None = Field(None, description="ggml type of output.weight.")
     token_embedding_type: str | None = Field(None, description="ggml type of token_embd.weight.")
+    mtp_type: str = Field(
+        "q8_0",
+        description="ggml type of a multi-token-prediction head, which few bits ruin; level: what the level gives it.",
+    )
     pure: bool = Field(False, description="No mixtures: every tensor gets the level's own type.")
     leave_output_tensor: bool = Field(False, description="Keep output.weight as it is in the base.")
     keep_split: bool = Field(
@@ -88,8 +98,10 @@ def outline(request: Request, options: Options) -> Outline:
     kind, note = base_file.choose_type(source, options.base_type)
     rehearsal = dry_run.rehearse(source, options, kind)
     _validate_names(rehearsal, options)
-    runs = _dry_runs(rehearsal, request.levels, options)
+    levelled = {level: _with_head(source, options, level) for level in request.levels}
+    runs = _dry_runs(rehearsal, levelled)
     _require_matrix(request.levels, runs, options)
+    _require_head_types(rehearsal, request, options)
     stem = base_file.file_stem(source, options, str(rehearsal.keys["general.size_label"]))
     repo = request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF"
     extra = _matrix_bytes(request, options, stem)
@@ -105,7 +117,7 @@ def outline(request: Request, options: Options) -> Outline:
                 id=f"gguf/{level}",
                 method="gguf",
                 level=level,
-                options=options.model_dump(mode="json"),
+                options=levelled[level].model_dump(mode="json"),
                 engine="llama.cpp",
                 repo=repo,
                 repo_id=request.repo_id,
@@ -182,7 +194,8 @@ def _matrix_bytes(request: Request, options: Options, stem: str) -> int:
 def _validate(options: Options) -> None:
     from quantool.methods._llama_cpp.quantize import ggml_type
 
-    for name in (*options.tensor_types.values(), options.output_tensor_type, options.token_embedding_type):
+    single = (options.output_tensor_type, options.token_embedding_type, _head_type(options))
+    for name in (*options.tensor_types.values(), *single):
         if name is not None:
             ggml_type(name)
     for pattern in options.tensor_types:
@@ -209,18 +222,30 @@ def _validate_names(rehearsal: dry_run.Rehearsal, options: Options) -> None:
         check_matrix(options.imatrix, shapes)
 
 
-def _dry_runs(rehearsal: dry_run.Rehearsal, names: tuple[str, ...], options: Options) -> list[dict[str, Any]]:
-    """llama.cpp's decision for each level; kept beside the rehearsal."""
-    matrix = {"path": None, "label": ""} if options.imatrix else None
+def _head_type(options: Options) -> str | None:
+    """The head's own ggml type; None where it has the level's."""
+    return None if options.mtp_type == BY_LEVEL else options.mtp_type
+
+
+def _with_head(source: Source, options: Options, level: str) -> Options:
+    """The options of a level, a multi-token-prediction head among its ``tensor_types``."""
+    types = with_head(
+        options.tensor_types, head_pattern(source, source_headers(source)), _head_type(options), level
+    )
+    return options.model_copy(update={"tensor_types": types})
+
+
+def _dry_runs(rehearsal: dry_run.Rehearsal, levelled: Mapping[str, Options]) -> list[dict[str, Any]]:
+    """llama.cpp's decision for each level with its options; kept beside the rehearsal."""
     known = toolchain.levels()
     runs = [
         {
             "ftype": known[name].ftype,
             "copy": name == "COPY",
             "settings": options.settings() | {"keep_split": False},
-            "imatrix": matrix,
+            "imatrix": {"path": None, "label": ""} if options.imatrix else None,
         }
-        for name in names
+        for name, options in levelled.items()
     ]
     kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
     with dry_run.locked(rehearsal.folder):
@@ -242,6 +267,18 @@ def _require_matrix(names: tuple[str, ...], runs: list[dict[str, Any]], options:
             f"{', '.join(missing)} cannot be made without an importance matrix",
             hint="set quantization_config.imatrix: true and calibration text (dataset_path), or a path",
         )
+
+
+def _require_head_types(rehearsal: dry_run.Rehearsal, request: Request, options: Options) -> None:
+    """Refuse a head at a level whose type needs an importance matrix of it, which llama.cpp says when it has none."""
+    pattern = head_pattern(request.source, source_headers(request.source))
+    if pattern is None or _head_type(options) is not None:
+        return
+    without = options.model_copy(update={"imatrix": False})
+    runs = _dry_runs(rehearsal, dict.fromkeys(request.levels, without))
+    for level, run in zip(request.levels, runs, strict=True):
+        head = [name for name in run["types"] if re.search(pattern, name)]
+        require_types(level, head, needs_matrix=run["needs_imatrix"])
 
 
 def _quantize_ram(rehearsal: dry_run.Rehearsal, types: dict[str, str]) -> int:
@@ -281,6 +318,38 @@ def _stages(
     return tuple(stages)
 
 
+def levels_at_once(waiting: int, cores: int, free: int, peak: int) -> int:
+    """How many levels are quantized side by side: llama.cpp reads and writes on one core while the others wait.
+
+    Each gets threads for all cores, which are there for a part of a tensor only: the last level then has them all. Where
+    there are few cores they are busy with one, and memory is for half of what is ``free`` bytes, ``peak`` for each.
+    """
+    return max(1, min(waiting, cores // CORES, free // 2 // max(1, peak)))
+
+
+def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
+    """Make base and matrix, then say how many levels may be quantized at the same time; split ones are not."""
+    if any(len(job.output.files) > 1 for job in jobs):
+        return 1
+    first = jobs[0]
+    source, workspace = first.plan.source, first.workspace
+    kind, _ = base_file.choose_type(source, options.base_type)
+    _, matrix = imatrix.matrix(first, options, options.imatrix, kind, progress)
+    keys = {
+        job.output.id: _level_key(
+            source, options, kind, job.output.level, matrix, [file.name for file in job.output.files]
+        )
+        for job in jobs
+    }
+    waiting = [job.output for job in jobs if workspace.recall(job.output.id, keys[job.output.id]) is None]
+    if len(waiting) < 2:
+        return 1
+    base_file.base(first, options, kind, progress)
+    need_disk(workspace, sum(file.bytes for output in waiting for file in output.files))
+    peak = max(output.peak_ram for output in waiting)
+    return levels_at_once(len(waiting), machine.cores(), machine.free_ram(), peak)
+
+
 @method(
     "gguf",
     options=Options,
@@ -288,6 +357,7 @@ def _stages(
     outline=outline,
     needs=("llama_cpp", "gguf"),
     depends=GGUF | base_file.BASE | imatrix.TEXT | imatrix.MATRIX,
+    at_once=at_once,
 )
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
@@ -308,7 +378,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "base": str(base),
         "ftype": level.ftype,
         "copy": level.name == "COPY",
-        "settings": options.settings(),
+        "settings": _with_head(source, options, output.level).settings(),
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
     remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)

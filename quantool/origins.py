@@ -45,7 +45,8 @@ class Prepared(Record):
 
     def identity(self) -> list[JsonValue]:
         """What the prepared weights follow from."""
-        return [self.form, self.origin.identity(), self.adapter and self.adapter.identity()]
+        adapter = self.adapter.identity() if self.adapter is not None else None
+        return [self.form, self.origin.identity(), adapter]
 
     def described(self) -> str:
         """One sentence for plan, report and card."""

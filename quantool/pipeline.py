@@ -14,12 +14,11 @@ from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
+from quantool.making import make_all, make_one
 from quantool.plan import effort
 from quantool.plan import make as planning
-from quantool.plan.depends import depends_of
 from quantool.plan.disk import check_disk, check_ram
-from quantool.plugins import find
-from quantool.plugins.contract import Case, Job
+from quantool.plugins.contract import Case
 from quantool.publish import preupload
 from quantool.publish.package import SUMS, pack
 from quantool.publish.permissions import preflight
@@ -40,7 +39,7 @@ from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import Workspace, link_file, write_text
+from quantool.runtime.workspace import Workspace, write_text
 from quantool.source.prepare import forget as forget_prepared
 from quantool.source.prepare import prepare, to_fetch
 from quantool.source.prepare import recall as recall_prepared
@@ -124,7 +123,7 @@ def run(
 
 
 def _all_at_once(config: Config, plan: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
-    artifacts = [_make(config, plan, output, workspace, progress) for output in plan.outputs]
+    artifacts = make_all(config, plan, workspace, progress)
     _drop_sums(artifacts)
     cases = [
         _case(config, plan, output, artifact, workspace)
@@ -144,14 +143,14 @@ def _one_by_one(
     reports = []
     for output in plan.outputs:
         target = preupload.Target(output.repo_id or "", private_of(config), config.publish)
-        artifact = _make(config, plan, output, workspace, progress)
+        artifact = make_one(config, plan, output, workspace, progress)
         case = _case(config, plan, output, artifact, workspace)
         if gone := preupload.missing(artifact):
             known = judging.kept_report(case, artifact)
             goes_out = known is not None and (allow_regression or known.verdict() is Verdict.PASS)
             if known is None or (goes_out and not preupload.is_whole(workspace, target, artifact, progress)):
                 preupload.forget(workspace, target.repo_id, artifact.folder, gone)
-                artifact = _make(config, plan, output, workspace, progress)
+                artifact = make_one(config, plan, output, workspace, progress)
         _drop_sums([artifact])
         (report,) = judging.judge([case], [artifact], progress)
         if allow_regression or report.verdict() is Verdict.PASS:
@@ -167,13 +166,17 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     workspace = Workspace(config.output_path)
     with workspace.lock():
         plan, _ = _planned(config, workspace, progress)
-        return tuple(_make(config, plan, output, workspace, progress) for output in plan.outputs)
+        return tuple(make_all(config, plan, workspace, progress))
 
 
 def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[Plan, MachineState]:
-    """The plan, with the source fetched and looked at."""
+    """The plan, with the source fetched and looked at; what a plan refuses is refused before weights are fetched."""
     with progress.step(f"read {config.model_id}"):
-        source = resolve(config, weights=True, progress=progress)
+        source = resolve(config, weights=False, progress=progress)
+        if missing := to_fetch(source):
+            require_room(config, *_checked_plan(config, source, workspace, downloads=missing))
+        if source.commit is not None or missing:
+            source = resolve(config, weights=True, progress=progress)
         source = overlay(source, workspace.work / "source")
     with progress.step("work out files, sizes and memory"):
         known = recall_scan(recall_prepared(source, workspace), workspace)
@@ -231,25 +234,6 @@ def _drop_sums(artifacts: Sequence[Artifact]) -> None:
             and not {f"{file.sha256}  {file.name}" for file in artifact.files} <= recorded
         ):
             sums.unlink()
-
-
-def _make(
-    config: Config, plan: Plan, output: OutputPlan, workspace: Workspace, progress: Progress
-) -> Artifact:
-    """Let the method make one output."""
-    method = find.find_method(output.method)
-    options = method.options.model_validate(output.options)
-    job = Job(config, plan, output, workspace, depends_of(method))
-    with progress.step(effort.make_step(output)), workspace.timed(output.id):
-        artifact = method.quantize(job, options, progress)
-    if artifact.folder.name != output.repo:  # recalled; it was made for another repository
-        for file in (*artifact.files, *artifact.shared):
-            earlier = workspace.root / artifact.folder.name / file.name
-            if earlier.is_file():
-                link_file(earlier, job.folder / file.name)
-    artifact = artifact.model_copy(update={"folder": job.folder})  # the output folder may have been moved
-    write_text(judging.record_path(workspace, "artifact", output.id), artifact.model_dump_json(indent=1))
-    return artifact
 
 
 def _drop_damaged(workspace: Workspace, output: OutputPlan, progress: Progress) -> None:

@@ -224,9 +224,9 @@ class MachineState(Record):
     """Bytes that the steps still to do write."""
     done: tuple[str, ...] = ()
     """Names of the steps that are finished, outputs among them."""
-    engines: dict[str, str] = Field(default={})
+    engines: dict[str, str] = Field(default_factory=dict)
     """Where torch and llama.cpp compute."""
-    seconds: dict[str, float] = Field(default={})
+    seconds: dict[str, float] = Field(default_factory=dict)
     """By stage, the time that it is expected to need here."""
     ram: int = 0
     """Bytes of memory that this machine has; 0: not looked at."""

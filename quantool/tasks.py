@@ -41,6 +41,8 @@ class Task(BaseModel):
     """Whether ``modules.json`` ends with a module that gives vectors the length 1."""
     labels: tuple[str, ...] = ()
     """Names of a classifier's labels by number; one for a reranker."""
+    prompts: dict[str, str] = {}
+    """What ``config_sentence_transformers.json`` puts before a text, by name (``query``, ``document``)."""
     files: tuple[str, ...] = ()
     """``modules.json`` and the configurations of its modules."""
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import adapters
 import pytest
 from pydantic import BaseModel
 
 from quantool import gates
 from quantool.config.schema import Config
+from quantool.formats.safetensors import check_index
 from quantool.judging import findings_key
 from quantool.methods import gguf
 from quantool.methods._llama_cpp import dry_run
@@ -23,7 +25,7 @@ from quantool.plan.depends import depends_of
 from quantool.plan.make import options_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check, Request
-from quantool.records import Artifact, FileRecord, OutputPlan, Source
+from quantool.records import Artifact, FileRecord, OutputPlan, Source, fingerprint
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace
@@ -65,7 +67,9 @@ MAPPINGS = [{"smooth_layer": "re:.*up_proj", "balance_layers": ["re:.*down_proj"
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model_id": ({"model_id": "renamed"}, {}),
     "tokenizer_name": ({"tokenizer_name": "tokenizer"}, {}),
+    "adapter": ({"adapter": "adapter"}, {}),
     "trust_remote_code": ({"trust_remote_code": True}, {}),
+    "drop": ({"drop": ["vision"]}, {}),
     "method": ({"method": "fp16", "quant_level": "F16"}, FLAT),
     "quant_level": ({"quant_level": "Q8_0"}, FLAT),
     "quantization_config": ({"quantization_config": {"pure": True, "pre_tokenizer": "qwen2"}}, FLAT),
@@ -100,6 +104,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                 (f"gates.{name}", {"name": "a", "path": "held.txt", "gates": {name: 0.5}}, {"name": "b", "dataset": "o/d"})
                 for name in ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p")
             ),
+            ("gates.min_expert_tokens", {"name": "a", "path": "held.txt", "gates": {"min_expert_tokens": 8}}, {"name": "b", "dataset": "o/d"}),
         )
     },
     "validation.context": ({"validation": {"context": 256}}, {}),
@@ -129,10 +134,11 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         f"validation.gates.{name}": ({"validation": {"gates": {"*": {name: 0.5}}}}, {})
         for name in ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p")
     },
+    "validation.gates.min_expert_tokens": ({"validation": {"gates": {"*": {"min_expert_tokens": 8}}}}, {}),
 }  # fmt: skip
 
 CHANGE_NO_BYTE_AND_NO_VERDICT = {
-    "revision",  # of a Hub id; the commit that it leads to is in every key (Source.identity)
+    "revision", "adapter_revision",  # of a Hub id; the commit that it leads to is in every key (Source.identity)
     "cache_dir", "dataset_cache_dir",  # where downloads lie
     "output_path",  # an output folder may be moved
     "push_to_hub", "repo_id", "private", "disk_bounded", "quantizations.repo_id",  # where files go, and when
@@ -141,12 +147,13 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "card", "card.template",  # the card is written anew at every run
 }  # fmt: skip
 
+HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gguf": {
         "base_type": "f32", "imatrix": False, "tensor_types": {"ffn_down": "q8_0"}, "output_tensor_type": "q6_K",
         "token_embedding_type": "q6_K", "pure": True, "leave_output_tensor": True, "keep_split": True,
         "allow_requantize": True, "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
-        "max_shard_size": "1M", "llama_cpp_path": "checkout",
+        "max_shard_size": "1M", "llama_cpp_path": "checkout", "mtp_type": "q5_0",
     },
     "fp16": {
         "format": "safetensors", "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
@@ -154,17 +161,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "awq": {
         "targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "mappings": MAPPINGS, "group_size": 64,
-        "duo_scaling": True, "n_grid": 5, "format": "autoawq",
+        "duo_scaling": True, "n_grid": 5, "format": "autoawq", **HEADS_AND_EXPERTS,
     },
     "gptq": {
         "targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "group_size": 64, "block_size": 64,
         "dampening_frac": 0.1, "smoothing_strength": 0.6, "mappings": MAPPINGS,
+        **HEADS_AND_EXPERTS,
     },
     "smoothquant": {
         "targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "smoothing_strength": 0.6, "mappings": MAPPINGS,
+        **HEADS_AND_EXPERTS,
     },
-    "fp8": {"targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "kv_cache": "fp8"},
+    "fp8": {"targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "kv_cache": "fp8", **HEADS_AND_EXPERTS},
 }  # fmt: skip
+BESIDE = {("fp8", "calibrate_all_experts"): {"kv_cache": "fp8"}}
+"""What an option needs beside it to have a meaning."""
 OPTIONS_THAT_CHANGE_NO_BYTE = {("gguf", "threads"), ("fp8", "workers")}
 
 
@@ -212,6 +223,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tasks" / "own.yaml").write_text("task: own\n")
     for name in ("renamed", "tokenizer"):
         shutil.copytree(CHAT, folder / name)
+    queries = [name for name in check_index(CHAT) if name.endswith("q_proj.weight")]
+    adapters.write(
+        folder / "adapter", dict.fromkeys(queries, (256, 256)), base_model_name_or_path="tiny-chat"
+    )
     settings = json.loads((CHAT / "tokenizer_config.json").read_text())
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"changed": True}))
     shutil.copytree(toolchain.locate().folder, folder / "checkout")
@@ -228,7 +243,7 @@ def one_rehearsal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_validate_names", lambda *_: None)
     types = {name: tensor.type for name, tensor in rehearsal().tensors.items()}
     run = {"types": types, "needs_imatrix": False}
-    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, names, _options: [run] * len(names))
+    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, levelled: [run] * len(levelled))
 
 
 @cache
@@ -239,11 +254,12 @@ def rehearsal(real: Any = dry_run.rehearse) -> dry_run.Rehearsal:
 
 
 @cache
-def source_of(model: str, tokenizer: str | None, *, trusted: bool) -> Source:
+def source_of(model: str, tokenizer: str | None, adapter: str | None = None, *, trusted: bool) -> Source:
     """The source with its weights hashed; kept, because every change of a field asks for it."""
-    config = Config(model_id=model, tokenizer_name=tokenizer, trust_remote_code=trusted)
+    config = Config(model_id=model, tokenizer_name=tokenizer, adapter=adapter, trust_remote_code=trusted)
     source = resolve(config, weights=False, progress=Progress(quiet=True))
-    files = tuple(file.model_copy(update={"sha256": file.sha256 or "0" * 64}) for file in source.files)
+    weights = fingerprint(source.prepared and source.prepared.identity())
+    files = tuple(file.model_copy(update={"sha256": file.sha256 or weights}) for file in source.files)
     return source.model_copy(update={"files": files, "max_abs": 1.0})
 
 
@@ -261,7 +277,8 @@ def merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 def keys(settings: dict[str, Any], folder: Path) -> dict[str, str]:
     """The keys of every artifact, of what they share, and of every check on one artifact of each engine."""
     config = Config.model_validate(settings)
-    source = source_of(config.model_id, config.tokenizer_name, trusted=config.trust_remote_code)
+    named = (config.model_id, config.tokenizer_name, config.adapter)
+    source = source_of(*named, trusted=config.trust_remote_code)
     workspace = Noting(folder / "out")
     for wanted in config.requested():
         method = find.find_method(wanted.method)
@@ -319,8 +336,10 @@ def test_a_key_moves_with_every_field(field: str, here: Path) -> None:
 )
 def test_a_key_moves_with_every_option(method: str, option: str, here: Path) -> None:
     wanted = next(entry for entry in QUANTIZATIONS if entry["method"] == method)
-    options = wanted.get("quantization_config", {})
-    before = unchanged(json.dumps(BASELINE | {"quantizations": [wanted]}), here)
+    options = wanted.get("quantization_config", {}) | BESIDE.get((method, option), {})
+    before = unchanged(
+        json.dumps(BASELINE | {"quantizations": [wanted | {"quantization_config": options}]}), here
+    )
     changed = wanted | {"quantization_config": options | {option: OPTIONS[method][option]}}
     after = keys(BASELINE | {"quantizations": [changed]}, here)
     own = {name: key for name, key in after.items() if " of " not in name}
@@ -375,7 +394,8 @@ def test_a_gate_of_another_level_changes_nothing(here: Path) -> None:
     before = unchanged(json.dumps(BASELINE), here)
     settings = merged(BASELINE, {"validation": {"gates": {"FP8_DYNAMIC": {"max_mean_kld": 0.5}}}})
     changed = moved(before, keys(settings, here))
-    assert changed == {"perplexity of fp8/FP8_DYNAMIC", "behaviour of fp8/FP8_DYNAMIC"}
+    gated = ("perplexity", "behaviour", "classification", "embedding", "experts")
+    assert changed == {f"{check} of fp8/FP8_DYNAMIC" for check in gated}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     prepare=prepare,
     require=require_task,
     depends=VECTORS,
+    loads_reference=True,
     tasks=(TaskKind.RERANKING, TaskKind.CLASSIFICATION),
 )
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
@@ -82,6 +83,8 @@ def _judge_head(case: Case, made: ArtifactVectors) -> Iterator[Finding]:
         yield BUILD.fact(
             "head", " ".join(heads) or "none", "" if heads else "the file has no tensors of a classifier"
         )
+        if made.pooling != "rank":
+            return
         named = made.labels if any(made.labels) or len(wanted) > 1 else wanted  # one label needs no name
     else:
         try:

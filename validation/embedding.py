@@ -42,7 +42,14 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     reference_vectors(cases[0], progress)
 
 
-@check(NAME, prepare=prepare, require=require_task, depends=VECTORS, tasks=(TaskKind.EMBEDDING,))
+@check(
+    NAME,
+    prepare=prepare,
+    require=require_task,
+    depends=VECTORS,
+    loads_reference=True,
+    tasks=(TaskKind.EMBEDDING,),
+)
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Pooling and normalization as the source has them; cosine and nearest neighbours beside the reference's."""
     known = reference_vectors(case, progress)

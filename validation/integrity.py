@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
+from quantool.formats.fused_experts import split_experts
 from quantool.formats.gguf_header import SHARD, shard_names
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import TensorHeader, check_index
@@ -110,7 +111,7 @@ def _judge_folder(case: Case) -> list[Finding]:
     if found and promised is None:
         reason = f"layers by quant_method {found.get('quant_method')!r} are not known to this check"
         return [*findings, BUILD.skip("layers", reason)]
-    folder = Folder(stored, _expected_headers(case), promised)
+    folder = Folder(stored, split_experts(_expected_headers(case), stored), promised)
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
         sizes[tensor.dtype] += tensor.bytes

@@ -34,8 +34,8 @@ from quantool.validation._engines.vocabulary import (
     explain,
     of_gguf,
 )
-from quantool.validation._engines.word_pieces import cleaned
 from quantool.validation._findings.builder import FindingBuilder
+from quantool.validation._pooled.word_pieces import cleaned
 
 NAME = "tokenizer"
 BUILD = FindingBuilder(NAME)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,9 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
     ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
-    ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``, ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written). Writes
+    ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``,
+    ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written), ``fused`` (whether the
+    files hold the experts of a layer in one tensor). Writes
     weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
     ``samples``, ``tokens``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether all
     tokens went through all of them nevertheless). Progress is counted in decoder layers.
@@ -204,16 +206,19 @@ def _narrow(folder: Path, dtypes: Mapping[str, str]) -> None:
 def _load(request: dict[str, Any]) -> PreTrainedModel:
     """The model on the CPU, experts as separate linear layers."""
     import transformers
+    from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.utils import load_context
 
+    # load_context reads single experts from the files, and fills in random ones where a layer's lie in one tensor.
+    reading = nullcontext() if request["fused"] else load_context()
     try:
-        with load_context():
+        with reading:
             model: PreTrainedModel = getattr(transformers, request["loader"]).from_pretrained(
                 request["source"], dtype="auto", trust_remote_code=request["config"]["trust_remote_code"]
             )
     except (ValueError, KeyError) as error:
         raise SourceError(f"transformers cannot load this architecture: {error}") from error
-    return model
+    return linearize_moe(model) if request["fused"] else model
 
 
 def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:

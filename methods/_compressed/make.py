@@ -18,6 +18,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed.layers import layers_of
 from quantool.methods._compressed.mappings import decoder_of
 from quantool.methods._compressed.mtp import carry
 from quantool.methods._compressed.outline import (
@@ -25,19 +26,18 @@ from quantool.methods._compressed.outline import (
     CompressedOptions,
     LevelTask,
     Recipe,
-    max_seq_length,
-    split,
     task_key,
     task_of,
-    workers,
 )
 from quantool.methods._compressed.proof import verify
+from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.plugins.contract import Draft, Job, Method, method
 from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.gpus import devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
+from quantool.source.mtp import head_tensors
 from quantool.source.resolve import overlay
 from quantool.source.tensor_headers import headers
 from quantool.tasks import Task, TaskKind
@@ -71,7 +71,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     started = time.monotonic()
     log = workspace.logs / f"{output.id.replace('/', '-')}.log"
     source = overlay(job.plan.source, workspace.work / "source")
-    located = headers(source)
+    located = layers_of(source)
     with checkpoint_folder(job) as part:
         result = _recalled(task, job, options, part)
         if result is None:
@@ -124,11 +124,12 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
         "ignore": list(task.selection.ignore),
         "device": devices(job.config.device).kind,
     }
-    located = headers(source)
+    located = layers_of(source)
     if task.calibrated:
         plain = replace(task, autoawq=False)  # that layout is converted from this one
         return calibrate.quantize, request | {
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
+            "fused": located.keys() != headers(source).keys(),
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
             "architecture": decoder_of(source.facts.architecture),
@@ -140,6 +141,7 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
     return stream.quantize, request | {
         "shards": sorted({tensor.file for tensor in located.values()}),
         "layers": [layer.name for layer in task.selection.layers],
+        "head": list(head_tensors(located, source.facts.layers)),
         "workers": workers(options, located),
     }
 

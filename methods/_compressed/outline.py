@@ -16,13 +16,15 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.json_file import read_json
-from quantool.formats.safetensors import INDEX, SINGLE, TensorHeader
+from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
 from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import is_companion
 from quantool.methods._compressed import autoawq as _autoawq
+from quantool.methods._compressed import cost
+from quantool.methods._compressed.layers import joined_lines, layers_of
 from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
@@ -36,6 +38,7 @@ from quantool.methods._compressed.schemes import (
     planned,
     select,
 )
+from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.methods._compressed.stream import SLICE
 from quantool.plugins.contract import Options, Outline, Request
 from quantool.plugins.keys import Depends, key_of
@@ -44,7 +47,6 @@ from quantool.records import (
     PlannedFile,
     Source,
 )
-from quantool.runtime.arithmetic import native
 from quantool.runtime.gpus import capabilities, devices
 from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
@@ -52,9 +54,6 @@ from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
 
-SHARD_BYTES = 5_000_000_000
-"""Where calibrated checkpoints are cut; streamed ones keep the source's shards."""
-MAX_SEQ_LENGTH = 512
 STREAMED = Depends(
     fields=("device",),
     libraries=("llmcompressor", "compressed-tensors", "torch", "transformers"),
@@ -70,7 +69,6 @@ CALIBRATED = STREAMED | Depends(
 GIB = 1 << 30
 CONFIG_GROWTH = 1300
 """About what quantization_config adds to config.json, bytes."""
-WORKERS = 4
 
 
 def _listed(value: Any) -> Any:
@@ -163,7 +161,7 @@ def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False)
 
 def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTask:
     """Decide one level; raises what makes it impossible."""
-    located = headers(source)
+    located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
     cache = getattr(options, "kv_cache", None) is not None
@@ -242,7 +240,7 @@ def outline(
         raise ConfigError(
             "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
         )
-    located = headers(source)
+    located = layers_of(source)
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
         check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
@@ -272,7 +270,8 @@ def _lines(task: LevelTask, source: Source, located: Mapping[str, TensorHeader])
     """What becomes of each tensor; calibrated levels are saved by transformers."""
     chosen = [layer.name for layer in task.selection.layers]
     absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
-    return account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+    found = account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+    return joined_lines(found, headers(source))
 
 
 def _coverage(request: Request) -> list[str]:
@@ -316,7 +315,7 @@ def _output(
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
-        operations=_operations(task, request.config, source),
+        operations=cost.operations(task.recipe.algorithm, request.config, source) if task.calibrated else 0.0,
         gates=request.gates(task.level),
         done=hashed
         and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
@@ -350,72 +349,14 @@ def _streamed(located: Mapping[str, TensorHeader], task: LevelTask) -> dict[str,
     }
 
 
-def split(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
-    """Shards of at most 5 GB, filled in order: how calibrated levels are cut."""
-    groups: list[list[Stored]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.bytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.bytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    names = (f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1))
-    return dict(zip(names, groups, strict=True))
-
-
 def _peak_ram(
     task: LevelTask, config: Config, options: Any, source: Source, located: Mapping[str, TensorHeader]
 ) -> int:
-    """An estimate, from above.
-
-    Libraries and, streamed, slices; calibrated, the model, a layer in float32 and the activations between layers (AWQ
-    keeps those inside a layer as well).
-    """
+    """An estimate, from above: libraries and slices of streamed levels, ``cost.ram`` of calibrated ones."""
     if not task.calibrated:
         return GIB + workers(options, located) * 32 * SLICE
-    facts = source.facts
-    model = sum(tensor.bytes for tensor in located.values())
-    if _widened(task, config, source):
-        model = max(model, 4 * facts.parameters)
-    layer = 4 * facts.parameters // facts.layers
-    tokens = config.sample_size * max_seq_length(config)
-    kept = {"awq": 4, "gptq": 2, "rtn": 2}[task.recipe.algorithm]
-    return 2 * GIB + model * 5 // 4 + 2 * layer + kept * tokens * facts.hidden * 2
-
-
-PASSES = {"awq": 20, "gptq": 4, "rtn": 2}
-"""Forward passes of the calibration text that an algorithm costs, its search or factorizations among them."""
-
-
-def _operations(task: LevelTask, config: Config, source: Source) -> float:
-    if not task.calibrated:
-        return 0.0
-    path, tokens = config.dataset_path, config.sample_size * max_seq_length(config)
-    if path is not None and path.is_file() and path.suffix != ".parquet":
-        tokens = min(tokens, path.stat().st_size // 4)  # characters of a token, usually
-    return 2.0 * source.facts.parameters * tokens * PASSES[task.recipe.algorithm]
-
-
-def _widened(task: LevelTask, config: Config, source: Source) -> bool:
-    """Whether calibration computes in another type than the checkpoint's (``arithmetic.widen``)."""
-    own = {"BF16": "bfloat16", "F16": "float16"}.get(source.facts.dtype)
-    on_cpu = config.device == "cpu" or not capabilities()
-    return task.calibrated and on_cpu and own is not None and own not in native()
-
-
-def workers(options: Any, located: Mapping[str, TensorHeader]) -> int:
-    """How many shards are streamed side by side."""
-    shards = len({tensor.file for tensor in located.values()})
-    return min(options.workers or WORKERS, shards)
-
-
-def max_seq_length(config: Config) -> int:
-    """Tokens of a calibration sample."""
-    value = (config.calibration_config or {}).get("max_seq_length")
-    return value if isinstance(value, int) else MAX_SEQ_LENGTH
+    stored = sum(tensor.bytes for tensor in located.values())
+    return cost.ram(task.recipe.algorithm, config, source, stored)
 
 
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:

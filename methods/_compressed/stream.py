@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import DependencyError, SourceError
+from quantool.formats.fused_experts import split_experts
 from quantool.formats.safetensors import TensorHeader, read_headers
 from quantool.formats.safetensors_layout import Stored, as_stored, encode, write_index
 from quantool.methods._compressed.schemes import BLOCK, WeightScheme
@@ -35,7 +36,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that writes a whole checkpoint.
 
     Request: ``source`` and ``output`` (folders), ``shards`` (names), ``scheme`` (fields of ``WeightScheme``), ``layers``
-    (tensor names), ``targets``, ``ignore``, ``workers``, ``device``. Writes shards, index (if the source has several shards) and config.json. Result: ``device``, ``peak_rss``,
+    (tensor names), ``head`` (tensors of a multi-token-prediction head), ``targets``, ``ignore``, ``workers``, ``device``. Writes shards, index (if the source has several shards) and config.json. Result: ``device``, ``peak_rss``,
     ``peak_cuda`` (bytes).
     """
     device = choose_device(request["device"])
@@ -60,7 +61,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
         None,
         (),
     )
-    headers = read_headers([source / name for name in request["shards"]])
+    headers = split_experts(read_headers([source / name for name in request["shards"]]), request["head"])
     writer = _CheckpointWriter(
         source, output, headers, frozenset(request["layers"]), scheme, ModelFreePtqConverter(config), device
     )

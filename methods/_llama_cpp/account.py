@@ -8,11 +8,12 @@ from quantool.formats.safetensors import TensorHeader
 from quantool.ledger import MTP, ArtifactTensor, Fate, TensorLine
 from quantool.methods._llama_cpp.dry_run import Rehearsal
 from quantool.records import Source
-from quantool.source.parts import Parts
+from quantool.source.parts import BESIDE_VECTORS, Parts
 from quantool.source.tensor_headers import headers
+from quantool.tasks import TaskKind
 
-BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
-"""Ends of names that the converter passes over (0c1e570, conversion/base.py, ``prepare_tensors``)."""
+BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
+"""Ends of names that the converter passes over (0c1e570, conversion/base.py, ``prepare_tensors``; conversion/bert.py)."""
 BUFFER = "a buffer that engines compute from config.json"
 NO_HEAD = "llama.cpp's converter writes no head for further tokens of this architecture"
 FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
@@ -54,12 +55,21 @@ def _line(
     elif source.facts.tied_embeddings and tensor.name.endswith("lm_head.weight"):
         fate = Fate.TIED
     else:
-        fate, reason = Fate.DROPPED, BUFFER if tensor.name.endswith(BUFFERS) else ""
-        if parts.part_of(tensor.name) == MTP:
-            reason = NO_HEAD
+        fate, reason = Fate.DROPPED, _reason(source, parts, tensor.name)
     return TensorLine(
         name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, fate=fate, to=tuple(to), reason=reason
     )
+
+
+def _reason(source: Source, parts: Parts, name: str) -> str:
+    """Why the converter passes over a tensor; empty where nothing explains it."""
+    if name.endswith(BUFFERS):
+        return BUFFER
+    if parts.part_of(name) == MTP:
+        return NO_HEAD
+    if source.facts.task.kind is TaskKind.EMBEDDING and name.removeprefix("bert.").startswith(BESIDE_VECTORS):
+        return "no pooled vector reads it"
+    return ""
 
 
 def _added(stored: Mapping[str, ArtifactTensor], made_of: Mapping[str, list[str]]) -> Iterator[TensorLine]:

@@ -22,9 +22,11 @@ from quantool.config.schema import Config, Sampling
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
 from quantool.report.plots import CORPORA
+from quantool.report.pooled import meaning, worst_pooled
 from quantool.report.sections import checks, corpora, folded, not_run, pictures, unchecked
-from quantool.report.table import HEADINGS, columns, markdown
+from quantool.report.table import headings, markdown, rows_of
 from quantool.runtime.progress import amount
+from quantool.tasks import PIPELINE_TAGS, TaskKind
 
 SECTIONS = (
     "title", "introduction", "choosing", "usage", "sampling", "files", "plots", "corpora", "parity", "checks",
@@ -113,7 +115,7 @@ def _sections(
 
 def _introduction(plan: Plan, reports: Sequence[Report]) -> str:
     made_by = f"made and checked by quantool {plan.versions['quantool']}"
-    measured = all(report.find("mean_kld") for report in reports)
+    measured = all(report.find("mean_kld") or worst_pooled(report) for report in reports)
     one = len(reports) == 1
     if measured:
         compared = f"{'It' if one else 'Every file'} was compared with the bf16 reference on held-out text."
@@ -140,10 +142,12 @@ def front_matter(source: Source, outputs: Sequence[OutputPlan]) -> dict[str, Any
     found: dict[str, Any] = {"base_model": source.model_id if source.commit else None}
     found["base_model_relation"] = "quantized" if source.commit else None
     found |= {"license": card.license, "license_name": card.license_name, "license_link": card.license_link}
-    causal = source.facts.architecture.endswith("ForCausalLM")
-    task = card.pipeline_tag or ("text-generation" if causal else None)
+    kind = source.facts.task.kind
+    known = source.facts.architecture.endswith("ForCausalLM") or not source.facts.task.generates
+    task = card.pipeline_tag or (PIPELINE_TAGS[kind] if known else None)
     found |= {"language": list(card.languages), "pipeline_tag": task_of(outputs, task)}
-    found["library_name"] = "gguf" if gguf else "transformers"
+    sentences = kind is TaskKind.EMBEDDING and source.facts.task.files
+    found["library_name"] = "gguf" if gguf else "sentence-transformers" if sentences else "transformers"
     tags = tags_of(outputs, [tag for tag in card.tags if tag not in ("safetensors", "transformers")])
     found["tags"] = list(dict.fromkeys([*tags, *(["gguf"] if gguf else _tags(outputs[0])), "quantized"]))
     found["quantized_by"] = "quantool"
@@ -179,13 +183,15 @@ def _commits(source: Source, *, apart: bool) -> dict[str, str]:
 
 def _files(reports: Sequence[Report]) -> str:
     """One row a level, with what the figures mean."""
-    heads = ["level", *HEADINGS[:-1]]
-    rows = [[report.artifact.level, *columns(report)[:-1]] for report in reports]
+    heads = ["level", *headings(reports)[:-1]]
+    rows = [[report.artifact.level, *row[:-1]] for report, row in zip(reports, rows_of(reports), strict=True)]
     text = markdown(heads, rows)
     for report in reports:
         shards = [file.name for file in report.artifact.files if file.name.endswith(".gguf")]
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
+    if explained := meaning(reports):
+        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
     return text + (
         "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
         "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from quantool.card.how_to_embed import loaded, served
 from quantool.card.vllm_arguments import GPU_BYTES, serve_arguments
 from quantool.formats.gguf_header import SIDECARS
 from quantool.records import OutputPlan, Plan, Report
@@ -30,6 +31,9 @@ def usage(
     repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
     context = min(SERVED, plan.source.facts.context)
     chat = plan.source.facts.chat_template is not None
+    task = plan.source.facts.task
+    if outputs[0].engine != "llama.cpp" and not task.generates:
+        return loaded(repo_id or outputs[0].repo, task, context)
     if outputs[0].engine != "llama.cpp":
         named = repo_id or outputs[0].repo
         sizes = [report.artifact.bytes() for report in reports] or [
@@ -42,6 +46,8 @@ def usage(
     files = files or {output.level: [file.name for file in output.files] for output in outputs}
     chosen = recommend(reports)
     level = chosen.report.artifact.level if chosen else next(iter(files))
+    if not task.generates:
+        return served(_choice(repo_id, files, level), task, context)
     parts = [
         _llama(repo_id, files, level, context),
         _client("llama.cpp", repo_id or files[level][0], sampling, chat=chat),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from quantool.records import ModelFacts, Report, Verdict
 from quantool.report.finding_text import percent
+from quantool.report.pooled import FIGURES, pooled_metrics, shown, worst_pooled
 from quantool.report.recommend import recommend
 from quantool.report.table import file_name, markdown, worst
 from quantool.runtime.progress import amount
@@ -58,7 +59,9 @@ def which_file(facts: ModelFacts, reports: Sequence[Report]) -> str:
         )
     usual = min(USUAL_CONTEXT, facts.context)
     lengths = [usual] if usual == facts.context else [usual, facts.context]
-    heads = ["level", "file", "size", *(f"memory at {n:,} tokens" for n in lengths), "same top-p"]
+    metrics = pooled_metrics(reports)[:1]
+    last = [FIGURES[metric] for metric in metrics] or ["same top-p"]
+    heads = ["level", "file", "size", *(f"memory at {n:,} tokens" for n in lengths), *last]
     rows = []
     for report in sorted(reports, key=lambda entry: -entry.artifact.bytes()):
         level = report.artifact.level
@@ -66,12 +69,17 @@ def which_file(facts: ModelFacts, reports: Sequence[Report]) -> str:
         row.append(f"`{file_name(report)}`" + ("" if report.verdict() is Verdict.PASS else " (did not pass)"))
         row.append(amount(report.artifact.bytes(), "B"))
         row += [memory(needed(report, facts, length)) for length in lengths]
-        row.append(_top(report))
+        row += [shown(worst_pooled(report)) for _ in metrics] or [_top(report)]
         rows.append(row)
     lines.append(markdown(heads, rows))
+    explained = (
+        ""
+        if metrics
+        else " Same top-p: how often the most likely next token is the original's, on the worst text."
+    )
     lines.append(
-        "Memory: of the GPU, or of the machine where there is none; what a driver keeps for itself comes on top. Same "
-        "top-p: how often the most likely next token is the original's, on the worst text.\n"
+        "Memory: of the GPU, or of the machine where there is none; what a driver keeps for itself comes on top."
+        f"{explained}\n"
     )
     return "\n".join(lines)
 

@@ -228,7 +228,10 @@ class CardSettings(Section):
 class Config(Section):
     """All keys of a configuration file."""
 
-    model_id: NameOrPath = Field(description="Hub id or local folder of the bf16 checkpoint.", min_length=1)
+    model_id: NameOrPath = Field(
+        description="Hub id or local folder of the checkpoint, or of a PEFT adapter that names its base.",
+        min_length=1,
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit on the Hub.")
     tokenizer_name: NameOrPath | None = Field(
         default=None, description="Folder or Hub id of the tokenizer, if not the model's own."

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, QuantoolError, SourceError, nearest
 from quantool.formats.safetensors import TensorHeader, some
-from quantool.ledger import TEXT, TOWERS, Fate, Ledger, TensorLine, grouped
+from quantool.ledger import MTP, TOWERS, Fate, Ledger, TensorLine, grouped
 from quantool.plan.files import file_lines
 from quantool.plugins.contract import Outline
 from quantool.records import OutputPlan, Source
 from quantool.source.loaders import loader
 from quantool.source.parts import Parts, sizes
 
+DROPPABLE = (*TOWERS, MTP)
 ON_PURPOSE = "left out on purpose: drop"
 
 
@@ -150,7 +151,7 @@ def _refuse_unexplained(output: OutputPlan, lines: Sequence[TensorLine]) -> None
     if not lost:
         return
     count, weights = sum(line.count() for line in lost), sum(line.elements() for line in lost)
-    parts = list(dict.fromkeys(line.part for line in lost if line.part != TEXT))
+    parts = [part for part in dict.fromkeys(line.part for line in lost) if part in DROPPABLE]
     raise SourceError(
         f"{output.id} would lose {count} tensors ({weights:,} weights) without a reason: "
         f"{some([line.name for line in lost])}",

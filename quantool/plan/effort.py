@@ -18,6 +18,7 @@ from quantool.plugins import find
 from quantool.plugins.contract import Check
 from quantool.records import OutputPlan, Plan, Report, Source
 from quantool.runtime import machine
+from quantool.runtime.gpus import devices
 from quantool.runtime.machine import Speed, Taken
 from quantool.runtime.progress import Step
 
@@ -89,7 +90,7 @@ def making(plan: Plan, config: Config, speed: Speed) -> dict[str, Work]:
             computed = START + stage.writes / BYTES + stage.writes / speed.hashing + output.operations / rate
             found[stage.name] = Work(output.id, computed)
         elif stage.name != JUDGE:
-            rate = _rate(config, speed, on_gpu=config.device == "cuda")
+            rate = _rate(config, speed, on_gpu=devices(config.device).kind == "cuda")
             found[stage.name] = Work(stage.name, START + stage.writes / BYTES + stage.operations / rate)
     return found
 
@@ -98,7 +99,7 @@ def checking(plan: Plan, config: Config, speed: Speed) -> dict[str, Work]:
     """What each check needs for all artifacts of the plan together, by its name."""
     settings = config.validation
     found: dict[str, Work] = {}
-    for name in settings.checks or find.names("checks"):
+    for name in find.judging_checks(config, plan.source.facts.task):
         with suppress(QuantoolError):  # one that cannot be loaded: a run says so before it starts
             check = find.find_check(name)
             is_off = getattr(settings, name, True) is None  # one with an own section does nothing without it
@@ -120,7 +121,7 @@ def _check(check: Check, plan: Plan, config: Config, speed: Speed) -> float:
 
 def _rate(config: Config, speed: Speed, *, on_gpu: bool) -> float:
     """Operations a second of a forward pass, on a GPU where the configuration lets it run there and there is one."""
-    takes_gpu = on_gpu and machine.gpus() and config.device != "cpu"
+    takes_gpu = on_gpu and machine.gpus() and devices(config.device).kind != "cpu"
     return FORWARD * (machine.GPU_OPERATIONS if takes_gpu else speed.operations)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
-from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import TensorHeader, some
 from quantool.ledger import HEAD, TEXT, Fate, TensorLine, grouped
 from quantool.plugins import find
 from quantool.records import Source
-from quantool.source.parts import Parts
+from quantool.source.parts import BESIDE_VECTORS, Parts
 from quantool.source.reference_names import ReferenceNames, reference_names
+from quantool.tasks import TaskKind
 
 BUFFERS = (
     "rotary_emb.inv_freq",
@@ -23,6 +23,8 @@ BUFFERS = (
     "num_batches_tracked",
 )
 """Ends of names of what old checkpoints hold and every model computes anew."""
+UNUSED = ("pooler.", "embeddings.position_ids")
+"""Beginnings of names of what a model for vectors has, and pooled states do not need."""
 HINT = "config.json and the weights are of different models, or the checkpoint is not whole"
 
 
@@ -33,19 +35,21 @@ def refuse_unloadable(
 
     What lies in a tower or drafts further tokens has reasons of its own to be passed over.
     """
-    if source.trust_remote_code or not _needs_reference(config):
+    if source.trust_remote_code or not _needs_reference(config, source):
         return
-    if read_json(source.folder / "config.json").get("quantization_config"):
-        return  # what is loaded is made from it first
     found = reference_names(source, tensors)
     if found.failure:
         raise SourceError(f"transformers cannot load {source.name}: {found.failure}", hint=HINT)
-    _refuse(found, found.missing, "the weights lack")
+    vectors = source.facts.task.kind is TaskKind.EMBEDDING
+    absent = [name for name in found.missing if not (vectors and name.startswith(UNUSED))]
+    _refuse(found, absent, "the weights lack")
     _refuse(found, found.mismatched, "other shapes have")
     strange = [
         name
         for name in found.unexpected
-        if parts.part_of(name) in (TEXT, HEAD) and not name.endswith(BUFFERS)
+        if parts.part_of(name) in (TEXT, HEAD)
+        and not name.endswith(BUFFERS)
+        and not (vectors and name.startswith(BESIDE_VECTORS))
     ]
     if strange:
         raise SourceError(
@@ -66,10 +70,10 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return [line.name for line in grouped(TensorLine(name=name, fate=Fate.DROPPED) for name in names)]
 
 
-def _needs_reference(config: Config) -> bool:
+def _needs_reference(config: Config, source: Source) -> bool:
     """Whether a check that will run loads the checkpoint."""
     settings = config.validation
-    for name in settings.checks or find.names("checks"):
+    for name in find.judging_checks(config, source.facts.task):
         try:
             check = find.find_check(name)
         except (ConfigError, DependencyError):  # a run says so before it starts

@@ -97,6 +97,13 @@ class Quantize(Protocol):
         """Make the job's output in its folder."""
 
 
+class AtOnce(Protocol):
+    """How far a method can make several outputs side by side."""
+
+    def __call__(self, jobs: Sequence[Job], options: Any, progress: Progress, /) -> int:
+        """Make what the outputs share, then say how many of them may be made at the same time, in threads."""
+
+
 class Draft(Protocol):
     """The planning of a method: validates levels and options against the source, without reading weights."""
 
@@ -120,6 +127,8 @@ class Method:
     """The optional dependency group that brings them."""
     depends: Depends | None = None
     """What the bytes of its outputs depend on; None: on everything."""
+    at_once: AtOnce | None = None
+    """None: one output after the other."""
 
 
 @dataclass(frozen=True)
@@ -225,12 +234,14 @@ def method(
     needs: tuple[str, ...] = (),
     extra: str = "",
     depends: Depends | None = None,
+    at_once: AtOnce | None = None,
 ) -> Callable[[Quantize], Method]:
     """Mark a function as the method ``name``; the module's attribute becomes the ``Method``.
 
     ``depends`` declares what the bytes depend on beside the checkpoint; without it, on every key of the configuration.
+    ``at_once`` says how many outputs of one entry may be made side by side; without it they are made one by one.
     """
-    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends)
+    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends, at_once)
 
 
 def check(

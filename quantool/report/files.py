@@ -21,7 +21,7 @@ from quantool.report.holdings import of_reports
 from quantool.report.loss_origin import losses
 from quantool.report.plots import existing_plots
 from quantool.report.sections import checks, corpora, pictures, unchecked
-from quantool.report.table import HEADINGS, columns, markdown
+from quantool.report.table import headings, markdown, rows_of
 from quantool.runtime.workspace import write_text
 
 JSON, MARKDOWN, JUNIT = "report.json", "report.md", "junit.xml"
@@ -94,7 +94,7 @@ def as_markdown(
         f"# quantool: {verdict_of(reports)}\n",
         f"Reference: {references}\n",
         *(f"{text[0].upper()}{text[1:]}.\n" for text in dict.fromkeys(r.prepared for r in reports) if text),
-        markdown(HEADINGS, [columns(report) for report in reports]),
+        markdown(headings(reports), rows_of(reports)),
         *_failed(reports),
         *(["## Figures by corpus\n", corpora(reports)] if any(r.find("perplexity") for r in reports) else []),
         *losses(reports),

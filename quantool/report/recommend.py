@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantool.records import Report, Verdict
+from quantool.report.pooled import loss, worst_pooled
 from quantool.report.table import file_name, worst
 
 CLOSE = 0.05
@@ -40,19 +41,28 @@ def recommend(reports: Sequence[Report]) -> Recommendation | None:
         usual = next((levels[level] for level in USUAL if level in levels), by_size[0])
         return Recommendation(usual, "a usual choice; nothing was measured")
     close = [report for report in measured if (divergence[report.artifact.output] or 0.0) <= CLOSE]
+    limit = _limit(measured[0])
     if close:
         return Recommendation(
-            close[0],
-            f"the smallest that stays close to the original (mean KLD at most {CLOSE:g} nats on every text)",
+            close[0], f"the smallest that stays close to the original ({limit} on every text)"
         )
     nearest = min(measured, key=lambda report: divergence[report.artifact.output] or 0.0)
-    return Recommendation(
-        nearest,
-        f"the closest to the original here (none has a mean KLD of {CLOSE:g} nats or less on every text)",
-    )
+    return Recommendation(nearest, f"the closest to the original here (none has a {limit} on every text)")
+
+
+def _limit(report: Report) -> str:
+    """What is close, in the figure that the report has."""
+    found = worst_pooled(report)
+    if found is None:
+        return f"mean KLD of at most {CLOSE:g} nats"
+    if found.metric == "cosine":
+        return f"cosine of at least {1 - CLOSE / 4:g}"
+    return f"logit error of at most {2 * CLOSE:g}"
 
 
 def _divergence(report: Report) -> float | None:
+    if (pooled := worst_pooled(report)) is not None:
+        return loss(pooled)
     found = worst(report)
     return found.measured if found is not None and isinstance(found.measured, float) else None
 

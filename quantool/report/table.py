@@ -12,13 +12,14 @@ from pathlib import Path
 from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
 from quantool.report.holdings import of_outputs
+from quantool.report.pooled import FIGURES, pooled_metrics, shown, worst_pooled
 from quantool.runtime.progress import amount, span
 
 HEADINGS = (
     "file", "size", "bpw", "worst corpus", "perplexity", "reference", "mean KLD", "same top-p", "template", "verdict",
     "SHA-256",
 )  # fmt: skip
-NUMBERS = frozenset({"size", "bpw", "perplexity", "reference", "mean KLD", "same top-p"})
+NUMBERS = frozenset({"size", "bpw", "perplexity", "reference", "mean KLD", "same top-p", *FIGURES.values()})
 """Columns whose cells end at the same place."""
 DISPENSABLE = (
     "SHA-256", "template", "reference", "perplexity", "worst corpus", "bpw", "same top-p", "mean KLD",
@@ -28,24 +29,45 @@ SHORTEST = 12  # characters that are left of a file's name
 SHOWN = 12  # hexadecimal digits of a hash; all of them stand in SHA256SUMS
 
 
-def columns(report: Report) -> list[str]:
-    """One row: the figures of the corpus where the divergence is worst, which is named."""
+def headings(reports: Sequence[Report]) -> tuple[str, ...]:
+    """The columns of a table: ``HEADINGS``, or those of models that make vectors or logits of a text."""
+    metrics = pooled_metrics(reports)
+    return (*HEADINGS[:4], *(FIGURES[metric] for metric in metrics), *HEADINGS[-2:]) if metrics else HEADINGS
+
+
+def columns(report: Report, metrics: Sequence[str] = ()) -> list[str]:
+    """One row: the figures of the corpus where the divergence is worst, which is named.
+
+    ``metrics`` are those of models that make vectors or logits of a text, where that is what the table is about.
+    """
     artifact = report.artifact
-    divergence = worst(report)
+    divergence = worst_pooled(report) if metrics else worst(report)
     corpus = divergence.corpus if divergence else None
     largest = max(artifact.files, key=lambda file: file.bytes)
+    if metrics:
+        figures = [shown(report.find(metric, corpus)) for metric in metrics]
+    else:
+        figures = [
+            *perplexity(report, corpus),
+            figure(divergence, plain=True),
+            percent(report.find("same_top_p", corpus), plain=True),
+            _template(report),
+        ]
     return [
         file_name(report),
         amount(artifact.bytes(), "B"),
         f"{artifact.bits_per_weight:.2f}",
         corpus or "-",
-        *perplexity(report, corpus),
-        figure(divergence, plain=True),
-        percent(report.find("same_top_p", corpus), plain=True),
-        _template(report),
+        *figures,
         str(report.verdict()),
         largest.sha256[:SHOWN],
     ]
+
+
+def rows_of(reports: Sequence[Report]) -> list[list[str]]:
+    """The rows below ``headings``."""
+    metrics = pooled_metrics(reports)
+    return [columns(report, metrics) for report in reports]
 
 
 def file_name(report: Report) -> str:
@@ -83,8 +105,8 @@ def table(reports: Sequence[Report], width: int | None = None) -> str:
     ``width`` is the longest line that there is room for: columns are left out (``DISPENSABLE``), then names of files
     shortened, until they fit.
     """
-    rows = [list(HEADINGS), *(columns(report) for report in reports)]
-    dispensable = list(DISPENSABLE)
+    rows = [list(headings(reports)), *rows_of(reports)]
+    dispensable = [name for name in DISPENSABLE if name in rows[0]]
     while width is not None and dispensable and _total(rows) > width:
         left_out = rows[0].index(dispensable.pop(0))
         rows = [row[:left_out] + row[left_out + 1 :] for row in rows]
@@ -183,5 +205,5 @@ def write_step_summary(reports: Sequence[Report]) -> None:
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write("## quantool\n\n" + markdown(HEADINGS, [columns(report) for report in reports]) + "\n")
+            file.write("## quantool\n\n" + markdown(headings(reports), rows_of(reports)) + "\n")
             file.writelines(f"- {line}\n" for line in failures(reports))

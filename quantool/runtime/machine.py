@@ -70,6 +70,21 @@ def total_ram() -> int:
     return room
 
 
+def free_ram() -> int:
+    """Bytes that can be had of this machine's memory, or of the control group's where that is less."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        room = int(lines["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()).isdigit():
+        used = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        room = min(room, int(most) - int(used["anon"]))
+    return max(room, 0)
+
+
 def speed() -> Speed:
     """How fast this machine is: measured in a quarter of a second when it is asked first, then kept in the user cache."""
     path = _folder() / "speed.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from quantool.runtime import children, process
@@ -15,18 +16,26 @@ Result = TypeVar("Result")
 def side_by_side(calls: Sequence[Callable[[Bar], Result]], bar: Bar) -> list[Result]:
     """The results of ``calls``, which start workers (``process.call``) with the bar that each is given, in their order.
 
-    When one fails, the others end first, so that what they keep is kept; then its error is raised, the first of several.
-    On an interruption their workers are killed.
+    See ``in_threads`` for errors and interruptions.
     """
     if len(calls) == 1:
         return [calls[0](bar)]
-    children.prepare(process.environment())
     sum_of = _Sum(bar, len(calls))
+    return in_threads([partial(call, sum_of.part(number)) for number, call in enumerate(calls)])
+
+
+def in_threads(calls: Sequence[Callable[[], Result]]) -> list[Result]:
+    """The results of ``calls``, each made in a thread of its own, in their order.
+
+    When one fails, the others end first, so that what they keep is kept; then its error is raised, the first of several.
+    On an interruption their workers are killed.
+    """
+    children.prepare(process.environment())
     outcomes: list[Result | BaseException | None] = [None] * len(calls)
 
     def run(number: int) -> None:
         try:
-            outcomes[number] = calls[number](sum_of.part(number))
+            outcomes[number] = calls[number]()
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
             outcomes[number] = error
 

@@ -8,6 +8,7 @@ Standard output is left to the result.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from rich.progress import Task
     from rich.text import Text
 
+COMMON = "make "
+"""What the names of steps that are taken side by side begin with."""
 PLAIN_LINE_SECONDS = 15.0
 STEP_LINE_SECONDS = 60.0
+NEARLY = 0.95
+"""Of a step, what its bar measures: files are loaded once and hashed behind it."""
 LEARNT_SECONDS = 5.0
 """So much of the estimate must be behind a run before its own speed corrects the rest."""
 
@@ -38,6 +43,16 @@ class Step:
 
     name: str
     seconds: float
+
+
+@dataclass
+class Part:
+    """One of the steps that are taken side by side."""
+
+    estimate: float
+    begun: bool = False
+    share: float = 0.0
+    """How much of it is done, 0 to 1."""
 
 
 @dataclass
@@ -59,6 +74,40 @@ class Course:
     """Seconds that finished steps of ``took`` seconds were estimated to need."""
     took: float = 0.0
     planned: bool = False
+    parts: dict[str, Part] = field(default_factory=dict)
+    """The steps that are taken side by side, by name; empty while there is one."""
+
+    def begin_together(self, names: Sequence[str]) -> None:
+        """Take steps side by side: together they are one, whose estimate is the sum of theirs.
+
+        The first may have begun, with what they all need.
+        """
+        estimates = {step.name: step.seconds for step in self.remaining}
+        if self.name != names[0]:
+            self.begin(names[0])
+        others = [estimates.get(name, 0.0) for name in names[1:]]
+        first = min(self.estimate, max(others, default=self.estimate))  # of its own, without what all need
+        self.parts = {name: Part(seconds) for name, seconds in zip(names, [first, *others], strict=True)}
+        self.remaining = [step for step in self.remaining if step.name not in self.parts]
+        self.estimate += sum(others)
+        self.bar_began = time.monotonic()
+
+    def end_together(self) -> None:
+        """All of them are done."""
+        self.finished += len(self.parts) - 1
+        self.parts = {}
+        self.end()
+
+    def add_up(self) -> None:
+        """Say how far the steps side by side are together, in seconds of their estimates."""
+        known = [part for part in self.parts.values() if part.estimate]
+        self.done = sum(part.share * part.estimate for part in known)
+        self.total = sum(part.estimate for part in known)
+        self.activity = ", ".join(
+            f"{name.removeprefix(COMMON)} {100 * part.share:.0f} %"
+            for name, part in self.parts.items()
+            if part.begun and part.share < 1
+        )
 
     def begin(self, name: str) -> None:
         """Take the step of this name; one that nobody expected counts as well, those before it needed not be taken."""
@@ -81,12 +130,14 @@ class Course:
 
     def label(self) -> str:
         """``[3/14] ``; nothing while nobody knows how many steps there are."""
-        number = self.finished + bool(self.name)
-        return f"[{number}/{number + len(self.remaining)}] " if self.planned else ""
+        taken = len(self.parts) or bool(self.name)
+        first, last = self.finished + bool(taken), self.finished + taken
+        number = f"{first}-{last}" if last > first else f"{last}"
+        return f"[{number}/{last + len(self.remaining)}] " if self.planned else ""
 
     def share(self) -> str:
         """How much of the current stage is done: ``1.2/2.4 GB`` or ``30/240 tok``."""
-        if not self.total:
+        if not self.total or self.parts:
             return ""
         if self.unit == "B":
             return f"{amount(self.done, 'B')}/{amount(self.total, 'B')}"
@@ -102,6 +153,8 @@ class Course:
             return None if self.name else stage or None  # a stage by itself
         pace = self.took / self.estimated if self.estimated > LEARNT_SECONDS else 1.0
         current = max(self.estimate * pace - (now - self.step_began), 0.0) if self.name else 0.0
+        if self.parts and stage:
+            current = stage  # what is taken side by side needs less than its parts one after the other
         return max(current, stage) + pace * sum(step.seconds for step in self.remaining)
 
     def times(self) -> str:
@@ -123,6 +176,9 @@ class Progress:
         self.terminal = not quiet and sys.stderr.isatty()
         self._course: Course | None = None
         self._live: RichProgress | None = None
+        self._own = threading.local()
+        """The part of steps side by side that a thread takes."""
+        self._turn = threading.Lock()
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -166,15 +222,55 @@ class Progress:
         if course is None:
             yield
             return
+        if name in course.parts:
+            with self._part(course, name):
+                yield
+            return
+        if course.name == name:  # what several steps share was made in it
+            yield
+            course.end()
+            return
         course.begin(name)
         if self._live is None:
             self.say(f"{course.label()}{name}{course.times()}")
         yield
         course.end()
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Begin a step that ``step`` or ``together`` goes on with: what it needs is made first."""
+        if self._course is not None:
+            self._course.begin(name)
+            if self._live is None:
+                self.say(f"{self._course.label()}{name}{self._course.times()}")
+        yield
+
+    @contextmanager
+    def together(self, names: Sequence[str]) -> Iterator[None]:
+        """Take steps side by side, each in ``step`` and in a thread of its own."""
+        if self._course is None:
+            yield
+            return
+        self._course.begin_together(names)
+        yield
+        self._course.end_together()
+
+    @contextmanager
+    def _part(self, course: Course, name: str) -> Iterator[None]:
+        part = course.parts[name]
+        self._own.part = part
+        part.begun = True
+        if self._live is None:
+            self.say(f"{course.label()}{name}{course.times()}")
+        yield
+        with self._turn:
+            part.share = 1.0
+            course.add_up()
+        self._own.part = None
+
     def activity(self, text: str) -> None:
         """Say what the current step does; shown on the live line alone."""
-        if self._course is not None:
+        if self._course is not None and not self._course.parts:
             self._course.activity, self._course.total = text, 0.0
 
     @contextmanager
@@ -184,6 +280,9 @@ class Progress:
         Within a whole run it moves that line; by itself it says the time it took.
         """
         started = time.monotonic()
+        if self._course is not None and (part := getattr(self._own, "part", None)) is not None:
+            yield _PartBar(self._course, part, self._turn)
+            return
         if self._course is not None:
             before = self._course.activity
             yield _StepBar(self, self._course, label, unit, started)
@@ -217,6 +316,18 @@ class _StepBar:
         self._last = now
         left = ", ".join(filter(None, (f"{100 * done / total:.0f} %", course.left_text())))
         self._progress.say(f"{course.label()}{course.name}: {self._label} {left}")
+
+
+class _PartBar:
+    """A stage of a step that is taken beside others: it moves them all."""
+
+    def __init__(self, course: Course, part: Part, turn: threading.Lock) -> None:
+        self._course, self._part, self._turn = course, part, turn
+
+    def move(self, done: float, total: float) -> None:
+        with self._turn:
+            self._part.share = max(self._part.share, NEARLY * done / total if total else 0.0)
+            self._course.add_up()
 
 
 class _PlainBar:

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,6 +58,7 @@ class Workspace:
         self.logs = root / "logs"
         self.seconds: dict[str, float] = {}
         """What stages took that this run produced, without those produced within them."""
+        self._within = threading.local()
         self._locked = False
         self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
@@ -148,11 +150,14 @@ class Workspace:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Note the seconds of a stage; those of stages within it are theirs alone."""
-        started, before = time.monotonic(), sum(self.seconds.values())
-        yield
-        within = sum(self.seconds.values()) - before
-        self.seconds[name] = time.monotonic() - started - within
+        """Note the seconds of a stage; those of stages within it, in the same thread, are theirs alone."""
+        outer, started = getattr(self._within, "seconds", 0.0), time.monotonic()
+        self._within.seconds = 0.0
+        try:
+            yield
+            self.seconds[name] = time.monotonic() - started - self._within.seconds
+        finally:
+            self._within.seconds = outer + time.monotonic() - started
 
     def together(
         self,
@@ -177,7 +182,7 @@ class Workspace:
         for number, result in zip(missing, produce(missing) if missing else (), strict=True):
             results[number] = result
             stage = stages[number]
-            if stage.key is not None:
+            if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
                 self.keep(stage.name, stage.key, stage.files, result)
         return [results[number] for number in range(len(stages))]
 

@@ -188,7 +188,7 @@ def _number(path: Path, settings: Mapping[str, Any], key: str, pattern: str, mod
         fitting = next((name for name in listed if re.match(rf"(.*\.)?({name})$", module)), None)
     except re.error as error:
         raise SourceError(f"{path}: {pattern}: {error}") from error
-    value = settings.get(key) if fitting is None else listed[fitting]
+    value: Any = settings.get(key) if fitting is None else listed[fitting]
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise SourceError(f"{path}: {key} of {module} is {brief(value)}, expected a positive number")
     return float(value)

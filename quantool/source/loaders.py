@@ -7,13 +7,15 @@ from functools import cache
 
 from quantool.records import Source
 from quantool.source.class_defaults import parsed
+from quantool.tasks import TaskKind
 
-SUFFIXES = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "Model": "AutoModel",
-    "ForMaskedLM": "AutoModel",
+CLASSES = {
+    TaskKind.EMBEDDING: "AutoModel",
+    TaskKind.RERANKING: "AutoModelForSequenceClassification",
+    TaskKind.CLASSIFICATION: "AutoModelForSequenceClassification",
+    TaskKind.GENERATION: "AutoModelForCausalLM",
 }
-"""End of an architecture's name to the class that finds its class; any other is a text generator."""
+"""What a model is for to the class of transformers that finds its class."""
 TABLES = {
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -23,10 +25,7 @@ TABLES = {
 
 def auto_class(source: Source) -> str:
     """Name of the class of transformers that the reference of ``source`` is loaded through."""
-    architecture = source.facts.architecture
-    return next(
-        (name for end, name in SUFFIXES.items() if architecture.endswith(end)), "AutoModelForCausalLM"
-    )
+    return CLASSES[source.facts.task.kind]
 
 
 def loader(source: Source) -> str | None:

@@ -15,12 +15,12 @@ from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import TensorHeader
 from quantool.ledger import AUDIO, HEAD, MTP, SPEECH, TEXT, TOWERS, VISION
 from quantool.records import Source
+from quantool.source.mtp import part_of as head_of
 
 STEMS = {
     VISION: ("vision", "visual", "image", "vit", "vpm", "siglip", "sam_", "patch_embed", "resampler", "view_seperator"),
     AUDIO: ("audio", "sound", "conformer"),
     SPEECH: ("talker", "token2wav", "code2wav", "speech_decoder", "depth_decoder"),
-    MTP: ("mtp", "nextn"),
     HEAD: ("score", "classifier", "classification_head", "pre_classifier", "qa_outputs", "pooler"),
 }  # fmt: skip
 """How a module outside the layers begins that belongs to a part (names of transformers 5.17 and llama.cpp 0.3.36)."""
@@ -34,14 +34,8 @@ SECTIONS = {
     AUDIO: ("audio_config", "audio_processor", "audio_cfg", "sound_config", "speech_config"),
     SPEECH: ("talker_config", "token2wav_config", "code2wav_config"),
 }
-MTP_COUNTS = (
-    "num_nextn_predict_layers",
-    "mtp_num_hidden_layers",
-    "num_mtp_layers",
-    "num_mtp_modules",
-    "mtp_layers",
-)
-"""Keys of config.json that count the layers of a head for further tokens."""
+BESIDE_VECTORS = ("lm_head.", "cls.", "pooler.", "bert.pooler.")
+"""Beginnings of names of what an embedding model's checkpoint may hold and no pooled vector reads: heads of its training."""
 ADVICE = "fetch the rest of the checkpoint, or mend config.json if it never had this part"
 
 
@@ -52,26 +46,19 @@ class Parts:
     sections: frozenset[str]
     """Towers that it has a section for."""
     layers: int
-    """Decoder layers; what is numbered from there on drafts further tokens, if ``drafts``."""
-    drafts: int
-    """Layers of the head for further tokens that config.json counts."""
-    drafts_key: str = ""
+    """Decoder layers; what is numbered from there on drafts further tokens."""
 
     @classmethod
     def of(cls, source: Source) -> Parts:
         """Read the config.json of a source."""
         top = read_json(source.folder / "config.json")
-        text = top.get("text_config")
-        sections = [top, *([text] if isinstance(text, dict) else [])]
         named = {part for part, keys in SECTIONS.items() if any(_is_section(top.get(key)) for key in keys)}
-        counts = [(key, section[key]) for section in sections for key in MTP_COUNTS if key in section]
-        key, drafts = next(
-            ((key, value) for key, value in counts if type(value) is int and value > 0), ("", 0)
-        )
-        return cls(frozenset(named), source.facts.layers, drafts, key)
+        return cls(frozenset(named), source.facts.layers)
 
     def part_of(self, name: str) -> str:
         """The part of a tensor; text for what nothing else is said of."""
+        if head_of(name, self.layers) is not None:
+            return MTP
         pieces = name.split(".")
         number = next((place for place, piece in enumerate(pieces) if piece.isdecimal()), None)
         for piece in pieces[:number]:
@@ -84,9 +71,6 @@ class Parts:
                     return part
             if self.sections and any(bridge in piece for bridge in BRIDGES):
                 return self._bridged()
-        if number is not None and self.drafts and pieces[number - 1] == "layers":
-            beyond = int(pieces[number]) >= self.layers
-            return MTP if beyond else TEXT
         return TEXT
 
     def _bridged(self) -> str:
@@ -102,12 +86,6 @@ class Parts:
                     f"config.json has a section for {part}, but no tensor of the checkpoint belongs to it",
                     hint=ADVICE,
                 )
-        if self.drafts and MTP not in present:
-            raise SourceError(
-                f"config.json: {self.drafts_key} {self.drafts} promises a head that drafts further tokens (MTP), and the "
-                "weights have none",
-                hint=f"fetch the rest of the checkpoint, or set {self.drafts_key} to 0 in config.json",
-            )
 
 
 def _is_section(value: Any) -> bool:

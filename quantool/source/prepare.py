@@ -6,15 +6,17 @@ run writes the weights beside them into ``work/`` of its output folder, once, fo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
 from quantool.formats.json_file import read_json
-from quantool.formats.safetensors import INDEX, TensorHeader, check_index, read_header, remote_headers
+from quantool.formats.safetensors import INDEX, TensorHeader, check_index, read_header, remote_headers, some
 from quantool.formats.safetensors_layout import encode_in_order, index_bytes
 from quantool.hub.download import hub_errors
 from quantool.origins import Origin, Prepared, SourceFile
@@ -25,31 +27,37 @@ from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace, written
 from quantool.source.adapter import WEIGHTS
 from quantool.source.quantized import SETTINGS
-from quantool.source.rewrite import Recipe, recipe_of, rewrite
+from quantool.source.rewrite import Preparation, preparation_of, rewrite
 
 STAGE = "prepared"
 PEAK = 1 << 30
 """Bytes of memory that preparing takes: a slice of a weight in float32 a few times over, and the libraries."""
 
 
-def sketch(source: Source, recipe: Recipe, prepared: Prepared, places: Mapping[str, Path]) -> Source:
-    """``source`` as ``recipe`` makes it: its folder holds everything but the weights.
+def sketch(
+    source: Source,
+    preparation: Preparation,
+    origins: tuple[Origin, Origin | None],
+    places: Mapping[str, Path],
+) -> Source:
+    """``source`` as ``preparation`` makes it of the ``origins`` (model and adapter): its folder holds all but the weights.
 
-    ``places`` are the folders of the small files that stay as they are, by their names.
+    ``places`` are the folders of its small files by their names; config.json and the index are written anew.
     """
-    shards = recipe.shards()
+    prepared = Prepared(
+        origin=origins[0],
+        form=preparation.unpacking.form if preparation.unpacking is not None else "",
+        adapter=origins[1],
+        merged=preparation.adapter.described() if preparation.adapter is not None else "",
+    )
+    places = {name: folder for name, folder in places.items() if name not in ("config.json", INDEX)}
+    shards = preparation.shards()
     texts = {"config.json": _config(prepared.origin.folder)}
     if len(shards) > 1:
         texts[INDEX] = index_bytes(shards).decode()
     hashes = {file.name: file.sha256 for file in source.files if file.name in places}
     folder = toolchain.cache_folder() / "sketches" / fingerprint(hashes, texts)[:32]
-    if not folder.is_dir():
-        with written(folder) as part:
-            for name, place in places.items():
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(place / name, part / name)
-            for name, text in texts.items():
-                (part / name).write_text(text, encoding="utf-8")
+    _write_sketch(folder, places, texts)
     small = [file_record(folder, name) for name in sorted([*places, *texts])]
     weights = {
         name: len(encode_in_order(stored)[0]) + sum(tensor.bytes for tensor in stored)
@@ -64,9 +72,34 @@ def sketch(source: Source, recipe: Recipe, prepared: Prepared, places: Mapping[s
                 *(SourceFile(name=name, bytes=size) for name, size in weights.items()),
             ),
             "prepared": prepared,
-            "notes": (*source.notes, prepared.described()),
+            "notes": (*source.notes, prepared.described(), *_dropped(preparation)),
         }
     )
+
+
+def _write_sketch(folder: Path, places: Mapping[str, Path], texts: Mapping[str, str]) -> None:
+    """Copies of the files in ``places`` and ``texts`` beside them, unless they are there; runs side by side take turns."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return
+        with written(folder) as part:
+            for name, place in places.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(place / name, part / name)
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
+
+
+def _dropped(preparation: Preparation) -> list[str]:
+    """What of a quantized checkpoint becomes no weight."""
+    if preparation.unpacking is None or not preparation.unpacking.dropped:
+        return []
+    names = [tensor.name for tensor in preparation.unpacking.dropped]
+    return [
+        f"{len(names)} scales of activations or caches are left out, full precision has no use for them: {some(names, 2)}"
+    ]
 
 
 def _config(folder: Path) -> str:
@@ -85,15 +118,32 @@ def found_headers(origin: Origin) -> dict[str, TensorHeader]:
         if WEIGHTS in sizes:
             return {tensor.name: tensor for tensor in read_header(origin.folder / WEIGHTS)}
         return check_index(origin.folder)
-    with hub_errors(origin.model_id, origin.commit):
-        return remote_headers(origin.model_id, origin.commit, sizes)
+    return committed_headers(origin.model_id, origin.commit, tuple(sizes.items()))
 
 
-def recipe_for(prepared: Prepared) -> Recipe:
-    """The recipe that a prepared source is made by, from the headers of its origins."""
+def committed_headers(repo: str, commit: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, TensorHeader]:
+    """The headers of files (name and bytes) of a commit on the Hub, by range requests; asked once."""
+    return {**_remote(repo, commit, sizes)}
+
+
+@lru_cache(maxsize=4)
+def _remote(repo: str, commit: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, TensorHeader]:
+    """A commit never changes, and every method asks."""
+    with hub_errors(repo, commit):
+        return remote_headers(repo, commit, dict(sizes))
+
+
+def preparation_for(prepared: Prepared) -> Preparation:
+    """The preparation that a prepared source is made by, from the headers of its origins."""
+    return _preparation(prepared, fingerprint(prepared.identity()))
+
+
+@lru_cache(maxsize=2)
+def _preparation(prepared: Prepared, _identity: str) -> Preparation:
+    """Every method asks; of a hundred thousand tensors it takes seconds."""
     adapter = prepared.adapter
     parts = (adapter.folder, found_headers(adapter)) if adapter is not None else None
-    return recipe_of(prepared.origin.folder, found_headers(prepared.origin), parts)
+    return preparation_of(prepared.origin.folder, found_headers(prepared.origin), parts)
 
 
 def to_fetch(source: Source) -> int:

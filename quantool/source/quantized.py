@@ -31,6 +31,8 @@ ACTIVATIONS = (
 )  # fmt: skip
 """Last parts of the names of what belongs to activations or to the cache of keys and values: no weight is made of it."""
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+PACKED = (".weight_packed", ".qweight", ".weight_scale", ".weight_scale_inv")
+"""Ends of names that only quantized checkpoints have."""
 PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
 LEFTOVERS = (".weight_scale", "_scale_inv", ".weight_shape", ".g_idx", ".scales", "_scales")
 """Ends of the names of parts: one that no weight has taken belongs to a weight that is lost."""
@@ -107,10 +109,9 @@ def read_unpacking(
     checkpoint = _Unexplained(path, settings, dict(headers))
     kind, reader = READERS[str(settings["quant_method"])]
     weights = {weight.name: weight for weight in reader(checkpoint)}
-    dropped = [
-        tensor for name, tensor in checkpoint.headers.items() if name.rpartition(".")[2].endswith(ACTIVATIONS)
-    ]
-    left = [tensor for tensor in checkpoint.headers.values() if tensor not in dropped]
+    left, dropped = [], []
+    for name, tensor in checkpoint.headers.items():
+        (dropped if name.rpartition(".")[2].endswith(ACTIVATIONS) else left).append(tensor)
     strange = [tensor.name for tensor in left if tensor.dtype not in PLAIN or tensor.name.endswith(LEFTOVERS)]
     if strange:
         raise SourceError(
@@ -126,6 +127,19 @@ def read_unpacking(
         raise SourceError(f"{path.parent}: {some(twice)}: there quantized and in full precision")
     target = DTYPES.get(str(dtype).removeprefix("torch."), "BF16")
     return Unpacking(_form(kind, [*weights.values()]), target, weights, tuple(left), tuple(dropped))
+
+
+def require_plain(path: Path, headers: Mapping[str, TensorHeader]) -> None:
+    """SourceError for parts of quantized weights where config.json ``path`` says nothing of a quantization."""
+    found = sorted(
+        name for name, tensor in headers.items() if tensor.dtype.startswith("F8_") or name.endswith(PACKED)
+    )
+    if found:
+        raise SourceError(
+            f"{path.parent}: {len(found)} tensors are parts of quantized weights ({some(found)}), but config.json has no "
+            f"{SETTINGS}",
+            hint=f"restore {SETTINGS} in config.json, or {BF16_FIRST}",
+        )
 
 
 def _form(kind: str, weights: list[PackedWeight]) -> str:
@@ -225,6 +239,13 @@ def _fp8(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
     yield from _eight_bit(checkpoint, EIGHT_BIT - {"I8"})
 
 
+def _modelopt(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
+    """NVIDIA's FP8: one scale a tensor (ModelOpt 0.3x, ``export/quant_utils.py``)."""
+    if (algorithm := checkpoint.settings.get("quant_algo")) != "FP8":
+        raise _unreadable(checkpoint.path, f"quant_algo {brief(algorithm)} of ModelOpt")
+    yield from _fp8(checkpoint)
+
+
 def _mxfp4(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
     for name, parts in checkpoint.take("_blocks", {"blocks": "_blocks", "scales": "_scales"}):
         yield mxfp4(name, parts)
@@ -252,6 +273,8 @@ def _gptq(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
 READERS: dict[str, tuple[str, Reader]] = {
     "compressed-tensors": ("compressed-tensors", _compressed),
     "fp8": ("FP8 of transformers", _fp8),
+    "fbgemm_fp8": ("FBGEMM", _fp8),
+    "modelopt": ("ModelOpt", _modelopt),
     "mxfp4": ("gpt-oss", _mxfp4),
     "awq": ("AutoAWQ", _autoawq),
     "gptq": ("GPTQ", _gptq),

@@ -27,7 +27,7 @@ from quantool.formats.safetensors import (
     weight_files,
 )
 from quantool.hub.download import Listing, fetch, hub_errors, list_repository
-from quantool.origins import Origin, Prepared, SourceFile
+from quantool.origins import Origin, SourceFile
 from quantool.records import Source, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source.adapter import CONFIG as ADAPTER
@@ -36,7 +36,7 @@ from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
 from quantool.source.mtp import check_head
 from quantool.source.prepare import found_headers, sketch
-from quantool.source.rewrite import recipe_of
+from quantool.source.rewrite import preparation_of
 from quantool.source.task import SENTENCE_FILES, module_files, task_of
 
 MODEL_FILES = ("config.json", "generation_config.json", "README.md", "LICENSE*", INDEX, *SENTENCE_FILES)
@@ -81,32 +81,24 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     ConfigError for a revision of a local folder.
     """
     place, adapter = _places(config)
-    if "config.json" not in place.sizes:
-        raise SourceError(
-            f"{place.model_id} has no config.json", hint="is it a checkpoint in transformers' format?"
-        )
-    small = _chosen(place.sizes, (*MODEL_FILES, *TOKENIZER_FILES))
-    if config.trust_remote_code:
-        small += _chosen(place.sizes, CODE_FILES)
-    _get(place, small, config)
-    small += (further := module_files(place.folder, place.sizes))
-    _get(place, further, config)
+    small = _small_files(place, config)
     configuration, notes = read_configuration(place.folder, trust_remote_code=config.trust_remote_code)
     names, headers = _headers(place, config, weights=weights, progress=progress)
     added = _adapter(adapter, config, weights=weights, progress=progress) if adapter is not None else None
-    recipe = recipe_of(place.folder, headers, (added[0].folder, added[1]) if added is not None else None)
+    preparation = preparation_of(
+        place.folder, headers, (added[0].folder, added[1]) if added is not None else None
+    )
     tokenizer = _tokenizer(place, adapter, config)
     generation = read_optional(place.folder / "generation_config.json", JsonLimits(finite=True))
     _bound(tokenizer)
-    made = recipe.made_headers()
+    made = preparation.made_headers()
     facts, more = model_facts(configuration, generation, tokenizer.folder, made)
     more += check_head(configuration.top, made, facts.layers)
     card, remarks = model_card(place.folder)
     task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
-    ours = [name for name in small if place is tokenizer or not _is_tokenizer(name)]
-    files = [(place.folder, name) for name in ours]
+    places = {name: place.folder for name in small if place is tokenizer or not _is_tokenizer(name)}
     if tokenizer is not place:
-        files += [(tokenizer.folder, name) for name in _chosen(tokenizer.sizes, TOKENIZER_FILES)]
+        places |= dict.fromkeys(_chosen(tokenizer.sizes, TOKENIZER_FILES), tokenizer.folder)
     named = adapter or place
     source = Source(
         model_id=named.model_id,
@@ -114,7 +106,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         commit=named.commit,
         folder=place.folder,
         files=(
-            *(_read_file(folder, name) for folder, name in sorted(files, key=lambda entry: entry[1])),
+            *(_read_file(folder, name) for name, folder in sorted(places.items())),
             *(SourceFile(name=name, bytes=place.sizes[name]) for name in names),
         ),
         others=tuple(
@@ -127,18 +119,27 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         generation=generation,
         trust_remote_code=config.trust_remote_code,
         tokenizer=tokenizer.folder if tokenizer is not place else None,
-        notes=(*notes, *more, *remarks, *_other_base(place, recipe.adapter)),
+        notes=(*notes, *more, *remarks, *_other_base(place, preparation.adapter)),
     )
-    if recipe.is_plain:
+    if preparation.is_plain:
         return source
-    prepared = Prepared(
-        origin=_origin(place, ("config.json", INDEX), names),
-        form=recipe.unpacking.form if recipe.unpacking is not None else "",
-        adapter=added[0] if added is not None else None,
-        merged=recipe.adapter.described() if recipe.adapter is not None else "",
-    )
-    kept = {name: folder for folder, name in files if name not in ("config.json", INDEX)}
-    return sketch(source, recipe, prepared, kept)
+    origin = _origin(place, ("config.json", INDEX), names)
+    return sketch(source, preparation, (origin, added[0] if added is not None else None), places)
+
+
+def _small_files(place: _Place, config: Config) -> list[str]:
+    """Everything of a checkpoint but weights, fetched; SourceError without a config.json."""
+    if "config.json" not in place.sizes:
+        raise SourceError(
+            f"{place.model_id} has no config.json", hint="is it a checkpoint in transformers' format?"
+        )
+    small = _chosen(place.sizes, (*MODEL_FILES, *TOKENIZER_FILES))
+    if config.trust_remote_code:
+        small += _chosen(place.sizes, CODE_FILES)
+    _get(place, small, config)
+    further = module_files(place.folder, place.sizes)
+    _get(place, further, config)
+    return [*small, *further]
 
 
 def _origin(place: _Place, small: Sequence[str], weights: Sequence[str]) -> Origin:

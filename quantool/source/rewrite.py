@@ -19,12 +19,12 @@ from quantool.formats.safetensors import SINGLE, TensorHeader, check_index, read
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, encode_in_order, write_index
 from quantool.runtime.worker import Report, preloaded
 from quantool.source.adapter import CONFIG, WEIGHTS, LoraAdapter, LowRank, read_adapter, require_fit
-from quantool.source.quantized import Unpacking, quantization, read_unpacking
+from quantool.source.quantized import Unpacking, quantization, read_unpacking, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SLICE = 1 << 24
+SLICE = 1 << 23
 """Elements of a weight that are computed at a time."""
 PROBES = 4
 """Random vectors that a merged weight is multiplied with."""
@@ -33,7 +33,7 @@ FACTOR_ERROR = 0.02
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Preparation:
     """What becomes of the tensors of a checkpoint, ``headers``."""
 
     headers: Mapping[str, TensorHeader]
@@ -88,10 +88,10 @@ class Recipe:
         return self.unpacking.dtype if self.unpacking is not None else ""
 
 
-def recipe_of(
+def preparation_of(
     folder: Path, headers: Mapping[str, TensorHeader], adapter: tuple[Path, Mapping[str, TensorHeader]] | None
-) -> Recipe:
-    """The recipe of the checkpoint whose config.json is in ``folder``, and of an adapter (its folder and headers).
+) -> Preparation:
+    """The preparation of the checkpoint whose config.json is in ``folder``, and of an adapter (its folder and headers).
 
     Raises SourceError for what cannot be read, does not fit or is incomplete.
     """
@@ -100,15 +100,19 @@ def recipe_of(
     text = top.get("text_config")
     parts = (top, text) if isinstance(text, dict) else (top,)
     settings = quantization(path, *parts)
-    recipe = Recipe(headers)
-    if settings is not None:
+    preparation = Preparation(headers)
+    if settings is None:
+        require_plain(path, headers)
+    else:
         dtype = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
-        recipe = replace(recipe, unpacking=read_unpacking(path, settings, dtype, headers))
+        preparation = replace(preparation, unpacking=read_unpacking(path, settings, dtype, headers))
     if adapter is not None:
         added = read_adapter(adapter[0] / CONFIG, adapter[1])
-        require_fit(added, {s.name: s for stored in recipe.shards().values() for s in stored}, str(folder))
-        recipe = replace(recipe, adapter=added)
-    return recipe
+        require_fit(
+            added, {s.name: s for stored in preparation.shards().values() for s in stored}, str(folder)
+        )
+        preparation = replace(preparation, adapter=added)
+    return preparation
 
 
 @preloaded("torch")
@@ -123,9 +127,11 @@ def rewrite(request: dict[str, Any], report: Report) -> dict[str, Any]:
     headers = check_index(folder)
     place = Path(request["adapter"]) if request["adapter"] else None
     parts = (place, {t.name: t for t in read_header(place / WEIGHTS)}) if place is not None else None
-    recipe = recipe_of(folder, headers, parts)
-    maker = _TensorMaker(recipe, _StoredTensors(folder), _StoredTensors(place) if place is not None else None)
-    shards = recipe.shards()
+    preparation = preparation_of(folder, headers, parts)
+    maker = _TensorMaker(
+        preparation, _StoredTensors(folder), _StoredTensors(place) if place is not None else None
+    )
+    shards = preparation.shards()
     total = sum(tensor.bytes for stored in shards.values() for tensor in stored)
     done = 0
     for shard, stored in shards.items():
@@ -137,8 +143,8 @@ def rewrite(request: dict[str, Any], report: Report) -> dict[str, Any]:
                     done += len(piece)
                     report(done, total)
     write_index(target, shards)
-    factor = _factor(maker, target, recipe.made_headers()) if recipe.adapter is not None else None
-    return {"weights": len(recipe.packed) + len(maker.changed), "factor": factor}
+    factor = _factor(maker, target, preparation.made_headers()) if preparation.adapter is not None else None
+    return {"weights": len(preparation.packed) + len(maker.changed), "factor": factor}
 
 
 class _StoredTensors:
@@ -165,16 +171,16 @@ class _StoredTensors:
 
 @dataclass(frozen=True)
 class _TensorMaker:
-    """Computes the tensors of a recipe."""
+    """Computes the tensors of a preparation."""
 
-    recipe: Recipe
+    preparation: Preparation
     files: _StoredTensors
     adapter_files: _StoredTensors | None
 
     @property
     def changed(self) -> set[str]:
         """Weights that the adapter adds to or replaces."""
-        adapter = self.recipe.adapter
+        adapter = self.preparation.adapter
         return {*adapter.added, *adapter.replaced} if adapter is not None else set()
 
     def pieces(self, tensor: Stored) -> Iterator[memoryview]:
@@ -182,7 +188,7 @@ class _TensorMaker:
         import torch
 
         if not tensor.shape or not tensor.bytes:
-            yield _bytes(self.files.whole(self.recipe.headers[tensor.name]))
+            yield _bytes(self.files.whole(self.preparation.headers[tensor.name]))
             return
         rows, step = self.rows(tensor.name), self.step(tensor)
         wanted = _torch_dtype(tensor.dtype) if self.computes(tensor.name) else None
@@ -199,11 +205,11 @@ class _TensorMaker:
 
     def computes(self, name: str) -> bool:
         """Whether the tensor is anything but a copy."""
-        return name in self.recipe.packed or name in self.changed
+        return name in self.preparation.packed or name in self.changed
 
     def step(self, tensor: Stored) -> int:
         """Rows to compute at a time."""
-        weight = self.recipe.packed.get(tensor.name)
+        weight = self.preparation.packed.get(tensor.name)
         least = weight.step if weight is not None else 1
         row = math.prod(tensor.shape[1:])
         return max(1, SLICE // max(1, row) // least) * least
@@ -211,7 +217,7 @@ class _TensorMaker:
     def rows(self, name: str) -> Callable[[int, int], Tensor]:
         """What reads rows of a tensor: as stored for a copy, else in float32 with what the adapter adds."""
         before = self.base_rows(name)
-        adapter = self.recipe.adapter
+        adapter = self.preparation.adapter
         if adapter is None or name not in self.changed or self.adapter_files is None:
             return before
         if name in adapter.replaced:
@@ -222,9 +228,9 @@ class _TensorMaker:
 
     def base_rows(self, name: str) -> Callable[[int, int], Tensor]:
         """The same without an adapter."""
-        weight = self.recipe.packed.get(name)
+        weight = self.preparation.packed.get(name)
         if weight is None:
-            stored = self.files.slice(self.recipe.headers[name])
+            stored = self.files.slice(self.preparation.headers[name])
             return lambda first, last: stored[first:last]
         self._check_shape(weight)
 
@@ -269,7 +275,7 @@ def _factor(maker: _TensorMaker, target: Path, made: Mapping[str, TensorHeader])
     """
     import torch
 
-    adapter, written = maker.recipe.adapter, _StoredTensors(target)
+    adapter, written = maker.preparation.adapter, _StoredTensors(target)
     if adapter is None:
         raise AssertionError
     generator = torch.Generator().manual_seed(0)
@@ -311,4 +317,5 @@ def _torch_dtype(name: str) -> Any:
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    found: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(found)

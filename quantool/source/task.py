@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import SourceError
-from quantool.formats.json_file import SMALL, JsonError, brief, parse_json, read_bounded, read_json
+from quantool.formats.json_file import (
+    SMALL,
+    JsonError,
+    brief,
+    parse_json,
+    read_bounded,
+    read_json,
+    read_optional,
+)
 from quantool.tasks import PIPELINE_TAGS, Task, TaskKind
 
 MODULES = "modules.json"
-SENTENCE_FILES = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
+PROMPTS = "config_sentence_transformers.json"
+SENTENCE_FILES = (MODULES, PROMPTS, "sentence_bert_config.json")
 """What sentence-transformers writes beside the files of transformers."""
 CLASSIFIER = "ForSequenceClassification"
 MODE = "pooling_mode"
@@ -79,9 +88,17 @@ def sentence_task(folder: Path) -> Task:
     return Task(
         kind=TaskKind.EMBEDDING,
         pooling=read_pooling(folder / pooling[0]["path"] / "config.json") if pooling else None,
+        prompts=_prompts(folder / PROMPTS),
         normalized=any(module["type"] == "Normalize" for module in modules),
         files=(MODULES, *(name for name in configs if (folder / name).is_file())),
     )
+
+
+def _prompts(path: Path) -> dict[str, str]:
+    found = read_optional(path).get("prompts") or {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise SourceError(f"{path}: prompts is {brief(found)}, expected texts by name")
+    return found
 
 
 def read_pooling(path: Path) -> str:

@@ -9,6 +9,7 @@ import yaml
 from quantool import pipeline
 from quantool.card.card import front_matter, write_card
 from quantool.config.schema import Config
+from quantool.origins import Origin, Prepared
 from quantool.records import FileRecord, Finding, ModelCard, Plan, Report, Verdict
 from quantool.runtime.progress import Progress
 from tests.checkpoint import write_checkpoint
@@ -69,6 +70,28 @@ def parts(text: str) -> tuple[dict[str, Any], str]:
     before, front, body = text.split("---\n", 2)
     assert before == ""
     return yaml.safe_load(front), body
+
+
+def test_what_was_prepared_is_said_and_pinned(plan: Plan) -> None:
+    """A checkpoint that was quantized, and an adapter from a place of its own."""
+    origins = {
+        name: Origin(model_id=f"org/{name}", commit=commit * 40, folder=Path("/secret"), files=())
+        for name, commit in (("base-FP8", "a"), ("lora", "b"))
+    }
+    prepared = Prepared(
+        origin=origins["base-FP8"], form="FP8 (fp8)", adapter=origins["lora"], merged="rank 4"
+    )
+    source = plan.source.model_copy(update={"prepared": prepared})
+    config = plan.config | {"model_id": "org/base-FP8", "adapter": "org/lora"}
+    text = write_card(
+        plan.model_copy(update={"source": source, "config": config}), plan.outputs, [report(plan)]
+    )
+    assert text.count("quantized again from FP8 (fp8): the reference is the dequantized model") == 2
+    merged = f"adapter org/lora@{'b' * 40} (rank 4) merged into org/base-FP8@{'a' * 40}"
+    assert text.count(f"{merged}: the reference is the merged model") == 2
+    assert f"revision: {'a' * 40}\n" in text
+    assert f"adapter_revision: {'b' * 40}\n" in text
+    assert "/secret" not in text
 
 
 def test_front_matter_is_what_the_source_says(plan: Plan) -> None:

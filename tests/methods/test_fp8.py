@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from quantool.errors import QuantizationError
 from quantool.formats.safetensors import check_index
-from quantool.methods._compressed import outline, stream
+from quantool.methods._compressed import stream
 from quantool.records import Artifact, Plan
 from quantool.runtime import process
 
@@ -83,6 +83,7 @@ def test_slices_and_blocks_give_the_same_bytes_as_whole_shards(
         "output": str(tmp_path),
         "shards": sorted(path.name for path in llama.glob("*.safetensors")),
         "layers": [layer.name for layer in chosen.layers],
+        "head": [],
         "scheme": asdict(FP8["FP8_BLOCK"]),
         "targets": ["Linear"],
         "ignore": list(chosen.ignore),
@@ -165,7 +166,7 @@ def test_static_scales_and_the_attention_cache_are_calibrated(
     logits: Callable[[Path], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outline, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr("quantool.methods._compressed.sizes.SHARD_BYTES", 400_000)
     options = {"kv_cache": "fp8"}
     artifact = made(llama, tmp_path, "fp8", "FP8", quantization_config=options)
     (output,) = planned(

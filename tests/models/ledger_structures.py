@@ -211,7 +211,12 @@ EARS = {"audio_config": {"hidden_size": HIDDEN}}
 VISUAL = {**tower("model.visual"), "model.visual.merger.linear_fc1.weight": (HIDDEN, HIDDEN)}
 QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INNER}
 POOLING = {
-    "modules.json": '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]',
+    "modules.json": json.dumps(
+        [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ]
+    ),
     "1_Pooling/config.json": '{"pooling_mode_lasttoken": true}',
 }
 
@@ -296,10 +301,10 @@ STRUCTURES: dict[str, Structure] = {
     "embedding": Structure(text("Qwen3ForCausalLM", "qwen3", tie_word_embeddings=True), decoder(norms=True, head=None), POOLING),
     "encoder": Structure(text("BertModel", "bert"), encoder()),
     "reranker": Structure(
-        text("Qwen3ForSequenceClassification", "qwen3", num_labels=1), decoder(norms=True, head="score.weight")
+        text("Qwen3ForSequenceClassification", "qwen3", id2label={"0": "relevant"}), decoder(norms=True, head=None) | {"score.weight": (1, HIDDEN)}
     ),
     "classifier": Structure(
-        text("LlamaForSequenceClassification", "llama", id2label={"0": "no", "1": "yes"}), decoder(head="score.weight")
+        text("LlamaForSequenceClassification", "llama", id2label={"0": "no", "1": "yes"}), decoder(head=None) | {"score.weight": (2, HIDDEN)}
     ),
     "extra files": Structure(
         text("LlamaForCausalLM", "llama"),

@@ -22,6 +22,7 @@ import structures
 
 from quantool import pipeline
 from quantool.config.schema import Config
+from quantool.making import make_one
 from quantool.plan.make import make_plan
 from quantool.records import Artifact, FileRecord, Plan
 from quantool.runtime import process, toolchain
@@ -137,7 +138,7 @@ def make(wanted: Config) -> tuple[Plan, list[Artifact]]:
         source = prepare(overlay(source, workspace.work / "source"), workspace, QUIET)
         source = scan_source(source, workspace, QUIET)
         plan = make_plan(wanted, source, workspace)
-        return plan, [pipeline._make(wanted, plan, one, workspace, QUIET) for one in plan.outputs]
+        return plan, [make_one(wanted, plan, one, workspace, QUIET) for one in plan.outputs]
 
 
 @dataclass(frozen=True)

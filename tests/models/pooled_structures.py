@@ -73,13 +73,11 @@ def write_roberta_reranker(folder: Path) -> Path:
     trained.post_processor = RobertaProcessing(
         ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False
     )
-    names = ("bos", "pad", "eos", "unk", "mask")
+    names = ("bos", "pad", "eos", "unk", "mask", "cls", "sep")
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=trained._tokenizer,
         model_max_length=512,
-        cls_token="<s>",
-        sep_token="</s>",
-        **{f"{name}_token": token for name, token in zip(names, special, strict=True)},
+        **{f"{name}_token": token for name, token in zip(names, (*special, "<s>", "</s>"), strict=True)},
     )
     torch.manual_seed(SEED)
     config = RobertaConfig(

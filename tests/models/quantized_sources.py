@@ -69,9 +69,9 @@ def _compressed(settings: dict[str, Any], grid: str) -> Layer:
     """A layer by compressed-tensors' own compressor; ``grid`` is the sharing of scales."""
 
     def layer(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-        from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
-        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-        from compressed_tensors.quantization import QuantizationScheme
+        from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor  # type: ignore[import-untyped]
+        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor  # type: ignore[import-untyped]
+        from compressed_tensors.quantization import QuantizationScheme  # type: ignore[import-untyped]
 
         scheme = QuantizationScheme.model_validate({"targets": ["Linear"], **settings})
         maker = (
@@ -115,6 +115,22 @@ def _fp8_blocks(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     spread = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: len(weight), : weight.shape[1]]
     stored = (weight.float() / spread).to(torch.float8_e4m3fn)
     return {"weight": stored, "weight_scale_inv": scale}, stored.float() * spread
+
+
+def _fp8(grid: str) -> Layer:
+    """One scale a tensor or row: ModelOpt's ``weight_scale``, FBGEMM's ``[rows, 1]``."""
+
+    def layer(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        peak = _peaks(weight.float(), grid)
+        scale = (peak if grid == "channel" else peak.reshape(())) / 448
+        stored = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {
+            "weight": stored,
+            "weight_scale": scale,
+            "input_scale": torch.ones(()),
+        }, stored.float() * scale
+
+    return layer
 
 
 def _autoawq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
@@ -206,6 +222,8 @@ FORMS: dict[str, tuple[Layer, dict[str, Any]]] = {
     "INT4 asymmetric": _of_compressed(_scheme("int", 4, "group", "pack-quantized", symmetric=False)),
     "INT8 packed": _of_compressed(_scheme("int", 8, "channel", "pack-quantized")),
     "DeepSeek FP8": (_fp8_blocks, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}),
+    "ModelOpt FP8": (_fp8("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "FBGEMM FP8": (_fp8("channel"), {"quant_method": "fbgemm_fp8"}),
     "AutoAWQ": (_autoawq, {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP}),
     "GPTQ": (_gptq(4, 1, ordered=False), GPTQ_4),
     "GPTQ act-order": (_gptq(4, 1, ordered=True), GPTQ_4 | {"desc_act": True}),

@@ -82,16 +82,11 @@ def new_model(tokenizer: Any) -> Any:
     return model
 
 
-def halves() -> list[tuple[str, str]]:
-    """Both halves of every docstring of the training side that is long enough, cut between words."""
-    pairs = []
-    for item in docstrings.collect():
-        if item.held_out or len(item.text) < SHORTEST:
-            continue
-        middle = item.text.find(" ", len(item.text) // 2)
-        if middle > 0:
-            pairs.append((item.text[:middle][-400:], item.text[middle:].strip()[:400]))
-    return pairs
+def halves(*, held_out: bool) -> list[tuple[str, str]]:
+    """Both halves of every docstring of one side that is long enough, cut between words."""
+    texts = [item.text for item in docstrings.collect() if item.held_out is held_out]
+    cuts = [(text, text.find(" ", len(text) // 2)) for text in texts if len(text) >= SHORTEST]
+    return [(text[:middle][-400:], text[middle:].strip()[:400]) for text, middle in cuts if middle > 0]
 
 
 def embed(model: Any, tokenizer: Any, texts: list[str], tokens: int = TOKENS) -> torch.Tensor:
@@ -180,13 +175,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def held_out_recall(model: Any, tokenizer: Any) -> tuple[int, int]:
     """Of how many held-out docstrings the second half is the nearest one to the first, and of how many in all."""
-    pairs = [
-        (item.text[:middle][-400:], item.text[middle:].strip()[:400])
-        for item in docstrings.collect()
-        if item.held_out
-        and len(item.text) >= SHORTEST
-        and (middle := item.text.find(" ", len(item.text) // 2)) > 0
-    ]
+    pairs = halves(held_out=True)
     model.eval()
     with torch.no_grad():
         left = embed(model, tokenizer, [pair[0] for pair in pairs], 256)
@@ -204,7 +193,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     model = new_model(tokenizer)
-    loss = train(model, tokenizer, halves(), arguments.steps)
+    loss = train(model, tokenizer, halves(held_out=False), arguments.steps)
     arguments.output.mkdir(parents=True, exist_ok=True)
     right, total = held_out_recall(model, tokenizer)
     save(model, tokenizer, arguments.output)

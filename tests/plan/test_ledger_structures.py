@@ -24,7 +24,6 @@ SECONDS = 5
 """Processor time that a plan from headers may take."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "drafting head promised": (FP8, "num_nextn_predict_layers 1 promises a head", "num_nextn_predict_layers to 0"),
     "gemma3": (FP8, r"vision \(\d+ tensors, [\d,]+ weights\), which nothing here judges", r"drop: \[vision\]"),
     "qwen3_vl": (FP8, "qwen3_vl cannot be judged: transformers loads Qwen3VLForConditionalGeneration", "language model"),
     "qwen3_5": (CAST, "holds more than a language model: vision", r"drop: \[vision\]"),
@@ -36,17 +35,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "voice": (CAST, "voice cannot be judged", "language model"),
     "already quantized": (CAST, "already quantized", "bf16"),
     "fused experts": (FP8, "hold all experts of a layer in one tensor", "a tensor per expert"),
-    "encoder": (FP8, "BertModel is not supported", ""),
-    "reranker": (FP8, "Qwen3ForSequenceClassification is not supported", ""),
-    "classifier": (FP8, "LlamaForSequenceClassification is not supported", ""),
 }  # fmt: skip
 """Structure to method, message and hint."""
 EXPLAINED = [
     (name, method)
     for name in ledger_structures.STRUCTURES
     for method in ("fp8", "fp16")
-    if name not in REFUSED or (REFUSED[name][0]["method"] == "fp8" and method == "fp16" and name in
-                               ("fused experts", "encoder", "reranker", "classifier"))
+    if name not in REFUSED or (name, method) == ("fused experts", "fp16")
 ]  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from quantool.config.schema import Config
 from quantool.errors import SourceError
 from quantool.records import Plan
 from quantool.runtime.progress import Progress
-from quantool.source import reference_names
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +40,16 @@ def planned(folder: Path, **keys: Any) -> Plan:
 CHECKS = {"validation": {"checks": ["perplexity", "ledger"]}}
 
 
-@pytest.mark.parametrize("name", ["dense", "tied", "tied, head saved too", "buffers", "experts", "embedding"])
-def test_a_whole_checkpoint_is_planned(tmp_path: Path, name: str) -> None:
-    plan = planned(ledger_structures.write(name, tmp_path / "toy"), **CHECKS)
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        *((name, "perplexity") for name in ("dense", "tied", "tied, head saved too", "buffers", "experts")),
+        ("embedding", "embedding"), ("reranker", "classification"), ("classifier", "classification"),
+    ],
+)  # fmt: skip
+def test_a_whole_checkpoint_is_planned(tmp_path: Path, name: str, check: str) -> None:
+    checks = {"validation": {"checks": [check, "ledger"]}}
+    plan = planned(ledger_structures.write(name, tmp_path / "toy"), **checks)
     assert plan.outputs[0].ledger is not None
 
 
@@ -83,5 +89,7 @@ def test_a_shape_that_config_json_does_not_give(tmp_path: Path, monkeypatch: pyt
 def test_it_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ledger_structures.write("dense", tmp_path / "toy")
     planned(folder, **CHECKS)
-    monkeypatch.setattr(reference_names.process, "call", lambda *_args, **_keys: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        "quantool.source.reference_names.process.call", lambda *_args, **_keys: pytest.fail("asked again")
+    )
     planned(folder, **CHECKS)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path

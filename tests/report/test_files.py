@@ -38,6 +38,13 @@ def parsed(text: str) -> ET.Element:
     return ET.fromstring(text)  # noqa: S314 - our own
 
 
+def test_what_was_done_to_the_reference_is_said_once() -> None:
+    made = report(PASSED).model_copy(update={"prepared": "quantized again from FP8"})
+    text = as_markdown([made, made], {}, {})
+    assert text.count("Quantized again from FP8.") == 1
+    assert "gain from" not in as_markdown([report(PASSED)], {}, {})
+
+
 # ---- JUnit
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quantool.errors import ConfigError, DependencyError
-from quantool.runtime.workspace import Workspace, write_text, written
+from quantool.runtime.workspace import Stage, Workspace, write_text, written
 
 CAPABILITIES_OVER_PERMISSIONS = (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH in linux/capability.h
 PR_CAPBSET_DROP = 24  # linux/prctl.h
@@ -434,6 +434,17 @@ def test_a_stage_runs_once(tmp_path: Path) -> None:
     assert workspace.stage("s", "k2", produce) == {"run": 2}
     (tmp_path / "f").unlink()
     assert workspace.stage("s", "k2", produce) == {"run": 3}
+
+
+def test_what_is_asked_anew_and_answers_as_before_stays_as_it_was_kept(kept: Workspace) -> None:
+    stages = [Stage("asked", "key")]
+    kept.together(stages, lambda _: [{"answer": 1}])
+    (record,) = kept.stages.glob("asked-*")
+    before = record.stat().st_ino, record.stat().st_mtime_ns
+    assert kept.together(stages, lambda _: [{"answer": 1}], anew=True) == [{"answer": 1}]
+    assert (record.stat().st_ino, record.stat().st_mtime_ns) == before
+    assert kept.together(stages, lambda _: [{"answer": 2}], anew=True) == [{"answer": 2}]
+    assert kept.recall("asked", "key") == {"answer": 2}
 
 
 def test_a_failed_stage_is_not_finished(tmp_path: Path) -> None:

@@ -139,10 +139,14 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
         ({"model_type": None}, "names no model_type", ""),
         ({"model_type": "lama"}, "unknown model type 'lama'", "llama"),
         ({"model_type": "../x"}, "unknown model type", ""),
-        ({"quantization_config": {"quant_method": "awq"}}, "already quantized .*awq", "bf16"),
         (
-            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            "already quantized .*fp8",
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "already quantized .*bitsandbytes",
+            "bf16",
+        ),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "quark"}}},
+            "already quantized .*quark",
             "bf16",
         ),
         ({"text_config": [1]}, "text_config is not an object", ""),

@@ -17,7 +17,7 @@ from quantool.errors import SourceError
 from quantool.formats.quantized_weights import mxfp4
 from quantool.formats.safetensors import SINGLE, TensorHeader, check_index
 from quantool.source import rewrite as rewriting
-from quantool.source.rewrite import recipe_of, rewrite
+from quantool.source.rewrite import preparation_of, rewrite
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-chat"
 
@@ -41,7 +41,7 @@ def read(folder: Path, target: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("elements", [1 << 13, 1 << 24])
+@pytest.mark.parametrize("elements", [1 << 13, 1 << 23])
 def test_weights_are_bit_for_bit_those_of_the_library(
     name: str, elements: int, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +58,7 @@ def test_weights_are_bit_for_bit_those_of_the_library(
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_planned_is_what_is_written(name: str, written: Any, tmp_path: Path) -> None:
     folder, _ = written[name]
-    planned = recipe_of(folder, check_index(folder), None).made_headers()
+    planned = preparation_of(folder, check_index(folder), None).made_headers()
     read(folder, tmp_path / "out")
     assert check_index(tmp_path / "out") == planned
 
@@ -74,7 +74,7 @@ def test_what_is_planned_is_what_is_written(name: str, written: Any, tmp_path: P
 )
 def test_form_is_said(name: str, form: str, written: Any) -> None:
     folder, _ = written[name]
-    unpacking = recipe_of(folder, check_index(folder), None).unpacking
+    unpacking = preparation_of(folder, check_index(folder), None).unpacking
     assert unpacking is not None
     assert unpacking.form == form
     dropped = {tensor.name.rpartition(".")[2] for tensor in unpacking.dropped}
@@ -87,7 +87,7 @@ def lost(written: Any, name: str, end: str) -> SourceError:
     headers = check_index(folder)
     gone = next(key for key in headers if key.endswith(end))
     with pytest.raises(SourceError) as error:
-        recipe_of(folder, {key: tensor for key, tensor in headers.items() if key != gone}, None)
+        preparation_of(folder, {key: tensor for key, tensor in headers.items() if key != gone}, None)
     assert gone.rpartition(".")[0] in error.value.message
     return error.value
 
@@ -112,11 +112,12 @@ def test_scale_of_another_shape_is_refused(written: Any) -> None:
     name = next(key for key in headers if key.endswith("scale_inv"))
     headers[name] = TensorHeader(name, "F32", (3, 7), SINGLE, 0, 84)
     with pytest.raises(SourceError, match="do not fit each other"):
-        recipe_of(folder, headers, None)
+        preparation_of(folder, headers, None)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes"},
+    "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "no method": {"bits": 4},
     "nvfp4-pack-quantized": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     "sparse-24-bitmask": {
@@ -134,9 +135,36 @@ def test_form_that_cannot_be_read_is_refused_by_name(name: str, written: Any, tm
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": SETTINGS[name]}))
     with pytest.raises(SourceError, match="in a form that quantool cannot read") as error:
-        recipe_of(tmp_path, check_index(folder), None)
+        preparation_of(tmp_path, check_index(folder), None)
     assert name.partition("-")[0] in error.value.message or name in ("no method", "rotated")
     assert error.value.hint == "start from the bf16 or f16 checkpoint it was made from"
+
+
+def test_eight_bit_floats_without_a_configuration_are_refused(written: Any, tmp_path: Path) -> None:
+    folder, _ = written["DeepSeek FP8"]
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"8 tensors are parts of quantized .* has no quantization_config"):
+        preparation_of(tmp_path, check_index(folder), None)
+
+
+def test_scales_may_be_exponents(written: Any) -> None:
+    """DeepSeek-V3.1 and later store E8M0, as a type of its own or as bytes."""
+    folder, _ = written["DeepSeek FP8"]
+    headers = check_index(folder)
+    name = next(key for key in headers if key.endswith("down_proj.weight"))
+    grid = headers[f"{name}_scale_inv"]
+    headers[grid.name] = TensorHeader(grid.name, "F8_E8M0", grid.shape, SINGLE, 0, grid.elements)
+    weight = preparation_of(folder, headers, None).packed[name]
+    exponents = torch.arange(grid.elements, dtype=torch.uint8).reshape(grid.shape) + 120
+    values = torch.ones(weight.shape).to(torch.float8_e4m3fn)
+    powers = 2.0 ** (exponents.float() - 127)
+    for scale in (exponents, exponents.view(torch.float8_e8m0fnu)):
+        stored = {"weight": values, "scale": scale}
+        found = weight.numbers(lambda part, rows, stored=stored: stored[part][rows], 0, weight.shape[0])  # type: ignore[misc]
+        spread = powers.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert torch.equal(found, spread[: weight.shape[0], : weight.shape[1]])
 
 
 def change(folder: Path, target: Path, alter: Callable[[dict[str, torch.Tensor]], None]) -> Path:

@@ -12,8 +12,9 @@ from tampering import altered, case, findings, gguf_of, regressions, tampered
 
 from quantool.records import Verdict
 from quantool.validation._engines import hf_tokenizer
+from quantool.validation._engines.probe_texts import PROBES
 from quantool.validation._engines.vocabulary import ProbeText, differing, explain
-from quantool.validation.tokenizer import AROUND, BEGINNINGS, PROBES, TokenizedText
+from quantool.validation.tokenizer import AROUND, BEGINNINGS, TokenizedText
 
 SAID = "Gaur euria ari du. Avui plou a Girona.\n\nHoxe chove en Lugo: 12,5 mm."
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from quantool.formats.safetensors import check_index
 from quantool.runtime import arithmetic, gpus
+from quantool.runtime.machine import free_ram
 
 SHARE = 0.7
 """Of the memory that is free, what a whole model may take; its activations and logits need the rest."""
@@ -43,21 +43,6 @@ def free_gpu() -> int:
     free, total = torch.cuda.mem_get_info()
     allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
     return min(free, allowed - torch.cuda.memory_allocated())
-
-
-def free_ram() -> int:
-    """Bytes that can be had of this machine's memory, or of the control group's where that is less."""
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        room = int(lines["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()).isdigit():
-        used = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        room = min(room, int(most) - int(used["anon"]))
-    return max(room, 0)
 
 
 class BatchSize:

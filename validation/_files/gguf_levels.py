@@ -16,7 +16,7 @@ from quantool.formats.safetensors import some
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
-from quantool.validation._files.gguf_file import Header, InspectedTensor
+from quantool.validation._files.gguf_file import LAYER, Header, InspectedTensor
 from quantool.validation._findings.builder import FindingBuilder
 
 DIGIT = re.compile(r"(?:IQ|TQ|Q|MXFP|NVFP)(\d)")
@@ -122,7 +122,10 @@ def _judge_bits(case: Case, header: Header, level: str, build: FindingBuilder) -
     matrices = [
         tensor
         for tensor in header.tensors
-        if tensor.name.startswith("blk.") and is_matrix(tensor) and demanded(tensor.name, options) is None
+        if LAYER.match(tensor.name)
+        and is_matrix(tensor)
+        and demanded(tensor.name, options) is None
+        and not _of_head(tensor, case)
     ]
     if not matrices:
         return build.skip("bits_per_weight", "tensor_types name a type for every matrix of the layers")
@@ -132,6 +135,12 @@ def _judge_bits(case: Case, header: Header, level: str, build: FindingBuilder) -
     if not lowest <= measured <= highest:
         problem = f"the layers' matrices are {_counted(matrices)}: not between {lowest:g} and {highest:g} bits a weight"
     return build.fact("bits_per_weight", round(measured, 3), problem, level)
+
+
+def _of_head(tensor: InspectedTensor, case: Case) -> bool:
+    """Whether a tensor is of a multi-token-prediction head, whose types the drafts judge (``validation/mtp.py``)."""
+    matched = LAYER.match(tensor.name)
+    return matched is not None and int(matched[1]) >= case.source.facts.layers
 
 
 def bounds(level: str) -> tuple[float, float]:
@@ -152,7 +161,8 @@ def judge_classes(case: Case, header: Header, level: str | None, build: FindingB
     options = options_of(case)
     classes: dict[str, list[InspectedTensor]] = {}
     for tensor in header.tensors:
-        if is_matrix(tensor) or class_of(tensor.name) in (ROUTER, NORM):
+        judged = demanded(tensor.name, options) is not None or not _of_head(tensor, case)
+        if (is_matrix(tensor) and judged) or class_of(tensor.name) in (ROUTER, NORM):
             classes.setdefault(class_of(tensor.name), []).append(tensor)
     problems = [
         problem
