@@ -170,9 +170,13 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
 
 
 def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[Plan, MachineState]:
-    """The plan, with the source fetched and looked at."""
+    """The plan, with the source fetched and looked at; what a plan refuses is refused before weights are fetched."""
     with progress.step(f"read {config.model_id}"):
-        source = resolve(config, weights=True, progress=progress)
+        source = resolve(config, weights=False, progress=progress)
+        if missing := to_fetch(source):
+            require_room(config, *_checked_plan(config, source, workspace, downloads=missing))
+        if source.commit is not None or missing:
+            source = resolve(config, weights=True, progress=progress)
         source = overlay(source, workspace.work / "source")
     with progress.step("work out files, sizes and memory"):
         known = recall_scan(recall_prepared(source, workspace), workspace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import Stored
@@ -19,12 +19,13 @@ def lines(
     absent: Mapping[str, Fate] | None = None,
     *,
     scaled: bool = False,
+    carried: Collection[str] = (),
 ) -> tuple[TensorLine, ...]:
     """A line for each tensor of the source (``located``) and each that the method adds.
 
     ``stored`` is what the checkpoint will hold, ``quantized`` names the weights that several tensors of one module stand
     for, ``absent`` those that transformers does not save again though ``stored`` lists them. ``scaled`` says that the
-    method scales other weights to make those easier, so that no value need be the source's.
+    method scales other weights to make those easier, so that no value need be the source's but that of the ``carried``.
     """
     chosen = {name.removesuffix(WEIGHT) for name in quantized}
     packed: dict[str, list[ArtifactTensor]] = {}
@@ -45,9 +46,12 @@ def lines(
         elif name in missing:
             plain.pop(name, None)
             fate, to = missing[name], ()
-        elif (entry := plain.pop(name, None)) is not None:
-            same = not scaled and (entry.dtype, entry.shape) == (header.dtype, header.shape)
-            fate, to = Fate.COPIED if same else Fate.CONVERTED, (entry,)
+        elif (kept := plain.pop(name, None)) is not None:
+            same = (not scaled or name in carried) and (kept.dtype, kept.shape) == (
+                header.dtype,
+                header.shape,
+            )
+            fate, to = Fate.COPIED if same else Fate.CONVERTED, (kept,)
         else:
             fate, to = Fate.DROPPED, ()
         reason = BUFFER if fate is Fate.DROPPED and name in missing else ""

@@ -62,7 +62,8 @@ def reference_names(source: Source, tensors: Mapping[str, TensorHeader]) -> Refe
         write_text(kept, json.dumps(found))
         log.unlink(missing_ok=True)
     fields = json.loads(kept.read_text(encoding="utf-8"))
-    return ReferenceNames(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    named: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    return ReferenceNames(**named)
 
 
 @preloaded("transformers")

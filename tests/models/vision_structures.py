@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import structures
 
@@ -21,6 +22,7 @@ def write_gemma3_vision(folder: Path) -> Path:
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
         "patch_size": 14,
     }  # fmt: skip
+    settings: dict[str, Any] = {"eos_token_id": text.eos_token_id}
     config = Gemma3Config(
         text_config=text.to_dict(),
         vision_config=eyes,
@@ -28,13 +30,14 @@ def write_gemma3_vision(folder: Path) -> Path:
         image_token_index=5,
         boi_token_index=6,
         eoi_token_index=7,
-        eos_token_id=text.eos_token_id,
         tie_word_embeddings=True,
+        **settings,
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(structures.SEED)
     try:
-        model = Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
+        model: Any = Gemma3ForConditionalGeneration(config)
+        model = model.to(torch.bfloat16)
     finally:
         torch.random.set_rng_state(state)
     model.save_pretrained(folder)
