@@ -46,7 +46,7 @@ BY_LEVEL = "level"
 IMATRIX_RAM = 400 << 20
 """Of the libraries, and of the activations of a batch."""
 WORK = {
-    "IQ4": 1e4, "IQ": 1e5, "TQ": 1e3, **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K"), 6e3), "Q6_K": 3e3, "": 200.0,
+    "IQ4": 5e3, "IQ": 1e5, "TQ": 1e3, **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K"), 2.5e3), "Q6_K": 2e3, "": 200.0,
 }  # fmt: skip
 """By the start of a level: operations for each weight, as the seconds of llama.cpp 0c1e570 compare with products."""
 

@@ -293,7 +293,7 @@ def calibration(folder: Path) -> list[tuple[str, Measured]]:
     config = folder / "awq.yaml"
     config.write_text(json.dumps({
         "model_id": str(TINY), "method": "awq", "quant_level": "W4A16", "output_path": str(folder / "awq"),
-        "dataset_path": str(TINY.parent / "text" / "calibration.jsonl"), "sample_size": 32, "device": "cpu",
+        "dataset_path": str(TINY.parent / "text" / "calibration.jsonl"), "sample_size": 8, "device": "cpu",
     }))  # fmt: skip
     code = (
         "import sys; from pathlib import Path; from quantool import pipeline; from quantool.config.load import load; from quantool.plugins import find; "

@@ -13,7 +13,7 @@ _quantize = calibrate.quantize
 @preloaded("llmcompressor")
 def quantize_in_bfloat16(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: calibrate without widening."""
-    calibrate.widen = lambda _model: None
+    vars(calibrate)["widen"] = lambda _model: None
     return _quantize(request, report)
 
 

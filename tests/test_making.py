@@ -50,7 +50,11 @@ def test_outputs_are_made_at_the_same_time_and_stay_in_order(
     config_file: Callable[..., Path], beside: Change
 ) -> None:
     both = threading.Barrier(2)
-    beside(lambda _job: both.wait(WAIT) and None, 2)
+
+    def meet(_job: Job) -> None:
+        both.wait(WAIT)
+
+    beside(meet, 2)
     result = pipeline.run(load(config_file(), (), find).config, Progress(quiet=True))
     assert [report.artifact.output for report in result.reports] == ["fake/Q8_0", "fake/Q4_K_M"]
     assert not both.broken

@@ -10,6 +10,7 @@ from quantool.methods._llama_cpp import convert
 
 def convert_as_upstream(request: dict[str, Any], report: Any) -> dict[str, Any]:
     """Convert without anything ahead of the writer, rounding in NumPy."""
-    convert.round_with_torch = lambda _gguf: None
-    convert.prepared_ahead = lambda *_: contextlib.nullcontext()
+    vars(convert).update(
+        round_with_torch=lambda _gguf: None, prepared_ahead=lambda *_: contextlib.nullcontext()
+    )
     return convert.convert(request, report)

@@ -140,7 +140,8 @@ def round_with_torch(gguf: Any) -> None:
         is_wide = isinstance(data, gguf.LazyNumpyTensor) and data.dtype == np.float32 and len(data.shape)
         if kind not in (kinds.F16, kinds.BF16) or not is_wide:
             return upstream(data, kind)
-        dtype, shape = np.float16, tuple(data.shape)
+        dtype: type[np.generic] = np.float16
+        shape = tuple(data.shape)
         if kind == kinds.BF16:
             dtype, shape = np.uint8, gguf.quant_shape_to_byte_shape(shape, kind)
         short = torch.float16 if kind == kinds.F16 else torch.bfloat16

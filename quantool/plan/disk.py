@@ -19,6 +19,8 @@ LIBRARIES = 1 << 30
 """Bytes that torch, transformers and the activations of a batch take."""
 LOGITS_ROWS = 2048
 """Positions whose logits are in memory at once, of reference and artifact together."""
+MARGIN = 1.25
+"""Estimates of memory are from above: what needs little more than there is may fit."""
 LARGER = "run on a machine with more memory"
 WHOLE_SHARE = 0.7
 """Of the memory, up to which a model is judged whole (``validation/_engines/memory.py``)."""
@@ -103,7 +105,7 @@ def check_ram(plan: Plan, here: MachineState, config: Config) -> None:
     """DependencyError when a step still to do needs more memory than this machine has, with the setting to change."""
     waiting = [stage for stage in plan.stages if stage.name not in here.done]
     largest = max(waiting, key=lambda stage: stage.peak_ram, default=None)
-    if largest is None or not here.ram or largest.peak_ram <= here.ram:
+    if largest is None or not here.ram or largest.peak_ram <= MARGIN * here.ram:
         return
     raise DependencyError(
         f"{largest.name} needs {amount(largest.peak_ram, 'B')} of memory, this machine has {amount(here.ram, 'B')}",

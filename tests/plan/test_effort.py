@@ -1,5 +1,6 @@
 """The steps that a run expects are those that it takes, and what is done costs nothing."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from quantool.plugins import find
 from quantool.runtime import machine
 from quantool.runtime.progress import Progress, Step
 from quantool.runtime.workspace import Workspace
+from tests.conftest import Ended
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -130,3 +132,19 @@ def test_checks_cost_what_they_compute(config_file: Callable[..., Path]) -> None
     assert 5 < many / few < 10.5
     assert cost(checks=["needle"]) == 0  # not configured
     assert cost(checks=["needle"], needle={"lengths": [128]}) > 1
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_refused(
+    config_file: Callable[..., Path], quantool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file()
+    shown = quantool("plan", path)
+    assert shown.code == 0
+    assert re.search(r"^time +about \d+ (s|min) on this machine$", shown.out, re.MULTILINE)
+    monkeypatch.setattr(machine, "total_ram", lambda: 1 << 20)
+    refused = quantool("plan", path)
+    assert refused.code == 3
+    assert "fake/Q8_0" in refused.out
+    assert "judge needs 1.1 GB of memory, this machine has 1.0 MB" in refused.err
+    assert quantool("run", path).code == 3
+    assert not (path.parent / "out" / "done.txt").exists()

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import making
@@ -45,7 +45,7 @@ def test_bytes_are_those_of_upstream(name: str, kind: str, tmp_path: Path) -> No
 def lazy(array: np.ndarray[Any, Any], made: Any = None) -> Any:
     """A lazy tensor that ``made`` (by default the array itself) is the value of."""
     meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(array.dtype, array.shape)
-    return gguf.LazyNumpyTensor(meta=meta, args=(), func=made or (lambda: array))
+    return gguf.LazyNumpyTensor(meta=meta, args=(), func=cast("Any", made or (lambda: array)))
 
 
 def writer_of(path: Path, tensors: dict[str, Any]) -> gguf.GGUFWriter:
@@ -104,7 +104,7 @@ def test_a_writer_with_another_order_is_noticed(tmp_path: Path) -> None:
     zeros = np.zeros((4, 32), np.float32)
     writer = writer_of(tmp_path / "a.gguf", {"a": lazy(zeros), "b": lazy(zeros)})
     with convert_ahead.prepared_ahead(writer, gguf, 2):
-        second = writer.tensors[0]["b"].tensor
+        second = cast("Any", writer.tensors[0]["b"].tensor)
         with (tmp_path / "b").open("wb") as file, pytest.raises(AssertionError, match="another order"):
             second.tofile(file)
     writer.close()
