@@ -55,7 +55,7 @@ def write_model(path: Path) -> None:
     writer.add_vocab_size(WORDS)
     writer.add_tokenizer_model("no_vocab")
     matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    shapes = {f"blk.0.{name}": (WIDTH, WIDTH) for name in matrices}
+    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}": (WIDTH, WIDTH) for name in matrices}
     shapes |= dict.fromkeys(("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"), (WIDTH,))
     shapes |= dict.fromkeys(("token_embd", "output"), (WORDS, WIDTH))
     for name, shape in shapes.items():

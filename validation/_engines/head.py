@@ -204,7 +204,8 @@ def gpu_bytes(folder: Path, plan: HeadPlan, context: int) -> int:
     from safetensors import safe_open
 
     weights: Any = safe_open(folder / plan.weight[0], framework="pt")
-    entries, hidden = weights.get_slice(plan.weight[1]).get_shape()
+    shape: tuple[int, int] = weights.get_slice(plan.weight[1]).get_shape()
+    entries, hidden = shape
     return 4 * entries * (hidden + context) + 4 * GPU_BLOCK_BYTES
 
 

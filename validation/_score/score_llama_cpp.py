@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantool.formats.gguf_header import present_shards
 from quantool.runtime.llama_cpp import LlamaLog
+from quantool.runtime.machine import free_ram
 from quantool.runtime.worker import preloaded
 from quantool.validation._engines.head import (
     Head,
@@ -34,7 +35,7 @@ from quantool.validation._engines.head import (
 )
 from quantool.validation._engines.hidden_states import as_tensor, hidden_of
 from quantool.validation._engines.llama_cpp import Layout, Model, Weights, load_weights, make_context
-from quantool.validation._engines.memory import free_gpu, free_ram
+from quantool.validation._engines.memory import free_gpu
 from quantool.validation._engines.reference import texts_of
 from quantool.validation._engines.windows import scored
 

@@ -70,7 +70,7 @@ def _score_folder(
     with open_model(folder, "auto", request, scratch) as loaded:
         head, own = _heads(loaded.model, folder, request)
         parts = zip(texts, hidden_of(request), outputs, strict=True)
-        waiting = [part for part in parts if part[2]]
+        waiting = [(ids, hidden, Path(output)) for ids, hidden, output in parts if output]
 
         def score_all() -> None:
             loaded.prepare([ids for ids, _, _ in waiting], advance, keep_logits=own is None)
@@ -79,7 +79,7 @@ def _score_folder(
             while waiting:
                 ids, hidden, output = waiting[0]
                 scores = _score_text(loaded, head, own, ids, hidden, advance)
-                scores.save(Path(output))
+                scores.save(output)
                 del waiting[0]
 
         loaded.size.with_room(texts[0].shape[1], score_all)

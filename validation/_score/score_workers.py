@@ -153,7 +153,7 @@ class _Round:
         beside = [self._beside(span) for span in share]
 
         def wanted(files: Iterable[tuple[Span, ScoresFile | None]]) -> list[str | None]:
-            paths = [file and file.part(span) for span, file in files]
+            paths = [None if file is None else file.part(span) for span, file in files]
             return [None if path is None or path.is_file() else str(path) for path in paths]
 
         def of_base(number: int) -> list[str | None]:

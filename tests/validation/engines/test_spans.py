@@ -28,6 +28,7 @@ from quantool.validation._engines import hidden_states, reference, spans
 from quantool.validation._engines.memory import BatchSize
 from quantool.validation._engines.spans import Span, divide, spans_of
 from quantool.validation._score.score_files import own_file
+from quantool.validation._score.scores import compute
 
 MODELS = Path(__file__).parents[2] / "models"
 CHAT, TEXTS = MODELS / "tiny-chat", MODELS / "text"
@@ -187,7 +188,7 @@ def test_scores_go_on_behind_the_last_span(
     (en, other) = made(one)
     workers.spans.clear()
     kept = own_file(one, en).part(Span(0, 4, 8))
-    perplexity.compute([one], (en, other), QUIET)
+    compute([one], (en, other), QUIET)
     expected = own_file(one, en).file.read_bytes()
     loaded = np.load(own_file(one, en).file)
     rows = slice(4 * (CONTEXT // 2 - 1), 8 * (CONTEXT // 2 - 1))
@@ -195,7 +196,7 @@ def test_scores_go_on_behind_the_last_span(
     np.savez(kept, **{name: loaded[name][rows] for name in loaded.files})
     for name in ("en", "other"):
         one.workspace.forget(f"scores/t/copy/{name}")
-    perplexity.compute([one], (en, other), QUIET)
+    compute([one], (en, other), QUIET)
     assert [0, 4, 8] in workers.spans[0]
     assert [0, 4, 8] not in workers.spans[1]
     assert own_file(one, en).file.read_bytes() == expected
