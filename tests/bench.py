@@ -3,8 +3,11 @@
     make bench                                    1.1 B parameters, Q8_0 and Q4_K_M
     python tests/bench.py --layers 4              smaller
     python tests/bench.py --only scores --layers 4 --vocabulary 256000
+    python tests/bench.py --only converter --layers 8
 
-Nothing is asserted: machines differ. Both sides start from the same checkpoint and write to the same disk; the order
+Six tables, most with the ratio of its last line: making levels beside llama.cpp's tools, the converter with its tensors
+prepared ahead beside upstream's own loop, scores beside llama-perplexity, the reference beside a plain float32 forward of
+transformers, calibration in float32 beside bfloat16, and the quickstart's seconds. Nothing is asserted: machines differ. Both sides start from the same checkpoint and write to the same disk; the order
 is quantool, upstream, quantool, so that a warm page cache helps neither. The scores are those of the levels beside a
 reference that both sides have made before: hidden states there, llama-perplexity's base file here.
 """
@@ -22,6 +25,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +34,9 @@ from quantool.runtime import toolchain
 from quantool.texts.readers import docstrings
 
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, VOCABULARY = 2048, 8192, 32, 8, 32768
+LIMIT = "ONEDNN_MAX_CPU_ISA"
+PARTS = ("making", "converter", "scores", "reference", "calibration", "quickstart")
+COMPARED = ("upstream", "llama-perplexity", "plain float32", "bfloat16")
 TINY = Path(__file__).parent / "models" / "tiny-chat"
 
 
@@ -165,7 +173,7 @@ def upstream_commands(model: Path, output: Path, levels: list[str]) -> list[list
 SCORES = """
 import sys; from pathlib import Path; from dataclasses import replace
 from quantool.config.schema import Config; from quantool.runtime.progress import Progress; from quantool.records import Gates
-from quantool.plugins.contract import Case, find_check; from quantool.source.resolve import resolve
+from quantool.plugins.contract import Case; from quantool.plugins.find import find_check; from quantool.source.resolve import resolve
 from quantool.validation._engines.reference import references; from quantool.texts.corpus import corpora
 from quantool.runtime.workspace import Workspace
 work, config, levels = Path(sys.argv[1]), Config.model_validate_json(sys.argv[2]), sys.argv[3:]
@@ -227,21 +235,115 @@ def making(folder: Path, levels: list[str]) -> list[tuple[str, Measured]]:
     return rows
 
 
+CONVERT = """
+import sys; from pathlib import Path; from quantool.config.schema import Config; from quantool.methods.gguf import Options
+from quantool.methods._llama_cpp import base_file, convert; from quantool.runtime import process, toolchain
+from quantool.runtime.progress import Progress; from quantool.source.resolve import resolve
+from tests.upstream_conversion import convert_as_upstream
+model, output, work = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+config = Config(model_id=str(model), method="gguf", quant_level="Q8_0", output_path=output)
+source = resolve(config, weights=True, progress=Progress(quiet=True))
+options = Options(pre_tokenizer="qwen2")
+request = base_file.conversion(source, options, "f16", toolchain.locate(), output / "metadata.json")
+request |= {"model": str(source.folder), "output": str(output / "base.gguf")}
+call = convert.convert if work == "quantool" else convert_as_upstream
+process.call(call, request, log=output / "log")
+"""
+
+PLAIN = """
+import sys, torch; from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+torch.manual_seed(0)
+with torch.inference_mode():
+    for _ in range(int(sys.argv[2]) // 4):
+        model.model(torch.randint(0, model.config.vocab_size, (4, 512)))
+"""
+
+
+def converter(folder: Path) -> list[tuple[str, Measured]]:
+    """The conversion to f16 as quantool runs it, and with upstream's own loop over the tensors."""
+    rows = []
+    for name in ("quantool", "upstream", "quantool"):
+        output = folder / "converted"
+        output.mkdir()
+        command = [sys.executable, "-c", CONVERT, str(folder / "model"), str(output), name]
+        rows.append((name, measure([command])))
+        shutil.rmtree(output)
+    return rows
+
+
+def reference(folder: Path, windows: int) -> list[tuple[str, Measured]]:
+    """Hidden states of the reference, and a plain forward pass of as many tokens; both with imports and loading."""
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(itertools.islice(docstrings(), 4000)))
+    config = {
+        "model_id": str(folder / "model"), "method": "gguf", "device": "cpu",
+        "validation": {"corpora": [{"name": "docs", "path": str(text)}], "max_tokens": 512 * windows},
+    }  # fmt: skip
+    ours = [sys.executable, "-c", SCORES, str(folder / "reference"), json.dumps(config), "no artifact"]
+    theirs = [sys.executable, "-c", PLAIN, str(folder / "model"), str(windows)]
+    return [("quantool", measure([ours])), ("plain float32", measure([theirs]))]
+
+
+def calibration(folder: Path) -> list[tuple[str, Measured]]:
+    """AWQ of the tiny model, computed in float32 (what a processor without bfloat16 gets) and in bfloat16.
+
+    oneDNN's limit takes the processor's bfloat16 instructions away; ``tests/in_bfloat16.py`` computes in it nevertheless.
+    """
+    config = folder / "awq.yaml"
+    config.write_text(json.dumps({
+        "model_id": str(TINY), "method": "awq", "quant_level": "W4A16", "output_path": str(folder / "awq"),
+        "dataset_path": str(TINY.parent / "text" / "calibration.jsonl"), "sample_size": 32, "device": "cpu",
+    }))  # fmt: skip
+    code = (
+        "import sys; from pathlib import Path; from quantool import pipeline; from quantool.config.load import load; from quantool.plugins import find; "
+        "from quantool.runtime.progress import Progress; pipeline.make(load(Path(sys.argv[1]), (), find).config, Progress(quiet=True))"
+    )
+    rows = []
+    with limited_processor():
+        for name, prefix in (("quantool", ""), ("bfloat16", "import tests.in_bfloat16; ")):
+            rows.append((name, measure([[sys.executable, "-c", prefix + code, str(config)]])))
+            shutil.rmtree(folder / "awq")
+    return rows
+
+
+@contextmanager
+def limited_processor() -> Iterator[None]:
+    """Let torch's library see no instructions for bfloat16."""
+    before = os.environ.get(LIMIT)
+    os.environ[LIMIT] = "AVX2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LIMIT]
+        else:
+            os.environ[LIMIT] = before
+
+
+def quickstart(folder: Path) -> list[tuple[str, Measured]]:
+    """``quantool configs/quickstart.yaml``, everything from nothing."""
+    command = [sys.executable, "-m", "quantool", "configs/quickstart.yaml", "--quiet"]
+    return [("quickstart", measure([[*command, "--set", f"output_path={folder / 'quickstart'}"]]))]
+
+
 def show(title: str, rows: list[tuple[str, Measured]]) -> None:
     """Print a table and quantool's share of what the others take."""
     print(f"\n{title:17} {'seconds':>8} {'processor':>9} {'peak MB':>8} {'no files':>8}")
     for name, found in rows:
         print(f"{name:17} {found.seconds:8.1f} {found.processor:9.1f} {found.peak:8.0f} {found.beyond:8.0f}")
     ours = [found for name, found in rows if name == "quantool"]
-    (theirs,) = [found for name, found in rows if name in ("upstream", "llama-perplexity")]
+    theirs = next((found for name, found in rows if name in COMPARED), None)
+    if theirs is None:
+        return
     wall = min(found.seconds for found in ours) / theirs.seconds
     processor = min(found.processor for found in ours) / theirs.processor
     print(f"quantool / {theirs_name(rows)}: {wall:.3f} of the time, {processor:.3f} of the processor time")
 
 
 def theirs_name(rows: list[tuple[str, Measured]]) -> str:
-    """Which of llama.cpp's tools the rows compare with."""
-    return next(name for name, _ in rows if name in ("upstream", "llama-perplexity"))
+    """What the rows compare with; empty when with nothing."""
+    return next((name for name, _ in rows if name in COMPARED), "")
 
 
 def main() -> None:
@@ -251,7 +353,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--levels", default="Q8_0,Q4_K_M")
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens that are scored")
-    parser.add_argument("--only", choices=["making", "scores"])
+    parser.add_argument("--only", choices=PARTS)
     arguments = parser.parse_args()
     levels = arguments.levels.split(",")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -261,10 +363,16 @@ def main() -> None:
         print(
             f"random Llama, {parameters / 1e9:.2f} B parameters, {arguments.levels}, {os.cpu_count()} cores"
         )
-        if arguments.only != "scores":
-            show("making", making(folder, levels))
-        if arguments.only != "making":
-            show("scores", scores(folder, levels, arguments.windows))
+        parts: dict[str, Callable[[], list[tuple[str, Measured]]]] = {
+            "making": lambda: making(folder, levels),
+            "converter": lambda: converter(folder),
+            "scores": lambda: scores(folder, levels, arguments.windows),
+            "reference": lambda: reference(folder, arguments.windows),
+            "calibration": lambda: calibration(folder),
+            "quickstart": lambda: quickstart(folder),
+        }
+        for name in [arguments.only] if arguments.only else PARTS:
+            show(name, parts[name]())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from quantool.plan.depends import depends_of
 from quantool.plan.make import options_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check, Request
-from quantool.records import Artifact, FileRecord, OutputPlan, Source, fingerprint
+from quantool.records import Artifact, FileRecord, Gates, OutputPlan, Source, fingerprint
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace
@@ -63,6 +63,8 @@ FLAT = {
 DATA_SET = {"dataset_path": None, "dataset_id": "owner/set"}
 MAPPINGS = [{"smooth_layer": "re:.*up_proj", "balance_layers": ["re:.*down_proj"]}]
 
+SHARES = sorted(set(Gates.model_fields) - {"min_expert_tokens"})
+"""Gates that may be 0.5."""
 # Field: what it is changed to, and what must be set beside it for that to have a meaning.
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model_id": ({"model_id": "renamed"}, {}),
@@ -102,8 +104,9 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             ("gates", {"name": "a", "path": "held.txt", "gates": {}}, {"name": "b", "dataset": "o/d"}),
             *(
                 (f"gates.{name}", {"name": "a", "path": "held.txt", "gates": {name: 0.5}}, {"name": "b", "dataset": "o/d"})
-                for name in ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p")
+                for name in SHARES
             ),
+            ("gates.min_expert_tokens", {"name": "a", "path": "held.txt", "gates": {"min_expert_tokens": 8}}, {"name": "b", "dataset": "o/d"}),
         )
     },
     "validation.context": ({"validation": {"context": 256}}, {}),
@@ -131,8 +134,9 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "validation.gates": ({"validation": {"gates": {"F16": {"max_mean_kld": 0.5}}}}, {}),
     **{
         f"validation.gates.{name}": ({"validation": {"gates": {"*": {name: 0.5}}}}, {})
-        for name in ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p")
+        for name in SHARES
     },
+    "validation.gates.min_expert_tokens": ({"validation": {"gates": {"*": {"min_expert_tokens": 8}}}}, {}),
 }  # fmt: skip
 
 CHANGE_NO_BYTE_AND_NO_VERDICT = {
@@ -145,12 +149,13 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "card", "card.template",  # the card is written anew at every run
 }  # fmt: skip
 
+HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gguf": {
         "base_type": "f32", "imatrix": False, "tensor_types": {"ffn_down": "q8_0"}, "output_tensor_type": "q6_K",
         "token_embedding_type": "q6_K", "pure": True, "leave_output_tensor": True, "keep_split": True,
         "allow_requantize": True, "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
-        "max_shard_size": "1M", "llama_cpp_path": "checkout",
+        "max_shard_size": "1M", "llama_cpp_path": "checkout", "mtp_type": "q5_0",
     },
     "fp16": {
         "format": "safetensors", "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
@@ -158,17 +163,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "awq": {
         "targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "mappings": MAPPINGS, "group_size": 64,
-        "duo_scaling": True, "n_grid": 5, "format": "autoawq",
+        "duo_scaling": True, "n_grid": 5, "format": "autoawq", **HEADS_AND_EXPERTS,
     },
     "gptq": {
         "targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "group_size": 64, "block_size": 64,
         "dampening_frac": 0.1, "smoothing_strength": 0.6, "mappings": MAPPINGS,
+        **HEADS_AND_EXPERTS,
     },
     "smoothquant": {
         "targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "smoothing_strength": 0.6, "mappings": MAPPINGS,
+        **HEADS_AND_EXPERTS,
     },
-    "fp8": {"targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "kv_cache": "fp8"},
+    "fp8": {"targets": [PATTERN], "ignore": [PATTERN, "lm_head"], "kv_cache": "fp8", **HEADS_AND_EXPERTS},
 }  # fmt: skip
+BESIDE = {("fp8", "calibrate_all_experts"): {"kv_cache": "fp8"}}
+"""What an option needs beside it to have a meaning."""
 OPTIONS_THAT_CHANGE_NO_BYTE = {("gguf", "threads"), ("fp8", "workers")}
 
 
@@ -236,7 +245,7 @@ def one_rehearsal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_validate_names", lambda *_: None)
     types = {name: tensor.type for name, tensor in rehearsal().tensors.items()}
     run = {"types": types, "needs_imatrix": False}
-    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, names, _options: [run] * len(names))
+    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, levelled, *_: [run] * len(levelled))
 
 
 @cache
@@ -329,8 +338,10 @@ def test_a_key_moves_with_every_field(field: str, here: Path) -> None:
 )
 def test_a_key_moves_with_every_option(method: str, option: str, here: Path) -> None:
     wanted = next(entry for entry in QUANTIZATIONS if entry["method"] == method)
-    options = wanted.get("quantization_config", {})
-    before = unchanged(json.dumps(BASELINE | {"quantizations": [wanted]}), here)
+    options = wanted.get("quantization_config", {}) | BESIDE.get((method, option), {})
+    before = unchanged(
+        json.dumps(BASELINE | {"quantizations": [wanted | {"quantization_config": options}]}), here
+    )
     changed = wanted | {"quantization_config": options | {option: OPTIONS[method][option]}}
     after = keys(BASELINE | {"quantizations": [changed]}, here)
     own = {name: key for name, key in after.items() if " of " not in name}
@@ -385,7 +396,8 @@ def test_a_gate_of_another_level_changes_nothing(here: Path) -> None:
     before = unchanged(json.dumps(BASELINE), here)
     settings = merged(BASELINE, {"validation": {"gates": {"FP8_DYNAMIC": {"max_mean_kld": 0.5}}}})
     changed = moved(before, keys(settings, here))
-    assert changed == {"perplexity of fp8/FP8_DYNAMIC", "behaviour of fp8/FP8_DYNAMIC"}
+    gated = ("perplexity", "behaviour", "classification", "embedding", "experts")
+    assert changed == {f"{check} of fp8/FP8_DYNAMIC" for check in gated}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from quantool.records import Finding, Verdict
 from quantool.runtime.progress import Progress
 from quantool.source.mtp import head_tensors
 from quantool.source.tensor_headers import headers as source_headers
+from quantool.tasks import TaskKind
 from quantool.texts import inputs
 from quantool.texts.corpus import corpora
 from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
@@ -50,6 +51,7 @@ FLOATS = ("BF16", "F16", "F32")
     | ANSWERS
     | REFERENCE_ANSWERS
     | Depends(fields=("validation.corpora",), inputs=(inputs.held_out,)),
+    tasks=(TaskKind.GENERATION,),
 )
 def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     """The multi-token-prediction head, where the checkpoint has one: all there, and its drafts as good as the source's."""

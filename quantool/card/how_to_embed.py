@@ -19,26 +19,23 @@ def served(choice: str, task: Task, context: int) -> str:
 
     A text is computed in one piece, which has to fit into a batch (``-ub``).
     """
+    heading = "With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n"
     room = f"-c {context} -b {context} -ub {context}"
+    if task.kind is TaskKind.CLASSIFICATION:  # llama-server answers with more numbers than there are labels
+        return (
+            f"{heading}```sh\nllama-embedding {choice} --pooling rank {room} -p '{TEXTS[0]}'\n```\n\n"
+            f"It prints a logit for each label: {', '.join(task.labels)}.\n"
+        )
     if task.kind is TaskKind.EMBEDDING:
         mode = f"--embedding --pooling {POOLINGS.get(task.pooling or '', task.pooling)}"
         path, body = "/v1/embeddings", {"input": TEXTS}
-    elif task.kind is TaskKind.RERANKING:
-        mode, path, body = "--rerank", "/v1/rerank", {"query": QUERY, "documents": TEXTS}
     else:
-        mode, path, body = (
-            "--embedding --pooling rank",
-            "/embedding",
-            {"content": TEXTS, "embd_normalize": -1},
-        )
+        mode, path, body = "--rerank", "/v1/rerank", {"query": QUERY, "documents": TEXTS}
     request = json.dumps(body)
     text = (
-        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n"
-        f"```sh\nllama-server {choice} {mode} {room}\n```\n\nWhile it runs:\n\n"
+        f"{heading}```sh\nllama-server {choice} {mode} {room}\n```\n\nWhile it runs:\n\n"
         f"```sh\ncurl {SERVER}{path} -H 'Content-Type: application/json' -d '{request}'\n```\n"
     )
-    if task.kind is TaskKind.CLASSIFICATION:
-        text += f"\nIt answers with a logit for each label: {', '.join(task.labels)}.\n"
     return text + prompts(task)
 
 

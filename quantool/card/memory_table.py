@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantool.records import ModelFacts, Report, Verdict
-from quantool.report.finding_text import figure, percent
-from quantool.report.pooled import FIGURES, pooled_metrics, worst_pooled
+from quantool.report.finding_text import percent
+from quantool.report.pooled import FIGURES, pooled_metrics, shown, worst_pooled
 from quantool.report.recommend import recommend
 from quantool.report.table import file_name, markdown, worst
 from quantool.runtime.progress import amount
@@ -69,7 +69,7 @@ def which_file(facts: ModelFacts, reports: Sequence[Report]) -> str:
         row.append(f"`{file_name(report)}`" + ("" if report.verdict() is Verdict.PASS else " (did not pass)"))
         row.append(amount(report.artifact.bytes(), "B"))
         row += [memory(needed(report, facts, length)) for length in lengths]
-        row += [figure(worst_pooled(report), plain=True) for _ in metrics] or [_top(report)]
+        row += [shown(worst_pooled(report)) for _ in metrics] or [_top(report)]
         rows.append(row)
     lines.append(markdown(heads, rows))
     explained = (

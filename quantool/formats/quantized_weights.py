@@ -168,9 +168,17 @@ def _power(scale: Tensor) -> Tensor:
 
 def _scaled(weight: PackedWeight, read: Rows, rows: slice) -> Tensor:
     values = read("weight", rows).float()
+    scale = _power(_whole(weight, read, "scale"))
     if "zero_point" in weight.parts:
         values -= _spread(weight, _whole(weight, read, "zero_point").float(), rows)
-    return values * _spread(weight, _power(_whole(weight, read, "scale")), rows)
+    if len(weight.blocks) == 2 and all(
+        size % block == 0 for size, block in zip(values.shape, weight.blocks, strict=True)
+    ):
+        (high, wide), first = weight.blocks, rows.start // weight.blocks[0]
+        tiles = values.view(-1, high, values.shape[1] // wide, wide)
+        tiles *= scale[first : first + len(tiles), None, :, None]
+        return values
+    return values.mul_(_spread(weight, scale, rows))
 
 
 def _spread(weight: PackedWeight, grid: Tensor, rows: slice) -> Tensor:
@@ -230,16 +238,24 @@ def _mxfp4(_: PackedWeight, read: Rows, rows: slice) -> Tensor:
 
     blocks, scales = read("blocks", rows), read("scales", rows)
     table = torch.tensor(MXFP4)
-    values = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1)
-    values = torch.ldexp(values.flatten(-2), scales.int().unsqueeze(-1) - 127)
+    pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], -1)  # of a byte: low half, high half
+    values = torch.nn.functional.embedding(blocks.int(), pairs).flatten(-2)
+    values *= torch.ldexp(torch.ones(scales.shape), scales.int() - 127).unsqueeze(-1)
     return values.flatten(-2).transpose(1, 2)
 
 
 def _autoawq(_: PackedWeight, read: Rows, rows: slice) -> Tensor:
+    import torch
+
     words = slice(rows.start // int4_layouts.PER_WORD, -(-rows.stop // int4_layouts.PER_WORD))
-    return int4_layouts.dequantize(
-        {"qweight": read("qweight", words), "qzeros": read("qzeros", words), "scales": read("scales", rows)}
-    )
+    shifts = int4_layouts.BITS * torch.tensor(int4_layouts.ORDER).argsort().int()
+
+    def numbers(part: str) -> Tensor:
+        return ((read(part, words).unsqueeze(-1) >> shifts) & 15).flatten(1)
+
+    weights, zeros, scales = numbers("qweight"), numbers("qzeros"), read("scales", rows).float()
+    groups = weights.view(len(zeros), -1, weights.shape[1])
+    return ((groups - zeros[:, None]) * scales[:, None]).flatten(0, 1).T
 
 
 def _gptq(weight: PackedWeight, read: Rows, rows: slice) -> Tensor:

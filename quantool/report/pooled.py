@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from quantool.records import Finding, Report
+from quantool.report.finding_text import figure
 
 FIGURES = {
     "cosine": "cosine",
@@ -44,6 +45,13 @@ def loss(finding: Finding) -> float:
     if not isinstance(value, float) or math.isnan(value):
         return math.inf
     return 4 * (1 - value) if finding.metric == "cosine" else value / 2
+
+
+def shown(finding: Finding | None) -> str:
+    """A figure for a table; a cosine near 1 with the digits that tell levels apart."""
+    if finding is not None and finding.metric == "cosine" and isinstance(finding.measured, float):
+        return f"{finding.measured:.5f}"
+    return figure(finding, plain=True)
 
 
 def meaning(reports: Sequence[Report]) -> str:

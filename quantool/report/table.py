@@ -12,7 +12,7 @@ from pathlib import Path
 from quantool.records import Finding, MachineState, Plan, Report
 from quantool.report.finding_text import failures, figure, percent, perplexity
 from quantool.report.holdings import of_outputs
-from quantool.report.pooled import FIGURES, pooled_metrics, worst_pooled
+from quantool.report.pooled import FIGURES, pooled_metrics, shown, worst_pooled
 from quantool.runtime.progress import amount, span
 
 HEADINGS = (
@@ -45,7 +45,7 @@ def columns(report: Report, metrics: Sequence[str] = ()) -> list[str]:
     corpus = divergence.corpus if divergence else None
     largest = max(artifact.files, key=lambda file: file.bytes)
     if metrics:
-        figures = [figure(report.find(metric, corpus), plain=True) for metric in metrics]
+        figures = [shown(report.find(metric, corpus)) for metric in metrics]
     else:
         figures = [
             *perplexity(report, corpus),

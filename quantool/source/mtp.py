@@ -24,7 +24,7 @@ LAYER = re.compile(r"^(?P<part>(?:model\.)?(?:language_model\.)?layers\.(?P<numb
 
 
 @dataclass(frozen=True)
-class Layout:
+class HeadLayout:
     """Where the parts of a head's first layer stand: names without ``.weight``, ``block`` as a prefix with its dot."""
 
     embedding_norm: str
@@ -62,7 +62,7 @@ def head_patterns(names: Iterable[str], layers: int) -> tuple[str, ...]:
     return tuple(rf"re:^{re.escape(part)}\..*" for part in parts)
 
 
-def layout_of(names: Iterable[str], layers: int) -> Layout | None:
+def layout_of(names: Iterable[str], layers: int) -> HeadLayout | None:
     """The layout of a head's first layer; None when there is none, or of an unknown kind."""
     known = frozenset(names)
     return next(
@@ -71,19 +71,19 @@ def layout_of(names: Iterable[str], layers: int) -> Layout | None:
     )
 
 
-def _layouts(layers: int) -> Iterable[Layout]:
+def _layouts(layers: int) -> Iterable[HeadLayout]:
     for top in ("", "model.", "model.language_model."):
         place = f"{top}layers.{layers}"
-        yield Layout(
+        yield HeadLayout(
             f"{place}.enorm", f"{place}.hnorm", f"{place}.eh_proj", f"{place}.shared_head.norm", f"{place}."
         )
         place = f"{top}mtp"
-        yield Layout(
+        yield HeadLayout(
             f"{place}.pre_fc_norm_embedding", f"{place}.pre_fc_norm_hidden", f"{place}.fc", f"{place}.norm",
             f"{place}.layers.0.",
         )  # fmt: skip
         place = f"{top}mtp_layers.0"
-        yield Layout(
+        yield HeadLayout(
             f"{place}.token_layernorm", f"{place}.hidden_layernorm", f"{place}.input_proj", f"{place}.final_layernorm",
             f"{place}.", hidden_first=True,
         )  # fmt: skip

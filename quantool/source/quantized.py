@@ -239,6 +239,13 @@ def _fp8(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
     yield from _eight_bit(checkpoint, EIGHT_BIT - {"I8"})
 
 
+def _modelopt(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
+    """NVIDIA's FP8: one scale a tensor (ModelOpt 0.3x, ``export/quant_utils.py``)."""
+    if (algorithm := checkpoint.settings.get("quant_algo")) != "FP8":
+        raise _unreadable(checkpoint.path, f"quant_algo {brief(algorithm)} of ModelOpt")
+    yield from _fp8(checkpoint)
+
+
 def _mxfp4(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
     for name, parts in checkpoint.take("_blocks", {"blocks": "_blocks", "scales": "_scales"}):
         yield mxfp4(name, parts)
@@ -266,6 +273,8 @@ def _gptq(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
 READERS: dict[str, tuple[str, Reader]] = {
     "compressed-tensors": ("compressed-tensors", _compressed),
     "fp8": ("FP8 of transformers", _fp8),
+    "fbgemm_fp8": ("FBGEMM", _fp8),
+    "modelopt": ("ModelOpt", _modelopt),
     "mxfp4": ("gpt-oss", _mxfp4),
     "awq": ("AutoAWQ", _autoawq),
     "gptq": ("GPTQ", _gptq),

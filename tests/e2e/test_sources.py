@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,44 @@ def run_of(folder: Path, cache: Path, model: Path, **validation: Any) -> Run:
         "validation": VALIDATION | validation,
     }
     return Run(write(folder, "job", **settings), cache)
+
+
+def with_digits(folder: Path, digits: str, *, ignore_merges: bool) -> Path:
+    """The chat model with another expression for runs of digits."""
+    shutil.copytree(making.TINY, folder)
+    path = folder / "tokenizer.json"
+    saved = making.read_json(path)
+    split = saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    split["Regex"] = split["Regex"].replace(r"|\p{N}|", f"|{digits}|")
+    saved["model"]["ignore_merges"] = ignore_merges
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    settings = making.read_json(folder / "tokenizer_config.json")
+    settings["tokenizer_class"] = (
+        "PreTrainedTokenizerFast"  # a class of its own may replace the steps by its own
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "digits", "ignore_merges"), [("qwen2", r"\p{N}", False), ("llama-bpe", r"\p{N}{1,3}", True)]
+)
+def test_unknown_vocabulary_with_known_steps_passes(
+    name: str, digits: str, ignore_merges: bool, cache: Path, tmp_path: Path
+) -> None:
+    model = with_digits(tmp_path / "model", digits, ignore_merges=ignore_merges)
+    ended = run_of(tmp_path, cache, model, checks=["tokenizer"]).finish()
+    assert ended.code == 0, ended.err
+    assert f"pre-tokenizer {name}: llama.cpp's converter does not know this vocabulary" in ended.err
+    (report,) = making.read_json(tmp_path / "job" / "report.json")["reports"]
+    assert {finding["verdict"] for finding in report["findings"]} == {"PASS"}
+
+
+def test_steps_that_differ_by_a_character_end_the_plan(cache: Path, tmp_path: Path) -> None:
+    model = with_digits(tmp_path / "model", r"\p{N}{1,4}", ignore_merges=True)
+    ended = run_of(tmp_path, cache, model).finish(command="plan")
+    assert ended.code == 2
+    assert "quantization_config.pre_tokenizer" in ended.err
 
 
 @pytest.mark.parametrize("form", ["FP8 channel", "INT4 asymmetric"])

@@ -117,6 +117,22 @@ def _fp8_blocks(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return {"weight": stored, "weight_scale_inv": scale}, stored.float() * spread
 
 
+def _fp8(grid: str) -> Layer:
+    """One scale a tensor or row: ModelOpt's ``weight_scale``, FBGEMM's ``[rows, 1]``."""
+
+    def layer(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        peak = _peaks(weight.float(), grid)
+        scale = (peak if grid == "channel" else peak.reshape(())) / 448
+        stored = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {
+            "weight": stored,
+            "weight_scale": scale,
+            "input_scale": torch.ones(()),
+        }, stored.float() * scale
+
+    return layer
+
+
 def _autoawq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     """``WQLinear_GEMM`` of AutoAWQ 0.2.9: eight neighbours along the output share a word, in the order 0 2 4 6 1 3 5 7."""
     rows, columns = weight.shape
@@ -206,6 +222,8 @@ FORMS: dict[str, tuple[Layer, dict[str, Any]]] = {
     "INT4 asymmetric": _of_compressed(_scheme("int", 4, "group", "pack-quantized", symmetric=False)),
     "INT8 packed": _of_compressed(_scheme("int", 8, "channel", "pack-quantized")),
     "DeepSeek FP8": (_fp8_blocks, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}),
+    "ModelOpt FP8": (_fp8("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "FBGEMM FP8": (_fp8("channel"), {"quant_method": "fbgemm_fp8"}),
     "AutoAWQ": (_autoawq, {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP}),
     "GPTQ": (_gptq(4, 1, ordered=False), GPTQ_4),
     "GPTQ act-order": (_gptq(4, 1, ordered=True), GPTQ_4 | {"desc_act": True}),

@@ -5,8 +5,10 @@ import re
 import struct
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -261,3 +263,57 @@ def test_a_whole_run_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) 
     *above, last = [line.strip() for line in kept if line.strip() and not spinning.search(line)]
     assert above == ["warning: a thing"]
     assert re.fullmatch(r"done in \d+ s", last)
+
+
+def test_steps_side_by_side_are_one_with_the_time_that_is_left(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress()
+    expected = [Step("make a", 60.0), Step("make b", 60.0), Step("make c", 60.0), Step("pack", 10.0)]
+    with progress.whole():
+        progress.expect(expected)
+        with progress.within("make a"):
+            clock[0] += 5  # what all need
+        course = progress._course
+        assert course is not None
+        with progress.together(["make a", "make b", "make c"]), ThreadPoolExecutor(3) as pool:
+            entered, moved = threading.Barrier(3), threading.Barrier(4)
+
+            def take(name: str, share: float) -> None:
+                with progress.step(name), progress.bar("quantize", "tensors") as bar:
+                    entered.wait(20)
+                    bar.move(share, 1.0)
+                    moved.wait(20)
+                    moved.wait(20)
+
+            shares = {"make a": 0.5, "make b": 0.25, "make c": 0.75}
+            done = [pool.submit(take, name, share) for name, share in shares.items()]
+            moved.wait(20)
+            clock[0] += 50
+            assert course.label() == "[1-3/4] "
+            assert course.share() == ""
+            assert sorted(course.activity.split(", ")) == ["a 48 %", "b 24 %", "c 71 %"]
+            # 0.475 of the work in 50 s, and ten seconds of packing at the pace of the estimates
+            assert course.left() == pytest.approx(50 * (1 - 0.475) / 0.475 + 10, rel=0.01)
+            moved.wait(20)
+            for each in done:
+                each.result()
+        with progress.step("pack"):
+            pass
+    lines = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "[1/4] make a"
+    assert sorted(lines[1:4]) == ["[1-3/4] make a", "[1-3/4] make b", "[1-3/4] make c"]
+    assert lines[4] == "[4/4] pack"
+
+
+def test_a_step_goes_on_with_what_was_begun_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    with progress.whole():
+        progress.expect([Step("make a", 1.0), Step("make b", 1.0)])
+        with progress.within("make a"):
+            pass
+        for name in ("make a", "make b"):
+            with progress.step(name):
+                pass
+    lines = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines[:2] == ["[1/2] make a", "[2/2] make b"]

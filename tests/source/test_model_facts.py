@@ -145,8 +145,8 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
             "bf16",
         ),
         (
-            {"text_config": {"quantization_config": {"quant_method": "modelopt"}}},
-            "already quantized .*modelopt",
+            {"text_config": {"quantization_config": {"quant_method": "quark"}}},
+            "already quantized .*quark",
             "bf16",
         ),
         ({"text_config": [1]}, "text_config is not an object", ""),

@@ -3,7 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from quantool.config.schema import Config
 from quantool.errors import SourceError
@@ -98,8 +100,23 @@ def test_a_head_in_part_is_refused_by_name() -> None:
         mtp.check_head({"num_nextn_predict_layers": 2}, (*TRUNK, *NEXTN), 2)
 
 
+def test_resolve_refuses_a_head_in_part(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
+    lost = {f"model.layers.2.{part}.weight": np.zeros((2, 2), np.float16) for part in ("enorm", "hnorm")}
+    save_file(tensors() | lost, folder / "model.safetensors")
+    config = Config.model_validate(
+        {
+            "model_id": str(folder),
+            "method": "gguf",
+            "quant_level": "Q8_0",
+            "output_path": str(tmp_path / "out"),
+        }
+    )
+    with pytest.raises(SourceError, match=r"head lacks model\.layers\.2\.eh_proj\.weight"):
+        resolve(config, weights=False, progress=Progress(quiet=True))
+
+
 def test_resolve_notes_a_missing_head(tmp_path: Path) -> None:
-    assert len(tensors()) == 4
     folder = write_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
     config = Config.model_validate(
         {

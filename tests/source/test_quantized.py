@@ -117,6 +117,7 @@ def test_scale_of_another_shape_is_refused(written: Any) -> None:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes"},
+    "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "no method": {"bits": 4},
     "nvfp4-pack-quantized": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     "sparse-24-bitmask": {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.formats.safetensors import TensorHeader, check_index
-from quantool.source.mtp import Layout, layout_of
+from quantool.source.mtp import HeadLayout, layout_of
 from quantool.validation._engines import unpacked
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.layer_files import Unstreamable, decoder_layers
@@ -95,7 +95,7 @@ class DraftHead:
         self,
         folder: Path,
         located: Mapping[str, TensorHeader],
-        layout: Layout,
+        layout: HeadLayout,
         model: Any,
         *,
         trust_remote_code: bool,
@@ -173,7 +173,12 @@ def _norm(kind: Any, width: int, weight: Tensor, model: Any) -> Any:
 
 
 def _layer(
-    folder: Path, located: Mapping[str, TensorHeader], layout: Layout, model: Any, *, trust_remote_code: bool
+    folder: Path,
+    located: Mapping[str, TensorHeader],
+    layout: HeadLayout,
+    model: Any,
+    *,
+    trust_remote_code: bool,
 ) -> tuple[Any, Any]:
     """The head's decoder layer as a model of one layer, and the trunk's class without weights."""
     import torch
