@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from quantool.errors import SourceError
 
 NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]*)(?=\.|$)")
+APART = re.compile(f"({NUMBER.pattern})")
 BRACES = re.compile(r"\{([0-9,-]+)\}")
 TEXT, VISION, AUDIO, SPEECH, MTP, HEAD = "text", "vision", "audio", "speech", "mtp", "head"
 """Parts of a checkpoint: the language model, eyes, ears, a voice, a head that drafts further tokens, a classifier's."""
@@ -191,7 +193,7 @@ def grouped(lines: Iterable[TensorLine]) -> tuple[TensorLine, ...]:
     return tuple(joined for members in groups.values() for joined in _joined(members))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Split:
     """A line of one tensor with the numbers taken out of its names."""
 
@@ -202,19 +204,26 @@ class _Split:
 
     @classmethod
     def of(cls, line: TensorLine) -> _Split:
-        texts = (line.name, *(entry.name for entry in line.to))
-        if odd := next((text for text in texts if "{" in text or "}" in text), None):
-            raise SourceError(f"a tensor is named {odd!r}, which no tool would write")
-        bare = line.model_copy(update={"name": NUMBER.sub("{}", line.name), "to": ()})
-        to = tuple((NUMBER.sub("{}", entry.name), entry.dtype, entry.shape) for entry in line.to)
-        return cls(line, (bare, to), tuple(tuple(NUMBER.findall(text)) for text in texts))
+        template, own = _taken_apart(line.name)
+        apart = [(template, own) if e.name == line.name else _taken_apart(e.name) for e in line.to]
+        to = tuple((text, e.dtype, e.shape) for (text, _), e in zip(apart, line.to, strict=True))
+        likeness = (template, line.dtype, line.shape, line.part, line.fate, line.reason, to)
+        return cls(line, likeness, (own, *(found for _, found in apart)))
+
+
+def _taken_apart(name: str) -> tuple[str, tuple[str, ...]]:
+    """A name with ``{}`` for its numbers, and these. Raises SourceError for one that a pattern could be mistaken for."""
+    if "{" in name or "}" in name:
+        raise SourceError(f"a tensor is named {name!r}, which no tool would write")
+    pieces = APART.split(name)
+    return "{}".join(pieces[::2]), tuple(pieces[1::2])
 
 
 def _joined(members: Sequence[_Split]) -> list[TensorLine]:
     """As few lines as the numbers allow: one where they are all combinations, else one for each first number."""
     if len(members) == 1:
         return [members[0].line]
-    columns = [sorted({split.numbers[slot] for split in members}) for slot in range(len(members[0].numbers))]
+    columns = [{split.numbers[slot] for split in members} for slot in range(len(members[0].numbers))]
     if len({split.numbers for split in members}) == len(columns[0]) and all(map(_is_product, columns)):
         first = members[0].line
         to = tuple(
@@ -235,11 +244,11 @@ def _joined(members: Sequence[_Split]) -> list[TensorLine]:
     return [split.line for split in members]
 
 
-def _is_product(column: Sequence[tuple[str, ...]]) -> bool:
+def _is_product(column: AbstractSet[tuple[str, ...]]) -> bool:
     return math.prod(len(set(values)) for values in zip(*column, strict=True)) == len(column)
 
 
-def _pattern(name: str, column: Sequence[tuple[str, ...]]) -> str:
+def _pattern(name: str, column: AbstractSet[tuple[str, ...]]) -> str:
     """The name with the ranges of its numbers in braces; one that does not vary stays."""
     ranges = iter([_ranges({int(text) for text in values}) for values in zip(*column, strict=True)])
     return NUMBER.sub(lambda _: next(ranges), name)

@@ -50,7 +50,7 @@ ELEMENTS = 0.05  # share of weight elements that a conversion may drop (padding 
 @check(
     NAME,
     depends=Depends(
-        fields=("quantization_config", "quantizations", "dataset_path", "dataset_id"),
+        fields=("quantization_config", "quantizations", "dataset_path", "dataset_id", "drop"),
         libraries=("compressed-tensors", "llama-cpp-python"),
         engine=True,
         folder=True,

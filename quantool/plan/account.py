@@ -134,6 +134,8 @@ def _with_part(
         fate = Fate.DROPPED
     if fate is Fate.DROPPED and not reason:
         reason = drops.get(part) or (ON_PURPOSE if part in config.drop else "")
+    if (part, fate, reason) == (line.part, line.fate, line.reason):
+        return line  # there can be a hundred thousand
     return line.model_copy(update={"part": part, "fate": fate, "reason": reason})
 
 

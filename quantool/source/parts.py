@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from quantool.errors import SourceError
@@ -57,6 +58,9 @@ class Parts:
 
     def part_of(self, name: str) -> str:
         """The part of a tensor; text for what nothing else is said of."""
+        return _part_of(self, name)
+
+    def _named(self, name: str) -> str:
         if head_of(name, self.layers) is not None:
             return MTP
         pieces = name.split(".")
@@ -86,6 +90,12 @@ class Parts:
                     f"config.json has a section for {part}, but no tensor of the checkpoint belongs to it",
                     hint=ADVICE,
                 )
+
+
+@lru_cache(maxsize=1 << 17)
+def _part_of(parts: Parts, name: str) -> str:
+    """Every output asks for every tensor, of which there can be a hundred thousand."""
+    return parts._named(name)  # noqa: SLF001 - its own
 
 
 def _is_section(value: Any) -> bool:

@@ -77,6 +77,15 @@ def fused_experts(prefix: str, count: int = 4) -> Shapes:
     }
 
 
+def joined_experts(prefix: str, count: int = 4) -> Shapes:
+    """The experts of a layer end to end, as transformers 5 has them in memory."""
+    return {
+        f"{prefix}.gate.weight": (count, HIDDEN),
+        f"{prefix}.experts.gate_up_proj": (count, 2 * INNER, HIDDEN),
+        f"{prefix}.experts.down_proj": (count, HIDDEN, INNER),
+    }
+
+
 def layer(prefix: str, feed: Callable[[str], Shapes] = mlp, *, norms: bool = False) -> Shapes:
     """A decoder layer."""
     return {
@@ -237,6 +246,9 @@ STRUCTURES: dict[str, Structure] = {
         decoder() | {f"model.layers.{n}.self_attn.q_proj.bias": (HEADS * HEAD,) for n in range(2)},
     ),
     "experts": Structure(text("Qwen3MoeForCausalLM", "qwen3_moe", **QWEN_MOE), decoder(feed=experts, norms=True)),
+    "experts in one tensor": Structure(
+        text("Qwen3MoeForCausalLM", "qwen3_moe", **QWEN_MOE), decoder(feed=joined_experts, norms=True)
+    ),
     "fused experts": Structure(text("GptOssForCausalLM", "gpt_oss", num_local_experts=4), decoder(feed=fused_experts)),
     "hybrid": Structure(
         text("Qwen3NextForCausalLM", "qwen3_next", **QWEN_MOE) | {"num_hidden_layers": 4}, hybrid()
