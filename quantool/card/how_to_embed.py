@@ -28,7 +28,8 @@ def served(choice: str, task: Task, context: int) -> str:
         )
     if task.kind is TaskKind.EMBEDDING:
         mode = f"--embedding --pooling {POOLINGS.get(task.pooling or '', task.pooling)}"
-        path, body = "/v1/embeddings", {"input": TEXTS}
+        path = "/v1/embeddings"
+        body: dict[str, str | list[str]] = {"input": TEXTS}
     else:
         mode, path, body = "--rerank", "/v1/rerank", {"query": QUERY, "documents": TEXTS}
     request = json.dumps(body)

@@ -84,7 +84,7 @@ def write_roberta_reranker(folder: Path) -> Path:
         vocab_size=len(tokenizer), type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
         max_position_embeddings=514, **SHAPE, **_labelled(("LABEL_0",)),
     )  # fmt: skip
-    _save(RobertaForSequenceClassification(config), folder)
+    _save(RobertaForSequenceClassification(config), folder)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -104,7 +104,7 @@ def _write_qwen3(folder: Path, labels: Sequence[str]) -> Path:
     from transformers import AutoTokenizer, Qwen3ForSequenceClassification
 
     torch.manual_seed(SEED)
-    model = Qwen3ForSequenceClassification.from_pretrained(
+    model: Any = Qwen3ForSequenceClassification.from_pretrained(
         EMBEDDING, **_labelled(labels), dtype=torch.float32
     )
     torch.nn.init.normal_(model.score.weight, std=0.5)

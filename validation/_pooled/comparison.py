@@ -24,7 +24,8 @@ def mean(values: NDArray[np.float64]) -> Estimate:
 
 def cosines(reference: Vectors, artifact: Vectors) -> NDArray[np.float64]:
     """The cosine of each pair of vectors [texts, width]; 0 where one has no length."""
-    return (_unit(reference) * _unit(artifact)).sum(1)
+    found: NDArray[np.float64] = (_unit(reference) * _unit(artifact)).sum(1)
+    return found
 
 
 def _unit(vectors: Vectors) -> NDArray[np.float64]:
@@ -32,7 +33,8 @@ def _unit(vectors: Vectors) -> NDArray[np.float64]:
 
     wide = vectors.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0)
+    found: NDArray[np.float64] = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0)
+    return found
 
 
 def recall(reference: Vectors, artifact: Vectors) -> NDArray[np.float64]:
@@ -81,7 +83,8 @@ def same_label(reference: Vectors, artifact: Vectors) -> NDArray[np.float64]:
     """1 for each text whose largest logit is of the same label, else 0."""
     import numpy as np
 
-    return (reference.argmax(1) == artifact.argmax(1)).astype(np.float64)
+    found: NDArray[np.float64] = (reference.argmax(1) == artifact.argmax(1)).astype(np.float64)
+    return found
 
 
 def kendall(reference: Vectors, artifact: Vectors, group: int) -> NDArray[np.float64]:
