@@ -126,10 +126,11 @@ def outline(request: Request, options: Options) -> Outline:
                 peak_ram=_quantize_ram(rehearsal, run["types"]),
                 operations=_operations(level) * rehearsal.elements(),
                 gates=request.gates(level),
-                done=_is_done(request, options, kind, level, names),
+                done=_is_done(request, levelled[level], kind, level, names),
                 needs=("base", "imatrix") if options.imatrix else ("base",),
             )
         )
+    coverage = imatrix.coverage(request) if options.imatrix is True else []
     aliases = [
         f"level {name} is llama.cpp's {level.description}"
         for name, level in toolchain.levels().items()
@@ -138,7 +139,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases, *coverage))),
         {
             output.id: account.lines(source, rehearsal, run["types"])
             for output, run in zip(outputs, runs, strict=True)
@@ -228,7 +229,7 @@ def _head_type(options: Options) -> str | None:
 
 
 def _with_head(source: Source, options: Options, level: str) -> Options:
-    """The options of a level, a multi-token-prediction head among its ``tensor_types``."""
+    """The options of a level, a multi-token-prediction head among its ``tensor_types``; so they stand in the plan."""
     types = with_head(
         options.tensor_types, head_pattern(source, source_headers(source)), _head_type(options), level
     )
@@ -378,7 +379,7 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "base": str(base),
         "ftype": level.ftype,
         "copy": level.name == "COPY",
-        "settings": _with_head(source, options, output.level).settings(),
+        "settings": options.settings(),
         "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
     }
     remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)

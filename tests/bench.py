@@ -296,8 +296,8 @@ def calibration(folder: Path) -> list[tuple[str, Measured]]:
         "dataset_path": str(TINY.parent / "text" / "calibration.jsonl"), "sample_size": 32, "device": "cpu",
     }))  # fmt: skip
     code = (
-        "import sys; from quantool import pipeline; from quantool.config.load import load; from quantool.plugins import find; "
-        "from quantool.runtime.progress import Progress; pipeline.make(load(sys.argv[1], (), find).config, Progress(quiet=True))"
+        "import sys; from pathlib import Path; from quantool import pipeline; from quantool.config.load import load; from quantool.plugins import find; "
+        "from quantool.runtime.progress import Progress; pipeline.make(load(Path(sys.argv[1]), (), find).config, Progress(quiet=True))"
     )
     rows = []
     with limited_processor():

@@ -25,7 +25,7 @@ from quantool.plan.depends import depends_of
 from quantool.plan.make import options_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check, Request
-from quantool.records import Artifact, FileRecord, OutputPlan, Source, fingerprint
+from quantool.records import Artifact, FileRecord, Gates, OutputPlan, Source, fingerprint
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace
@@ -63,6 +63,8 @@ FLAT = {
 DATA_SET = {"dataset_path": None, "dataset_id": "owner/set"}
 MAPPINGS = [{"smooth_layer": "re:.*up_proj", "balance_layers": ["re:.*down_proj"]}]
 
+SHARES = sorted(set(Gates.model_fields) - {"min_expert_tokens"})
+"""Gates that may be 0.5."""
 # Field: what it is changed to, and what must be set beside it for that to have a meaning.
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model_id": ({"model_id": "renamed"}, {}),
@@ -102,7 +104,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             ("gates", {"name": "a", "path": "held.txt", "gates": {}}, {"name": "b", "dataset": "o/d"}),
             *(
                 (f"gates.{name}", {"name": "a", "path": "held.txt", "gates": {name: 0.5}}, {"name": "b", "dataset": "o/d"})
-                for name in ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p")
+                for name in SHARES
             ),
             ("gates.min_expert_tokens", {"name": "a", "path": "held.txt", "gates": {"min_expert_tokens": 8}}, {"name": "b", "dataset": "o/d"}),
         )
@@ -132,7 +134,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "validation.gates": ({"validation": {"gates": {"F16": {"max_mean_kld": 0.5}}}}, {}),
     **{
         f"validation.gates.{name}": ({"validation": {"gates": {"*": {name: 0.5}}}}, {})
-        for name in ("max_ln_ppl_ratio", "max_mean_kld", "min_same_top_p")
+        for name in SHARES
     },
     "validation.gates.min_expert_tokens": ({"validation": {"gates": {"*": {"min_expert_tokens": 8}}}}, {}),
 }  # fmt: skip
@@ -243,7 +245,7 @@ def one_rehearsal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_validate_names", lambda *_: None)
     types = {name: tensor.type for name, tensor in rehearsal().tensors.items()}
     run = {"types": types, "needs_imatrix": False}
-    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, levelled: [run] * len(levelled))
+    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, levelled, *_: [run] * len(levelled))
 
 
 @cache

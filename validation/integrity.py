@@ -120,7 +120,7 @@ def _judge_folder(case: Case) -> list[Finding]:
         judge_folder_level(case, promised, sizes.most_common(1)[0][0], BUILD),
         *judge_layers(case, folder, BUILD),
         *judge_ignore(folder, BUILD),
-        *judge_cache(stored, cache, options_of(case).get("kv_cache"), BUILD),
+        *judge_cache(stored, cache, options_of(case).get("kv_cache"), case.source.facts.layers, BUILD),
     ]
     return [*findings, *(COMPRESSED_TENSORS.judged(finding, version) for finding in by_rules)]
 

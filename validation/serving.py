@@ -19,6 +19,7 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding, Verdict
 from quantool.runtime.progress import Progress
+from quantool.source.mtp import part_of
 from quantool.validation._engines import unpacked
 from quantool.validation._files.modules import (
     FLOATS,
@@ -91,7 +92,12 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         _judge_kernels(served),
     ]
     if promised.cache is not None:
-        findings.append(_judge_cache(promised, headers))
+        layers_run = {
+            name: tensor
+            for name, tensor in headers.items()
+            if part_of(name, case.source.facts.layers) is None
+        }
+        findings.append(_judge_cache(promised, layers_run))
     if not any(finding.verdict is Verdict.REGRESSION for finding in findings):
         facts = case.source.facts
         findings.append(_judge_splits(served, Heads(facts.heads, facts.kv_heads)))
@@ -275,7 +281,7 @@ def _judge_kernels(served: Sequence[Served]) -> Finding:
 
 
 def _judge_cache(promised: Promise, headers: dict[str, TensorHeader]) -> Finding:
-    """The attention cache's numbers are FP8, and every layer has its scales."""
+    """The attention cache's numbers are FP8, and every layer has its scales; ``headers`` are those of the model's layers."""
     cache = promised.cache
     if cache is None:
         raise AssertionError

@@ -270,7 +270,8 @@ def _lines(task: LevelTask, source: Source, located: Mapping[str, TensorHeader])
     """What becomes of each tensor; calibrated levels are saved by transformers."""
     chosen = [layer.name for layer in task.selection.layers]
     absent = account.not_saved(located, chosen, tied=source.facts.tied_embeddings) if task.calibrated else {}
-    found = account.lines(located, task.tensors(located), chosen, absent, scaled=task.calibrated)
+    stored = task.tensors(located)
+    found = account.lines(located, stored, chosen, absent, scaled=task.calibrated, carried=task.carried)
     return joined_lines(found, headers(source))
 
 

@@ -8,15 +8,18 @@ from typing import Any
 
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, QuantizationError
+from quantool.formats.json_file import read_json
+from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.methods._llama_cpp import base_file, imatrix_collect
 from quantool.methods._llama_cpp.imatrix_file import read_matrix
-from quantool.plugins.contract import Job
+from quantool.plugins.contract import Job, Request
 from quantool.plugins.keys import Depends, key_of
 from quantool.records import FileRecord, Source, file_record, sha256_of
 from quantool.runtime import process
 from quantool.runtime.gpus import NO_GPU, devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, written
+from quantool.source.experts import coverage_note
 from quantool.texts import inputs
 
 IMATRIX_CONTEXT = 512  # llama-imatrix's default (0c1e570, tools/imatrix/imatrix.cpp)
@@ -98,6 +101,13 @@ def tokens_at_most(config: Config) -> int:
     if path is None or not path.is_file() or path.suffix == ".parquet":
         return limit
     return min(limit, path.stat().st_size // 4)
+
+
+def coverage(request: Request) -> list[str]:
+    """A warning when the matrix would see too few tokens for the experts that the model has."""
+    limits = [request.gates(level).min_expert_tokens or MIN_EXPERT_TOKENS for level in request.levels]
+    model = read_json(request.source.folder / "config.json")
+    return coverage_note(model, tokens_at_most(request.config), max(limits))
 
 
 def _text_key(config: Config, source: Source) -> str:

@@ -119,11 +119,20 @@ def _refuse_texts(config: Config, source: Source) -> None:
 
 
 def _ask_checks(config: Config, source: Source) -> None:
-    """Let each check that has a section of the configuration say what it cannot judge."""
+    """Let each check say what it cannot judge, but for those with a section of the configuration that is not set."""
     settings = config.validation
     for name in find.judging_checks(config, source.facts.task):
-        if name in settings.model_fields_set and (require := find.find_check(name).require) is not None:
-            require(config, source)
+        if name in settings.model_fields_set:
+            check = find.find_check(name)
+        elif name in type(settings).model_fields:
+            continue
+        else:
+            try:
+                check = find.find_check(name)
+            except (ConfigError, DependencyError):  # a run says so before it starts
+                continue
+        if check.require is not None:
+            check.require(config, source)
 
 
 def _judging(config: Config, source: Source, workspace: Workspace) -> int:

@@ -258,8 +258,8 @@ def check(
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
-    ``require`` is asked before anything is judged, and by the plan when the configuration has a section of the check's
-    name below ``validation``.
+    ``require`` is asked before anything is judged, and by the plan, where it is a check that has no section of its name below
+    ``validation`` or whose section is set.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
     ``loads_reference`` says that it loads the checkpoint with transformers, so that the plan makes sure that it can.
     ``tasks`` are what the models that it judges are for; models for something else are judged without it.

@@ -177,8 +177,9 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
         f"time     about {span(sum(machine.seconds.get(stage.name, 0.0) for stage in waiting))} on this machine",
         f"memory   {amount(highest, 'B')} needed at most, {amount(machine.ram, 'B')} here",
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
-        *(f"{engine:<9}{place}" for engine, place in machine.engines.items()),
     ]
+    if machine.engines:
+        lines.append("engines  " + ", ".join(f"{name} {place}" for name, place in machine.engines.items()))
     return "\n".join(lines)
 
 

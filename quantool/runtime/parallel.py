@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TypeVar
 
@@ -40,14 +41,13 @@ def in_threads(calls: Sequence[Callable[[], Result]]) -> list[Result]:
             outcomes[number] = error
 
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(calls))]
-    try:
+    with ExitStack() as undo:
+        undo.callback(children.end)
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException:
-        children.end()
-        raise
+        undo.pop_all()
     results: list[Result] = []
     for outcome in outcomes:
         if isinstance(outcome, BaseException):

@@ -11,6 +11,7 @@ from quantool.card.card import front_matter
 from quantool.ledger import ArtifactTensor, Fate, Ledger, TensorLine
 from quantool.records import Artifact, Finding, Gates, ModelCard, OutputPlan, Report, Verdict
 from quantool.report.holdings import of_outputs, of_reports
+from quantool.tasks import Task
 
 KEPT = TensorLine(
     name="model.layers.{0-1}.up",
@@ -70,7 +71,7 @@ def test_front_matter_of_a_text_only_file() -> None:
     card = ModelCard(pipeline_tag="image-text-to-text", tags=("vision", "gemma"))
     source: Any = type("Source", (), {})()
     source.card, source.commit = card, None
-    source.facts = type("Facts", (), {"architecture": "Gemma3ForConditionalGeneration"})()
+    source.facts = type("Facts", (), {"architecture": "Gemma3ForConditionalGeneration", "task": Task()})()
     front = front_matter(source, [output("vision")])
     assert (front["pipeline_tag"], front["tags"]) == (
         "text-generation",

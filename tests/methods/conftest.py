@@ -119,7 +119,7 @@ def served() -> Callable[[Path], list[Finding]]:
     from quantool.validation.serving import judge
 
     def look(folder: Path) -> list[Finding]:
-        facts = SimpleNamespace(heads=4, kv_heads=2)
+        facts = SimpleNamespace(heads=4, kv_heads=2, layers=2)
         case = SimpleNamespace(artifact=folder, source=SimpleNamespace(facts=facts))
         return list(judge.judge(cast("contract.Case", case), Progress(quiet=True)))
 

@@ -66,11 +66,14 @@ def experts(prefix: str, count: int = 4) -> Shapes:
 
 
 def fused_experts(prefix: str, count: int = 4) -> Shapes:
-    """All experts of a layer in two tensors."""
+    """All experts of a layer in two tensors, inputs first and with biases, as gpt-oss has them."""
     return {
-        f"{prefix}.gate.weight": (count, HIDDEN),
-        f"{prefix}.experts.gate_up_proj": (count, 2 * INNER, HIDDEN),
-        f"{prefix}.experts.down_proj": (count, HIDDEN, INNER),
+        f"{prefix}.router.weight": (count, HIDDEN),
+        f"{prefix}.router.bias": (count,),
+        f"{prefix}.experts.gate_up_proj": (count, HIDDEN, 2 * INNER),
+        f"{prefix}.experts.gate_up_proj_bias": (count, 2 * INNER),
+        f"{prefix}.experts.down_proj": (count, INNER, HIDDEN),
+        f"{prefix}.experts.down_proj_bias": (count, HIDDEN),
     }
 
 

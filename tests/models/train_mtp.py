@@ -31,7 +31,8 @@ class Head(torch.nn.Module):
     def __init__(self, trunk: Any) -> None:
         super().__init__()
         config = Glm4MoeConfig(**mtp.config(layers=1, dense=0))
-        self.model = Glm4MoeForCausalLM._from_config(config, experts_implementation="eager").float()
+        made: Any = Glm4MoeForCausalLM
+        self.model = made._from_config(config, experts_implementation="eager").float()
         self.enorm, self.hnorm = (
             type(self.model.model.norm)(config.hidden_size, config.rms_norm_eps) for _ in "eh"
         )

@@ -34,14 +34,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "eyes and ears": (CAST, "vision .*, audio .*, which nothing here judges", r"drop: \[vision, audio\]"),
     "voice": (CAST, "voice cannot be judged", "language model"),
     "already quantized": (CAST, "already quantized", "bf16"),
-    "fused experts": (FP8, "hold all experts of a layer in one tensor", "a tensor per expert"),
 }  # fmt: skip
 """Structure to method, message and hint."""
 EXPLAINED = [
     (name, method)
     for name in ledger_structures.STRUCTURES
     for method in ("fp8", "fp16")
-    if name not in REFUSED or (name, method) == ("fused experts", "fp16")
+    if name not in REFUSED
 ]  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def write(
 
 
 def findings(folder: Path, heads: int = 4, keys: int = 2) -> dict[str, Finding]:
-    facts = SimpleNamespace(heads=heads, kv_heads=keys)
+    facts = SimpleNamespace(heads=heads, kv_heads=keys, layers=2)
     case = SimpleNamespace(artifact=folder, source=SimpleNamespace(facts=facts))
     return {one.metric: one for one in judge.judge(cast("Case", case), Progress(quiet=True))}
 

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,10 @@ class LayerStream:
         """
         fresh = {key: ids for ids in batches if (key := _key(ids)) not in self._numbers}
         numbers = {key: number for number, key in enumerate(fresh, len(self._numbers))}
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._states.forget, numbers.values())
             self._run(fresh, numbers, advance)
-        except BaseException:
-            self._states.forget(numbers.values())
-            raise
+            undo.pop_all()
         self._numbers |= numbers
 
     def _run(

@@ -296,7 +296,7 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                device_map=_straight_to(on_gpu=on_gpu),
+                device_map="cuda" if on_gpu and find_spec("accelerate") else None,  # without a stay in memory
             )
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
@@ -310,11 +310,6 @@ def load_model(folder: Path, dtype: str, device: str, trust_remote_code: bool) -
         return model.eval()
     unpacked.decompress(model.to("cuda"))
     return model.eval()
-
-
-def _straight_to(*, on_gpu: bool) -> str | None:
-    """The device that transformers loads weights to without a stay in memory, for which it needs accelerate."""
-    return "cuda" if on_gpu and find_spec("accelerate") else None
 
 
 def run(

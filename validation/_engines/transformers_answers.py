@@ -37,6 +37,9 @@ VERIFIED = 32
 CELLS = 4096
 """Tokens of prompts, padding and answers that a batch may have together, as in ``llama_cpp_answers``."""
 SEQUENCES = 32
+GPU_CELLS, GPU_SEQUENCES, GPU_SHARE = 32768, 64, 0.25
+"""The same on a GPU, where a step of a small batch takes as long as one of a large batch; and of its memory the part that
+their cache may take, counted as if every head kept keys and values of its own."""
 PADDING_TOLERANCE = 2**-4
 """Largest difference of logits that padding may make, over the largest logit: measured 1e-6 in float32, 0.009 where
 activations are rounded to FP8 and 0.02 in bfloat16; 0.3 and more with a model that reads padding."""
@@ -88,14 +91,27 @@ class TransformersEngine:
     def _batches(self, prompts: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
         """Numbers of prompts to answer together: longest first, so that there is little padding."""
         batch: list[int] = []
-        most = SEQUENCES if self._takes_padding(prompts) else 1
+        cells, sequences = self._room()
+        most = sequences if self._takes_padding(prompts) else 1
         for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
-            if batch and len(batch) >= min(most, CELLS // (len(prompts[batch[0]]) + budget)):
+            if batch and len(batch) >= min(most, cells // (len(prompts[batch[0]]) + budget)):
                 yield batch
                 batch = []
             batch.append(number)
         if batch:
             yield batch
+
+    def _room(self) -> tuple[int, int]:
+        """Tokens and sequences of a batch: the same for source and artifact, so that they round alike."""
+        import torch
+
+        device = self._model.device
+        if device.type != "cuda":
+            return CELLS, SEQUENCES
+        config = self._model.config.get_text_config()
+        cell = 2 * 2 * config.num_hidden_layers * config.hidden_size
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return max(CELLS, min(GPU_CELLS, int(GPU_SHARE * memory) // cell)), GPU_SEQUENCES
 
     def _takes_padding(self, prompts: Sequence[Sequence[int]]) -> bool:
         """Whether the shortest of ``prompts`` gives the same behind as much padding as any gets; tried once.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from quantool.formats.safetensors import BITS, TensorHeader, some
 from quantool.records import Finding
+from quantool.source.mtp import part_of
 from quantool.validation._files.modules import Numbers
 from quantool.validation._findings.builder import FindingBuilder
 
@@ -84,9 +85,16 @@ def _read(folder: Path, tensor: TensorHeader, *, whole: bool) -> NDArray[np.uint
 
 
 def judge_cache(
-    stored: Mapping[str, TensorHeader], promised: Numbers | None, wanted: object, build: FindingBuilder
+    stored: Mapping[str, TensorHeader],
+    promised: Numbers | None,
+    wanted: object,
+    layers: int,
+    build: FindingBuilder,
 ) -> list[Finding]:
-    """Every attention layer has scales for its cache where config.json, or the plan (``wanted``), says so."""
+    """Every attention layer has scales for its cache where config.json, or the plan (``wanted``), says so.
+
+    No text is run through a multi-token-prediction head behind the ``layers``, which has none.
+    """
     scales = [name for name in stored if name.endswith((".k_scale", ".v_scale"))]
     if promised is None and not wanted and not scales:
         return []
@@ -96,11 +104,11 @@ def judge_cache(
     if promised is None and scales:
         problems.append(f"config.json has no kv_cache_scheme, but there are scales: {some(scales)}")
     if promised is not None and not promised.dynamic:
-        problems += _without_scales(stored)
+        problems += _without_scales([name for name in stored if part_of(name, layers) is None])
     return [build.fact("kv_cache", f"{len(scales)} scales", "; ".join(problems))]
 
 
-def _without_scales(stored: Mapping[str, TensorHeader]) -> list[str]:
+def _without_scales(stored: Sequence[str]) -> list[str]:
     layers = {name.rpartition(".k_proj.")[0] for name in stored if ".k_proj." in name}
     missing: Sequence[str] = sorted(
         f"{layer}.{part}_scale" for layer in layers for part in "kv" if f"{layer}.{part}_scale" not in stored

@@ -150,4 +150,5 @@ def _choices(
     logits = np.ctypeslib.as_array(api.llama_get_logits(context), shape=(int(asked.sum()), vocabulary))
     if not np.isfinite(logits).all():
         raise Unsound("its logits are not finite")
-    return logits.argmax(-1)
+    choices: NDArray[np.int64] = logits.argmax(-1)
+    return choices

@@ -23,7 +23,7 @@ from quantool.validation._score.score_llama_cpp import WEIGHTS_SHARE, weight_of
 
 
 @dataclass(frozen=True)
-class Engine:
+class Scorer:
     """A worker, and whether it takes several artifacts."""
 
     work: Work
@@ -31,9 +31,9 @@ class Engine:
 
 
 ENGINES = {
-    "llama.cpp": Engine(score_llama_cpp.score, True),
-    "transformers": Engine(score_transformers.score, True),
-    "vllm": Engine(vllm.score, False),
+    "llama.cpp": Scorer(score_llama_cpp.score, True),
+    "transformers": Scorer(score_transformers.score, True),
+    "vllm": Scorer(vllm.score, False),
 }
 
 

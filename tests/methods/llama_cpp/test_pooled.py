@@ -50,7 +50,7 @@ def test_a_model_that_writes_text_gets_none() -> None:
 
 def test_a_pooling_that_llama_cpp_does_not_have_is_refused_by_the_plan(tmp_path: Path) -> None:
     source = tampering.source_of(embedding(tmp_path, "max_tokens"))
-    with pytest.raises(SourceError, match="pools by max_tokens, which llama.cpp cannot"):
+    with pytest.raises(SourceError, match=r"pools by max_tokens, which llama\.cpp cannot"):
         gguf_pooling(source)
 
 

@@ -281,7 +281,7 @@ def test_runs_of_a_tensor(tmp_path: Path, whole: bool, monkeypatch: pytest.Monke
 
 def cache(stored: set[str], promised: Numbers | None, asked: object) -> list[Finding]:
     headers = {name: TensorHeader(name, "BF16", (1,), "f", 0, 2) for name in stored}
-    return _scales.judge_cache(headers, promised, asked, FindingBuilder("integrity"))
+    return _scales.judge_cache(headers, promised, asked, 1, FindingBuilder("integrity"))
 
 
 def test_scales_of_the_cache() -> None:
@@ -291,6 +291,8 @@ def test_scales_of_the_cache() -> None:
     assert cache({projection}, None, None) == []
     assert cache({projection, *scales}, static, "fp8")[0].verdict == Verdict.PASS
     assert cache({projection}, dynamic, "fp8")[0].verdict == Verdict.PASS
+    head = "model.layers.1.self_attn.k_proj.weight"  # for multi-token prediction, behind the only layer
+    assert cache({projection, *scales, head}, static, "fp8")[0].verdict == Verdict.PASS
     for stored, promised, asked, word in (
         ({projection}, static, "fp8", f"no {attention}.k_scale, {attention}.v_scale"),
         ({projection}, None, "fp8", "the plan asks for kv_cache: fp8"),
