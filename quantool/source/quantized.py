@@ -109,7 +109,8 @@ def read_unpacking(
     checkpoint = _Unexplained(path, settings, dict(headers))
     kind, reader = READERS[str(settings["quant_method"])]
     weights = {weight.name: weight for weight in reader(checkpoint)}
-    left, dropped = [], []
+    left: list[TensorHeader] = []
+    dropped: list[TensorHeader] = []
     for name, tensor in checkpoint.headers.items():
         (dropped if name.rpartition(".")[2].endswith(ACTIVATIONS) else left).append(tensor)
     strange = [tensor.name for tensor in left if tensor.dtype not in PLAIN or tensor.name.endswith(LEFTOVERS)]
