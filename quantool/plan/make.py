@@ -48,11 +48,11 @@ def plan_here(
     refuse_unjudged(config, source, parts, tensors)
     _refuse_texts(config, source)
     _ask_checks(config, source)
-    refuse_unloadable(config, source, parts, tensors)
     outlines = [
         with_ledgers(_outline(config, source, workspace, wanted), config, source, parts, tensors)
         for wanted in config.requested()
     ]
+    refuse_unloadable(config, source, parts, tensors)  # the methods' own words say more of the same mistakes
     outputs = tuple(output for outline in outlines for output in outline.outputs)
     refuse_collisions(outputs)
     refuse_own_folder(source, workspace.root, outputs)

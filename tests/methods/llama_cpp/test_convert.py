@@ -375,7 +375,8 @@ def test_what_converts_and_does_not_load_is_refused(tmp_path: Path) -> None:
     request: dict[str, Any] = {
         "toolchain": str(toolchain.locate().folder), "model": str(making.model("spm_llama")), "type": "f16",
         "output": str(tmp_path / "out.gguf"), "metadata": str(metadata), "folder_name": "model", "pre_tokenizer": None,
-        "chat_template": None, "named_templates": {}, "add_space_prefix": None, "extra": {}, "split_bytes": 0, "rehearse": False,
+        "chat_template": None, "named_templates": {}, "add_space_prefix": None, "pooling": None, "extra": {}, "split_bytes": 0,
+        "rehearse": False,
     }  # fmt: skip
     process.call(convert.convert, request, log=tmp_path / "log")
     loading = {"path": str(tmp_path / "out.gguf"), "vocabulary_only": False}
