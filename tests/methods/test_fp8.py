@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from quantool.errors import QuantizationError
+from quantool.errors import DependencyError
 from quantool.formats.safetensors import check_index
 from quantool.methods._compressed import stream
 from quantool.records import Artifact, Plan
@@ -204,13 +204,14 @@ def test_out_of_memory_says_what_to_lower(
         "output": str(tmp_path),
         "shards": ["model-00001-of-00003.safetensors"],
         "layers": [],
+        "head": [],
         "scheme": asdict(FP8["FP8_DYNAMIC"]),
         "targets": ["Linear"],
         "ignore": ["lm_head"],
         "workers": 2,
         "device": "cpu",
     }
-    with pytest.raises(QuantizationError, match=r"Tried to allocate 2\.00 GiB") as error:
+    with pytest.raises(DependencyError, match=r"Tried to allocate 2\.00 GiB") as error:
         stream.quantize(request, lambda done, total: None)
     assert "workers (now 2)" in error.value.hint
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantool.errors import ConfigError, DependencyError, QuantizationError
+from quantool.errors import ConfigError, DependencyError, QuantizationError, QuantoolError
 from quantool.methods._compressed import calibrate, torch_setup
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB.\nand much more"
@@ -40,22 +40,33 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("failure", "said", "hint"),
+    ("failure", "kind", "said", "hint"),
     [
-        (torch.OutOfMemoryError(OUT_OF_MEMORY), "Tried to allocate 2.00 GiB", r"max_seq_length \(now 40\)"),
-        (MemoryError(), "out of memory", r"sample_size \(now [1-7]\)"),
+        (
+            torch.OutOfMemoryError(OUT_OF_MEMORY),
+            DependencyError,
+            "Tried to allocate 2.00 GiB",
+            r"max_seq_length \(now 40\)",
+        ),
+        (MemoryError(), QuantizationError, "out of memory", r"sample_size \(now [1-7]\)"),
     ],
     ids=["cuda", "host"],
 )
 def test_out_of_memory_says_what_to_lower(
-    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, said: str, hint: str
+    llama: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    kind: type[QuantoolError],
+    said: str,
+    hint: str,
 ) -> None:
     def fail(*args: object) -> None:
         raise failure
 
     monkeypatch.setattr(calibrate, "_run", fail)
     monkeypatch.setattr(calibrate, "repair_libraries", lambda: None)
-    with pytest.raises(QuantizationError, match=said) as error:
+    with pytest.raises(kind, match=said) as error:
         calibrate.quantize(request(llama, text), quiet)
     assert re.search(hint, error.value.hint)
 
