@@ -200,6 +200,12 @@ def _check_rehearsal(source: Source, summary: dict[str, Any]) -> None:
             if source.facts.has_sentencepiece
             else "tokenizer.model is missing: copy it from the original checkpoint",
         )
+    if source.facts.task.generates and f"{architecture}.pooling_type" in keys:
+        raise SourceError(
+            f"llama.cpp's converter takes {source.name} for a reranker and keeps two rows of its head, so the file would "
+            "write no text, which is what it would be compared by",
+            hint="the methods for transformers and vLLM (fp8, awq) keep the whole head",
+        )
     window = source.facts.sliding_window
     if window and window < source.facts.context and f"{architecture}.attention.sliding_window" not in keys:
         raise SourceError(

@@ -48,7 +48,8 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     for folder, outputs in zip(request["models"], request["outputs"], strict=True):
         failure = execution = None
         try:
-            execution = _score_folder(Path(folder), request, texts, outputs, advance)
+            if any(outputs):  # of this share of the windows another process may have done all
+                execution = _score_folder(Path(folder), request, texts, outputs, advance)
         except SourceError as error:
             failure = error.message
         except Unsound as outcome:

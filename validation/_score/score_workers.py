@@ -76,19 +76,20 @@ class _Round:
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """Score what is missing and put the parts together; gives the worker's answer, of several workers one."""
-        missing = [span for span in self._spans() if any(self._parts(span))]
-        # Of the worker's account of the artifacts nothing is kept: with nothing missing it makes the last span again.
-        again = () if missing else self._spans()[-1:]
-        for span in again:
-            for file in self._files(span):
-                file.part(span).unlink()
+        spans = self._spans()
+        # Of the worker's account of an artifact nothing is kept: where nothing is missing it makes the last span again.
+        for number in range(len(self.cases)):
+            parts = [self._own(span)[number].part(span) for span in spans]
+            if all(part.is_file() for part in parts):
+                parts[-1].unlink()
+        missing = [span for span in spans if any(self._parts(span))] or spans[-1:]
         names = [case.name for case in self.cases] or ["the base"]
         label = ", ".join(names) if len(names) <= 3 else f"{len(names)} artifacts"
         stem = f"{names[0].replace('/', '-')}.perplexity" if len(self.cases) == 1 else "perplexity"
         with progress.bar(f"score {label}", "tok") as bar:
             answers = in_shares(
                 ENGINES[self.first.engine].work,
-                missing or again,
+                missing,
                 self._request,
                 self._hands(),
                 log=self.first.workspace.logs / f"{stem}.log",

@@ -12,6 +12,7 @@ import tampering
 from quantool.errors import SourceError
 from quantool.methods._llama_cpp import dry_run
 from quantool.methods._llama_cpp.base_file import GgufOptions
+from quantool.methods._llama_cpp.dry_run import _check_rehearsal
 from quantool.methods._llama_cpp.pooled import gguf_pooling
 from quantool.plan.make import make_plan
 from quantool.runtime.workspace import Workspace
@@ -70,3 +71,13 @@ def test_berts_pooler_and_labels_reach_the_file() -> None:
         "cls.weight": (256, 256), "cls.bias": (256,), "cls.output.weight": (3, 256), "cls.output.bias": (3,),
     }  # fmt: skip
     assert rehearsal.keys["bert.pooling_type"] == 4  # LLAMA_POOLING_TYPE_RANK
+
+
+def test_a_reranker_that_answers_in_words_is_not_made_into_one_that_gives_scores() -> None:
+    """Qwen3-Reranker is a language model that says yes or no; by its name upstream keeps these two rows of the head."""
+    source = tampering.source_of(tampering.folder_of("qwen3"))
+    keys = {"general.architecture": "qwen3"}
+    summary = {"keys": keys, "tokens": 8, "tensors": {"token_embd.weight": {"shape": [8, 4]}}}
+    _check_rehearsal(source, summary)
+    with pytest.raises(SourceError, match="for a reranker"):
+        _check_rehearsal(source, summary | {"keys": keys | {"qwen3.pooling_type": 4}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,36 @@ def test_scores_go_on_behind_the_last_span(
     assert [0, 4, 8] in workers.spans[0]
     assert [0, 4, 8] not in workers.spans[1]
     assert own_file(one, en).file.read_bytes() == expected
+
+
+@pytest.mark.e2e
+def test_an_artifact_whose_parts_are_all_there_is_put_together_beside_one_that_has_none(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed between the last part of the first and the first part of the second; with one GPU and with two."""
+    one = case(tmp_path)
+    two = replace(one, name="t/second")
+    known = made(one)
+    compute([one], known, QUIET)
+    expected = {each.windows.corpus.name: own_file(one, each).file.read_bytes() for each in known}
+    for hands in (1, 2):
+        if hands == 2:
+            two_gpus(monkeypatch)
+            monkeypatch.setattr("quantool.runtime.parallel.children.prepare", lambda _: None)
+        for each in known:
+            file = own_file(one, each)
+            loaded = np.load(file.file)
+            for span in spans_of([each.windows.count], CONTEXT):
+                part = file.part(span)
+                part.parent.mkdir(exist_ok=True)
+                rows = slice(*(number * (CONTEXT // 2 - 1) for number in (span.first, span.last)))
+                np.savez(part, **{name: loaded[name][rows] for name in loaded.files})
+            file.file.unlink()
+            for name in (one.name, two.name):
+                one.workspace.forget(f"scores/{name}/{each.windows.corpus.name}")
+        compute([one, two], known, QUIET)
+        assert {each.windows.corpus.name: own_file(one, each).file.read_bytes() for each in known} == expected
+        assert all(own_file(two, each).file.is_file() for each in known)
 
 
 def request(folder: Path, tmp_path: Path, **more: Any) -> dict[str, Any]:
