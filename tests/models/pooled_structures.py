@@ -7,6 +7,7 @@ random head. A seed makes every byte.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,23 @@ def _save(model: Any, folder: Path) -> Path:
 
 
 def _write_word_pieces(folder: Path) -> int:
-    """A vocabulary of WordPiece, lower case, trained on the calibration text; its size."""
+    """A vocabulary of WordPiece, lower case, of the calibration text; its size.
+
+    All letters, and the most frequent words: what tokenizers' own trainer finds differs from run to run.
+    """
     from tokenizers import BertWordPieceTokenizer
     from tokenizers.processors import TemplateProcessing
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
     text = (MODELS / "text" / "calibration.txt").read_text(encoding="utf-8")
-    tokenizer.train_from_iterator([text], vocab_size=2000, special_tokens=[*SPECIAL], show_progress=False)
+    plain: Any = BertWordPieceTokenizer(lowercase=True)
+    split = plain.pre_tokenizer.pre_tokenize_str(plain.normalizer.normalize_str(text))
+    words = Counter(word for word, _ in split)
+    letters = sorted(set("".join(words)))
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    pieces = dict.fromkeys([*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *frequent])
+    vocabulary = {piece: number for number, piece in enumerate([*pieces][:2000])}
+    tokenizer = BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -24,7 +24,7 @@ def test_a_sound_classifier_passes() -> None:
     assert found["labels"].measured == "sport, law, weather"
     assert found["head"].measured == "cls.bias cls.output.bias cls.output.weight cls.weight"
     assert found["same_label"].measured > 0.95
-    assert 0 < found["logit_error"].measured < 0.008
+    assert 0 < found["logit_error"].measured < 0.01
 
 
 def test_a_sound_reranker_passes() -> None:
