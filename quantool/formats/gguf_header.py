@@ -253,10 +253,9 @@ def _placed(
         label, kind = kinds[number]
         if name in found:
             raise _damaged(path, f"the tensor {name!r} occurs twice")
-        if (shape[-1] if shape else 1) % kind.block:
-            raise _damaged(
-                path, f"{name!r} has rows of {shape[-1]} weights, no multiple of {label}'s {kind.block}"
-            )
+        row = shape[-1] if shape else 1
+        if row % kind.block:
+            raise _damaged(path, f"{name!r} has rows of {row} weights, no multiple of {label}'s {kind.block}")
         if offset != expected:
             raise _damaged(path, f"the data of {name!r} begins at {offset}, expected {expected}")
         length = math.prod(shape) // kind.block * kind.size

@@ -104,6 +104,7 @@ DAMAGED = {
     "2^32 dimensions": (gguf(infos=[])[:-128] + text("a") + struct.pack("<I", 0xFFFFFFFF), "cut off"),
     "elements": (gguf(infos=[("a", (HUGE, HUGE, HUGE, HUGE), 0, 0)]), "'a' ends at byte"),
     "type": (gguf(infos=[("a", (32,), 250, 0)]), "'a' has the type 250, which this llama.cpp does not know"),
+    "one number in blocks": (gguf(infos=[("a", (), 8, 0)]), "rows of 1 weights, no multiple of q8_0's 32"),
     "rows": (gguf(infos=[("a", (33,), 8, 0)]), "rows of 33 weights, no multiple of q8_0's 32"),
     "offset": (gguf(infos=[("a", (32,), 0, HUGE)]), "the data of 'a' begins at 18446744073709551615, expected 0"),
     "hole": (gguf(infos=[("a", (32,), 0, 0), ("b", (32,), 0, 160)]), "'b' begins at 160, expected 128"),
