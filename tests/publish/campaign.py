@@ -219,6 +219,7 @@ def _wrong(
 
 def main(count: int, skip: int = 0) -> int:
     """Run ``count`` trials after the first ``skip`` and print the counts; 1 when quantool had a fault."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "models"))  # as pytest has it
     from tests.conftest import write_plugin
 
     codes: Counter[str] = Counter()
