@@ -14,9 +14,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
-
 from quantool.errors import SourceError
+from quantool.record import Record
 
 NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]*)(?=\.|$)")
 APART = re.compile(f"({NUMBER.pattern})")
@@ -49,13 +48,7 @@ class Fate(StrEnum):
         return self in (Fate.CONVERTED, Fate.COPIED, Fate.QUANTIZED, Fate.MERGED)
 
 
-class LedgerEntry(BaseModel):
-    """Frozen, closed to unknown keys, equal by value: a part of the records that ``records`` defines."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ArtifactTensor(LedgerEntry):
+class ArtifactTensor(Record):
     """A tensor of the artifact, or in a grouped line all of a pattern; ``shape`` as numpy has it, rows first."""
 
     name: str
@@ -64,7 +57,7 @@ class ArtifactTensor(LedgerEntry):
     shape: tuple[int, ...]
 
 
-class TensorLine(LedgerEntry):
+class TensorLine(Record):
     """What became of one tensor of the source, or in a grouped line of all of a pattern."""
 
     name: str
@@ -98,7 +91,7 @@ class TensorLine(LedgerEntry):
                 yield entry.model_copy(update={"name": name})
 
 
-class FileLine(LedgerEntry):
+class FileLine(Record):
     """What became of one file of the source."""
 
     name: str
@@ -107,7 +100,7 @@ class FileLine(LedgerEntry):
     reason: str = ""
 
 
-class Ledger(LedgerEntry):
+class Ledger(Record):
     """What became of the whole checkpoint in one output."""
 
     tensors: tuple[TensorLine, ...]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from quantool.record import Record
 
 
 class TaskKind(StrEnum):
@@ -28,10 +30,8 @@ PIPELINE_TAGS = {
 """The Hub's name of a task (huggingface.co/tasks), where the source's card names none."""
 
 
-class Task(BaseModel):
+class Task(Record):
     """The task of a checkpoint and what its files decide about it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: TaskKind = TaskKind.GENERATION
     pooling: str | None = None
@@ -41,7 +41,7 @@ class Task(BaseModel):
     """Whether ``modules.json`` ends with a module that gives vectors the length 1."""
     labels: tuple[str, ...] = ()
     """Names of a classifier's labels by number; one for a reranker."""
-    prompts: dict[str, str] = {}
+    prompts: dict[str, str] = Field(default={})
     """What ``config_sentence_transformers.json`` puts before a text, by name (``query``, ``document``)."""
     files: tuple[str, ...] = ()
     """``modules.json`` and the configurations of its modules."""

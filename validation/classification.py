@@ -27,6 +27,7 @@ from quantool.validation._pooled.vectors import (
     ArtifactVectors,
     ReferenceVectors,
     artifact_vectors,
+    prepare_reference,
     reference_vectors,
     require_task,
 )
@@ -40,14 +41,9 @@ HEAD = "cls."
 """Tensors of a classifier in a GGUF."""
 
 
-def prepare(cases: Sequence[Case], progress: Progress) -> None:
-    """Compute the reference once."""
-    reference_vectors(cases[0], progress)
-
-
 @check(
     NAME,
-    prepare=prepare,
+    prepare=prepare_reference,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,

@@ -27,6 +27,7 @@ from quantool.validation._pooled.vectors import (
     ArtifactVectors,
     ReferenceVectors,
     artifact_vectors,
+    prepare_reference,
     reference_vectors,
     require_task,
 )
@@ -37,14 +38,9 @@ LOWEST = 0.01
 """The share of texts whose cosine is no larger than the one that is noted."""
 
 
-def prepare(cases: Sequence[Case], progress: Progress) -> None:
-    """Compute the reference once."""
-    reference_vectors(cases[0], progress)
-
-
 @check(
     NAME,
-    prepare=prepare,
+    prepare=prepare_reference,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from quantool.config.schema import Config
-from quantool.errors import ConfigError, DependencyError
+from quantool.errors import DependencyError
 from quantool.plugins import find
 from quantool.plugins.contract import Outline
 from quantool.records import MachineState, OutputPlan, Plan, Source, StagePlan
@@ -132,15 +131,8 @@ def _smaller(plan: Plan, stage: StagePlan, config: Config) -> str:
 
 def holding(config: Config, source: Source) -> tuple[str, ...]:
     """The checks that will run and need memory for all weights of the checkpoint at once."""
-    settings = config.validation
-    found: list[str] = []
-    for name in find.judging_checks(config, source.facts.task):
-        with suppress(
-            ConfigError, DependencyError
-        ):  # one that cannot be loaded: a run says so before it starts
-            if find.find_check(name).holds_model and getattr(settings, name, True) is not None:
-                found.append(name)
-    return tuple(found)
+    active = find.active_checks(config, source.facts.task)
+    return tuple(name for name, check in active.items() if check.holds_model)
 
 
 def existing(path: Path) -> Path:

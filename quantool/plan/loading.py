@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantool.config.schema import Config
-from quantool.errors import ConfigError, DependencyError, SourceError
+from quantool.errors import SourceError
 from quantool.formats.safetensors import TensorHeader, some
 from quantool.ledger import HEAD, TEXT, Fate, TensorLine, grouped
 from quantool.plugins import find
@@ -72,12 +72,4 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 def _needs_reference(config: Config, source: Source) -> bool:
     """Whether a check that will run loads the checkpoint."""
-    settings = config.validation
-    for name in find.judging_checks(config, source.facts.task):
-        try:
-            check = find.find_check(name)
-        except (ConfigError, DependencyError):  # a run says so before it starts
-            continue
-        if check.loads_reference and getattr(settings, name, True) is not None:
-            return True
-    return False
+    return any(check.loads_reference for check in find.active_checks(config, source.facts.task).values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 
 from quantool.config.schema import Config
@@ -66,6 +67,20 @@ def judging_checks(config: Config, task: Task) -> list[str]:
             hint=f"leave validation.checks out, or choose of {', '.join(fitting)}",
         )
     return [*named]
+
+
+def active_checks(config: Config, task: Task) -> dict[str, Check]:
+    """By name the checks that will judge: of ``judging_checks`` those whose section of the configuration, if any, is set.
+
+    One that cannot be loaded is left out: a run says so before it starts.
+    """
+    found: dict[str, Check] = {}
+    for name in judging_checks(config, task):
+        with suppress(ConfigError, DependencyError):
+            check = find_check(name)
+            if getattr(config.validation, name, True) is not None:
+                found[name] = check
+    return found
 
 
 def applies(name: str, task: Task) -> bool:

@@ -98,6 +98,11 @@ def require_task(config: Config, source: Source) -> None:
         )
 
 
+def prepare_reference(cases: Sequence[Case], progress: Progress) -> None:
+    """Compute the reference once, before the first of ``cases`` is judged."""
+    reference_vectors(cases[0], progress)
+
+
 def reference_vectors(case: Case, progress: Progress) -> tuple[ReferenceVectors, ...]:
     """The reference's vectors on every corpus; SourceError when transformers cannot run the source."""
     config, source = case.config, case.source
