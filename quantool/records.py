@@ -99,6 +99,8 @@ class Source(Record):
     """What deserves a warning and stops nothing."""
     max_abs: float | None = None
     """Largest magnitude among the weights; None while nobody has read them."""
+    absent: tuple[str, ...] = ()
+    """Parts that the weights lack and the user has dropped, so that config.json in ``folder`` promises them no more."""
     prepared: Prepared | None = None
     """How ``folder`` came about, where it is not what the user has."""
 

@@ -30,6 +30,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "llama4": (CAST, "holds more than a language model: vision", r"drop: \[vision\]"),
     "mistral3": (CAST, "mistral3 cannot be judged", "language model"),
     "vision promised": (CAST, "config.json has a section for vision, but no tensor", "fetch the rest"),
+    "drafting head promised": (CAST, r"promises 1 layer of multi-token .* neither model\.layers\.2\.eh_proj", r"drop: \[mtp\]"),
     "audio": (CAST, "audio cannot be judged", "language model"),
     "eyes and ears": (CAST, "vision .*, audio .*, which nothing here judges", r"drop: \[vision, audio\]"),
     "voice": (CAST, "voice cannot be judged", "language model"),
@@ -111,6 +112,14 @@ def test_a_method_that_keeps_a_part_cannot_leave_it_out(tmp_path: Path, name: st
     folder = ledger_structures.write(name, tmp_path / "model")
     with pytest.raises(ConfigError, match=rf"drop: {part}, but fp16 keeps it"):
         planned(folder, CAST, drop=[part])
+
+
+@pytest.mark.parametrize("method", [FP8, CAST])
+def test_a_head_that_only_config_json_has_can_be_left_out(tmp_path: Path, method: dict[str, Any]) -> None:
+    folder = ledger_structures.write("drafting head promised", tmp_path / "model")
+    plan = planned(folder, method, drop=["mtp"])
+    assert "left out" not in ledger(plan).statement()
+    assert any("mtp left out: config.json promises it" in note for note in plan.warnings)
 
 
 def test_parts(tmp_path: Path) -> None:
