@@ -133,7 +133,9 @@ def test_integers_beside_experts_cannot_be_judged(tmp_path: Path, ignore: list[s
     """transformers joins experts of FP8 or packed ones alone, also where they are left alone."""
     folder = ledger_structures.write("experts", tmp_path / "model")
     method = {"method": "smoothquant", "quant_level": "W8A8", "quantization_config": {"ignore": ignore}}
-    with pytest.raises(SourceError, match="W8A8 cannot be judged: transformers .* joins no experts") as refused:
+    with pytest.raises(
+        SourceError, match=r"W8A8 cannot be judged: transformers .* joins no experts"
+    ) as refused:
         planned(folder, method)
     assert "FP8_DYNAMIC" in refused.value.hint
 
