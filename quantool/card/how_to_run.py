@@ -160,8 +160,9 @@ def _is_autoawq(output: OutputPlan) -> bool:
 
 def _transformers(named: str, sampling: Mapping[str, float], *, chat: bool) -> str:
     """The folder in transformers, which unpacks it with compressed-tensors."""
-    own = "".join(f", {name}={value:g}" for name, value in sampling.items())
-    own = f", do_sample={bool(sampling)}{own}"
+    samples = bool(sampling) and sampling.get("temperature") != 0
+    own = "".join(f", {name}={value:g}" for name, value in sampling.items() if samples)
+    own = f", do_sample={samples}{own}"
     if chat:
         inputs = f"""inputs = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "{QUESTION}"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
