@@ -92,6 +92,8 @@ class Source(Record):
     card: ModelCard
     generation: dict[str, JsonValue] = Field(default={})
     """generation_config.json."""
+    sampling: dict[str, float] = Field(default={})
+    """What the user recommends otherwise than ``generation``: written into every artifact."""
     trust_remote_code: bool = False
     tokenizer: Path | None = None
     """Folder of the tokenizer files where ``tokenizer_name`` gives others than ``folder`` has (``source.overlay``)."""

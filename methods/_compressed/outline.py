@@ -21,7 +21,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, fil
 from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account
-from quantool.methods._artifacts.files import is_companion
+from quantool.methods._artifacts.files import companions
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
 from quantool.methods._compressed.layers import joined_lines, layers_of
@@ -341,9 +341,7 @@ def _files(
 
     config.json grows by about 1.3 kB; recipe.yaml of calibrated levels is not counted.
     """
-    files = [
-        PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
-    ]
+    files = companions(source)
     shards = _streamed(located, task) if not task.calibrated else split(tensors)
     files += [PlannedFile(name=name, bytes=file_size(stored)) for name, stored in shards.items()]
     if len(shards) > 1:
@@ -374,4 +372,5 @@ def _peak_ram(
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
     depends = CALIBRATED if task.calibrated else STREAMED
-    return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)
+    parts = (task.recipe.method, task.level, source.sampling)
+    return key_of(depends, source, *parts, config=config, options=options)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from quantool.config.sampling import to_write
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.json_file import JsonLimits, read_json, read_optional, require_bounded
@@ -118,6 +119,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
+        sampling=to_write(generation, config),
         trust_remote_code=config.trust_remote_code,
         tokenizer=tokenizer.folder if tokenizer is not place else None,
         notes=(*notes, *more, *remarks, *_other_base(place, preparation.adapter)),
