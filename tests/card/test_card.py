@@ -163,7 +163,7 @@ def test_a_newcomer_reads_which_file_first(plan: Plan) -> None:
     assert "llama-server -hf us/tiny-GGUF:Q4_K_M" in open_text
     assert "| **Q4_K_M** | `tiny-Q4_K_M.gguf` | 5.0 MB |" in open_text
     assert "`tiny-IQ2_M.gguf` (did not pass)" in open_text
-    first_screen = body.splitlines()[:24]
+    first_screen = body.splitlines()[:26]
     assert any("Take `tiny-Q4_K_M.gguf`" in line for line in first_screen)
     assert any(line.startswith("llama-server") for line in first_screen)
 
