@@ -127,6 +127,8 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "validation.lm_eval.num_fewshot": ({"validation": {"lm_eval": {"num_fewshot": 2}}}, {}),
     "validation.lm_eval.limit": ({"validation": {"lm_eval": {"limit": 99}}}, {}),
     "validation.lm_eval.max_drop": ({"validation": {"lm_eval": {"max_drop": 0.5}}}, {}),
+    "validation.lm_eval.apply_chat_template": ({"validation": {"lm_eval": {"apply_chat_template": False}}}, {}),
+    "validation.lm_eval.fewshot_as_multiturn": ({"validation": {"lm_eval": {"fewshot_as_multiturn": False}}}, {}),
     "validation.needle": ({"validation": {"needle": None}}, {}),
     "validation.needle.lengths": ({"validation": {"needle": {"lengths": [200]}}}, {}),
     "validation.needle.depths": ({"validation": {"needle": {"depths": [0.5]}}}, {}),

@@ -100,6 +100,13 @@ class LmEval(Section):
     include_path: UserPath | None = Field(default=None, description="Folder with task files of your own.")
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples before each question.")
     limit: int | None = Field(default=None, ge=1, description="Documents of each task; default: all.")
+    apply_chat_template: bool | None = Field(
+        default=None,
+        description="Ask through the model's chat template. Default: where it has one, which makes it an instruct model.",
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True, description="With the template, each example before a question is a turn of its own."
+    )
     max_drop: float = Field(
         default=0.02, ge=0, le=1, description="Accuracy that may be lost beyond what chance explains."
     )
