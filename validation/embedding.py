@@ -27,6 +27,7 @@ from quantool.validation._pooled.vectors import (
     ArtifactVectors,
     ReferenceVectors,
     artifact_vectors,
+    compare_vectors,
     prepare_reference,
     reference_vectors,
     require_task,
@@ -41,6 +42,7 @@ LOWEST = 0.01
 @check(
     NAME,
     prepare=prepare_reference,
+    compare=compare_vectors,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,

@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
+from quantool.config.cluster import Cluster
+from quantool.config.section import Section
 from quantool.record import NameOrPath, Privacy
 from quantool.records import Gates
 from quantool.runtime import gpus
@@ -58,12 +60,6 @@ UserPath = Annotated[Path, AfterValidator(_at_home)]
 
 
 MAX_SEED = 1 << 32  # what numpy takes
-
-
-class Section(BaseModel):
-    """A part of the configuration: closed to unknown keys. In a file, null stands for the default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Corpus(Section):
@@ -299,6 +295,9 @@ class Config(Section):
     disk_bounded: Annotated[bool, Privacy.DROPPED] = Field(
         default=False,
         description="Make, judge, upload and delete one level at a time; one commit at the end. Needs push_to_hub.",
+    )
+    cluster: Annotated[Cluster | None, Privacy.DROPPED] = Field(
+        default=None, description="Where `quantool submit` sends the stages of a run."
     )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
 
