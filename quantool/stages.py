@@ -39,7 +39,9 @@ class StageJob:
 
     def __call__(self) -> None:
         """Do the stage; raises what it fails with, so that the job fails."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # submitit's handler lets it pass; its own signal stays
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # submitit's handler lets it pass; its own signal stays
         if self.version != __version__:
             raise DependencyError(
                 f"quantool {self.version} ordered this stage, this machine has {__version__}"

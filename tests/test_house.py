@@ -31,7 +31,7 @@ HEAVY = {
 PRINTING = {"progress.py", "cli.py"}
 GROUND = (
     "quantool", "quantool.errors", "quantool.record", "quantool.origins", "quantool.ledger", "quantool.tasks",
-    "quantool.records", "quantool.gates",
+    "quantool.records", "quantool.gates", "quantool.footprint",
 )  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",

@@ -82,16 +82,42 @@ class Corpus(Section):
         return self
 
 
-class Sampling(Section):
-    """Recommended sampling: what generation_config.json, the GGUF's metadata and the card must all say."""
+def _ascends(text: str) -> str:
+    """``0 to 0.2``: the smaller number comes first."""
+    low, high = map(float, text.split(" to "))
+    if low >= high:
+        raise ValueError(f"must ascend: {high:g} to {low:g}")
+    return text
 
-    temperature: float | None = Field(default=None, ge=0, description="Temperature; 0 is greedy.")
-    top_k: int | None = Field(default=None, ge=0, description="Most likely tokens to draw from; 0 is all.")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="Probability mass to draw from.")
-    min_p: float | None = Field(
-        default=None, ge=0, le=1, description="Least probability, as a share of the largest one."
+
+def _share(text: str) -> str:
+    if float(text.split(" to ")[1]) > 1:
+        raise ValueError("must end at 1 at most")
+    return text
+
+
+Range = Annotated[str, Field(pattern=r"^\d+(\.\d+)? to \d+(\.\d+)?$"), AfterValidator(_ascends)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Sampling(Section):
+    """Recommended sampling, each a number or a range (``0 to 0.2``): written into every artifact and its card."""
+
+    temperature: Annotated[float, Field(ge=0)] | Range | None = Field(
+        default=None, description="Temperature; 0 is greedy."
     )
-    repetition_penalty: float | None = Field(default=None, gt=0, description="1 is none.")
+    top_k: Annotated[int, Field(ge=0)] | Range | None = Field(
+        default=None, description="Most likely tokens to draw from; 0 is all."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | Annotated[Range, AfterValidator(_share)] | None = Field(
+        default=None, description="Probability mass to draw from."
+    )
+    min_p: Share | Annotated[Range, AfterValidator(_share)] | None = Field(
+        default=None, description="Least probability, as a share of the largest one."
+    )
+    repetition_penalty: Annotated[float, Field(gt=0)] | Range | None = Field(
+        default=None, description="1 is none."
+    )
 
 
 class Behaviour(Section):
@@ -149,7 +175,7 @@ class Validation(Section):
         default=None, description="Names of the checks to run. Default: all."
     )
     generation: Sampling | None = Field(
-        default=None, description="Recommended sampling. Default: that of generation_config.json."
+        default=None, description="Recommended sampling, over that of generation_config.json."
     )
     behaviour: Behaviour = Field(default_factory=Behaviour, description="Greedy answers.")
     lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-eval. Default: none.")

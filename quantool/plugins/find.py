@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from quantool.config.schema import Config
@@ -24,7 +26,7 @@ def names(folder: str) -> list[str]:
     found = {
         module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
     }
-    found |= {point.name for point in entry_points(group=f"quantool.{folder}")}
+    found |= {point.name for point in _entry_points(folder)}
     return sorted(found)
 
 
@@ -95,6 +97,17 @@ def _package(folder: str) -> str:
     return "quantool.validation" if folder == "checks" else f"quantool.{folder}"
 
 
+def _entry_points(folder: str) -> tuple[EntryPoint, ...]:
+    return _installed(f"quantool.{folder}", tuple(sys.path))
+
+
+@lru_cache(maxsize=8)
+def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group in the folders of ``path``: reading every distribution's takes 20 ms."""
+    del path
+    return tuple(entry_points(group=group))
+
+
 def _load(point: EntryPoint, kind: str) -> object:
     try:
         return point.load()
@@ -104,7 +117,7 @@ def _load(point: EntryPoint, kind: str) -> object:
 
 
 def _find(folder: str, kind: str, name: str) -> object:
-    for point in entry_points(group=f"quantool.{folder}"):
+    for point in _entry_points(folder):
         if point.name == name:
             return _load(point, kind)
     known = names(folder)

@@ -291,7 +291,7 @@ class Workspace:
     def _save(self, record: Path, saved: dict[str, Any]) -> None:
         content = {name: value for name, value in saved.items() if name != "digest"}
         content.setdefault("released", [])
-        write_text(record, json.dumps(content | {"digest": fingerprint(content)}, indent=1))
+        write_text(record, json.dumps(content | {"digest": fingerprint(content)}))
 
     def _saved(self, record: Path) -> dict[str, Any] | None:
         """A stage's record, or None where there is none or it is not, to the letter, what ``_save`` wrote."""

@@ -124,6 +124,10 @@ class TransformersEngine:
             alone, padded = (self._trial(short, length) for length in (len(short), longest))
             off = float((alone - padded).abs().max() / alone.abs().max())
             self._padding = off <= PADDING_TOLERANCE
+            if not self._padding:
+                sys.stdout.write(
+                    f"padding changes the logits by {off:.3f} of the largest: every prompt is answered by itself\n"
+                )
         return self._padding is not False
 
     def _trial(self, prompt: Sequence[int], length: int) -> Tensor:
