@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
+from quantool.config.cluster import Cluster
 from quantool.config.schema import Config
 from quantool.formats.safetensors import check_index
 from quantool.judging import findings_key
@@ -205,6 +206,7 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from models(part)
 
 
+CHANGE_NO_BYTE_AND_NO_VERDICT |= {"cluster", *dotted(Cluster, "cluster.")}  # where stages are done
 FIELDS = tuple(dict.fromkeys(dotted(Config)))
 
 

@@ -222,14 +222,19 @@ def overlay(source: Source, folder: Path) -> Source:
     if source.tokenizer is None:
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.rglob("*"):
-        if path.is_symlink():
+    places = {
+        file.name: source.tokenizer if _is_tokenizer(file.name) else source.folder for file in source.files
+    }
+    wanted = {
+        folder / name: (place / name).resolve() for name, place in places.items() if (place / name).exists()
+    }
+    links = {path: path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+    if links != wanted:  # else left alone: stages on other nodes may be reading
+        for path in links:
             path.unlink()
-    for name in sorted({file.name for file in source.files}):
-        origin = (source.tokenizer if _is_tokenizer(name) else source.folder) / name
-        if origin.exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).symlink_to(origin.resolve())
+        for path, origin in sorted(wanted.items()):
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(origin)
     return source.model_copy(update={"folder": folder, "tokenizer": None})
 
 
