@@ -139,7 +139,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases, *coverage))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal, source), *aliases, *coverage))),
         {
             output.id: account.lines(source, rehearsal, run["types"])
             for output, run in zip(outputs, runs, strict=True)
