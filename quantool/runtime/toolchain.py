@@ -69,7 +69,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantool"
 
 
-@cache
 def installed_version() -> str:
     """Version of the installed llama-cpp-python; DependencyError when there is none."""
     try:
