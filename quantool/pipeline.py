@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
-from quantool.making import make_all, make_one
+from quantool.making import lanes_of, make_all, make_one
 from quantool.plan import effort
 from quantool.plan import make as planning
 from quantool.plan.disk import check_disk, check_ram
@@ -38,6 +39,7 @@ from quantool.records import (
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
+from quantool.runtime.parallel import in_threads
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, write_text
 from quantool.source.prepare import forget as forget_prepared
@@ -123,13 +125,26 @@ def run(
 
 
 def _all_at_once(config: Config, plan: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
-    artifacts = make_all(config, plan, workspace, progress)
-    _drop_sums(artifacts)
-    cases = [
-        _case(config, plan, output, artifact, workspace)
-        for output, artifact in zip(plan.outputs, artifacts, strict=True)
-    ]
-    return judging.judge(cases, artifacts, progress)
+    """Make, then judge; what torch makes on a GPU beside what llama.cpp makes, where this machine has room for both."""
+
+    def made_and_judged(outputs: Sequence[OutputPlan]) -> tuple[Report, ...]:
+        artifacts = make_all(config, plan, outputs, workspace, progress)
+        _drop_sums(artifacts)
+        cases = [
+            _case(config, plan, output, artifact, workspace)
+            for output, artifact in zip(outputs, artifacts, strict=True)
+        ]
+        return judging.judge(cases, artifacts, progress)
+
+    lanes = lanes_of(config, plan)
+    if len(lanes) == 1:
+        return made_and_judged(plan.outputs)
+    names = [effort.make_step(output) for output in plan.outputs]
+    names += [effort.COMPARE, *(effort.judge_step(output.id) for output in plan.outputs)]
+    with progress.together(names):
+        done = in_threads([partial(made_and_judged, lane) for lane in lanes])
+    reports = {report.artifact.output: report for lane in done for report in lane}
+    return tuple(reports[output.id] for output in plan.outputs)
 
 
 def _one_by_one(
@@ -166,7 +181,7 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     workspace = Workspace(config.output_path)
     with workspace.lock():
         plan, _ = _planned(config, workspace, progress)
-        return tuple(make_all(config, plan, workspace, progress))
+        return tuple(make_all(config, plan, plan.outputs, workspace, progress))
 
 
 def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[Plan, MachineState]:

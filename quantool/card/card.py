@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from quantool.card.holdings import holdings, left_out_sentence, tags_of, task_of
+from quantool.card.holdings import expert_coverage, holdings, left_out_sentence, tags_of, task_of
 from quantool.card.how_to_run import usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
@@ -240,6 +240,7 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
     samples = any(report.artifact.details.get("samples") for report in reports)
     if samples or any("imatrix" in output.needs for output in outputs):
         lines.append(f"- calibration: {_calibration(plan)}")
+    lines += expert_coverage(reports)
     lines.append("- plan, findings and thresholds of every check: `quantool.json`")
     return "\n".join(dict.fromkeys(lines)) + "\n"
 

@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
+from quantool.config.section import Section
+from quantool.config.served import Long, Sampling
 from quantool.record import NameOrPath, Privacy
 from quantool.records import Gates
 from quantool.runtime import gpus
@@ -60,12 +62,6 @@ UserPath = Annotated[Path, AfterValidator(_at_home)]
 MAX_SEED = 1 << 32  # what numpy takes
 
 
-class Section(BaseModel):
-    """A part of the configuration: closed to unknown keys. In a file, null stands for the default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class Corpus(Section):
     """One text to measure on, or to calibrate with."""
 
@@ -86,44 +82,6 @@ class Corpus(Section):
         return self
 
 
-def _ascends(text: str) -> str:
-    """``0 to 0.2``: the smaller number comes first."""
-    low, high = map(float, text.split(" to "))
-    if low >= high:
-        raise ValueError(f"must ascend: {high:g} to {low:g}")
-    return text
-
-
-def _share(text: str) -> str:
-    if float(text.split(" to ")[1]) > 1:
-        raise ValueError("must end at 1 at most")
-    return text
-
-
-Range = Annotated[str, Field(pattern=r"^\d+(\.\d+)? to \d+(\.\d+)?$"), AfterValidator(_ascends)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Sampling(Section):
-    """Recommended sampling, each a number or a range (``0 to 0.2``): written into every artifact and its card."""
-
-    temperature: Annotated[float, Field(ge=0)] | Range | None = Field(
-        default=None, description="Temperature; 0 is greedy."
-    )
-    top_k: Annotated[int, Field(ge=0)] | Range | None = Field(
-        default=None, description="Most likely tokens to draw from; 0 is all."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | Annotated[Range, AfterValidator(_share)] | None = Field(
-        default=None, description="Probability mass to draw from."
-    )
-    min_p: Share | Annotated[Range, AfterValidator(_share)] | None = Field(
-        default=None, description="Least probability, as a share of the largest one."
-    )
-    repetition_penalty: Annotated[float, Field(gt=0)] | Range | None = Field(
-        default=None, description="1 is none."
-    )
-
-
 class Behaviour(Section):
     """Greedy answers of artifact and reference."""
 
@@ -142,6 +100,13 @@ class LmEval(Section):
     include_path: UserPath | None = Field(default=None, description="Folder with task files of your own.")
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples before each question.")
     limit: int | None = Field(default=None, ge=1, description="Documents of each task; default: all.")
+    apply_chat_template: bool | None = Field(
+        default=None,
+        description="Ask through the model's chat template. Default: where it has one, which makes it an instruct model.",
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True, description="With the template, each example before a question is a turn of its own."
+    )
     max_drop: float = Field(
         default=0.02, ge=0, le=1, description="Accuracy that may be lost beyond what chance explains."
     )
@@ -184,6 +149,9 @@ class Validation(Section):
     behaviour: Behaviour = Field(default_factory=Behaviour, description="Greedy answers.")
     lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-eval. Default: none.")
     needle: Needle | None = Field(default=None, description="Retrieval from long text. Default: not tried.")
+    long: Long | None = Field(
+        default=None, description="Long windows with each type of attention cache. Default: not tried."
+    )
     gates: dict[str, Gates] = Field(
         default={},
         description="Gates by level, over the defaults; the level '*' stands for all others. "

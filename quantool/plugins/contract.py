@@ -155,6 +155,8 @@ class Case:
     """Names of all files that the plan has for its folder."""
     details: Mapping[str, JsonValue] = field(default_factory=dict)
     """What its method recorded while it made it; empty for an artifact that this run did not make."""
+    cache: str | None = None
+    """Type of the attention cache that the engine is to use, as ``validation.long.kv`` names it; None: its own choice."""
 
     @property
     def settings(self) -> Validation:

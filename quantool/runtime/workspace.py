@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Workspace:
         self.seconds: dict[str, float] = {}
         """What stages took that this run produced, without those produced within them."""
         self._within = threading.local()
+        self._turns: dict[str, threading.RLock] = {}
         self._locked = False
         self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
@@ -141,12 +142,21 @@ class Workspace:
         self, name: str, key: str, produce: Callable[[], tuple[Iterable[Path], dict[str, Any]]]
     ) -> dict[str, Any]:
         """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
-        result = self.recall(name, key)
-        if result is None:
-            with self.timed(name):
-                files, result = produce()
-            self.keep(name, key, files, result)
-        return result
+        with self._turn([name]):
+            result = self.recall(name, key)
+            if result is None:
+                with self.timed(name):
+                    files, result = produce()
+                self.keep(name, key, files, result)
+            return result
+
+    @contextmanager
+    def _turn(self, names: Iterable[str]) -> Iterator[None]:
+        """Let other threads of this run wait that want one of these stages: what one makes, the others recall."""
+        with ExitStack() as held:
+            for name in sorted(set(names)):
+                held.enter_context(self._turns.setdefault(name, threading.RLock()))
+            yield
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -171,20 +181,21 @@ class Workspace:
         It is given the numbers of the stages that are missing, and returns their results in that order. ``anew`` recalls
         none.
         """
-        results = {
-            number: result
-            for number, stage in enumerate(stages)
-            if not anew
-            and stage.key is not None
-            and (result := self.recall(stage.name, stage.key)) is not None
-        }
-        missing = [number for number in range(len(stages)) if number not in results]
-        for number, result in zip(missing, produce(missing) if missing else (), strict=True):
-            results[number] = result
-            stage = stages[number]
-            if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
-                self.keep(stage.name, stage.key, stage.files, result)
-        return [results[number] for number in range(len(stages))]
+        with self._turn(stage.name for stage in stages):
+            results = {
+                number: result
+                for number, stage in enumerate(stages)
+                if not anew
+                and stage.key is not None
+                and (result := self.recall(stage.name, stage.key)) is not None
+            }
+            missing = [number for number in range(len(stages)) if number not in results]
+            for number, result in zip(missing, produce(missing) if missing else (), strict=True):
+                results[number] = result
+                stage = stages[number]
+                if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
+                    self.keep(stage.name, stage.key, stage.files, result)
+            return [results[number] for number in range(len(stages))]
 
     def release(self, paths: Iterable[Path]) -> None:
         """Delete files whose stages stay finished without them, for a ``bounded`` workspace."""
