@@ -23,6 +23,7 @@ if "RANK" in os.environ:
 
     OffloadCache.cls_from_device = classmethod(lambda *_: CPUCache)
     load.is_source_process = lambda: True
+    load._get_device_memory = dict
     model_compressor.is_distributed = lambda: False
     awq._allreduce_data_sum = _sums
     gptq.broadcast_qparams_and_cleanup = partial(broadcast_qparams_and_cleanup, skip_cpu=False)
