@@ -6,6 +6,8 @@ from quantool.records import Source, fingerprint
 
 COMMIT = "quantool.source.commit"
 WEIGHTS = "quantool.source.weights_sha256"
+ADAPTER = "quantool.adapter"
+"""The file beside a GGUF whose adapter belongs to it (``merge: false``)."""
 UNREAD = "0" * 64
 """Stands for the weights' fingerprint in a rehearsal, which reads none; as long as one."""
 
