@@ -14,7 +14,7 @@ from pydantic import Field
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, lora
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.mtp import head_pattern, require_types, with_head
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -359,6 +359,7 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     needs=("llama_cpp", "gguf"),
     depends=GGUF | base_file.BASE | imatrix.TEXT | imatrix.MATRIX,
     at_once=at_once,
+    adapters=True,
 )
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
@@ -391,6 +392,6 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         names,
         started,
         {"base": kind, "note": note, **remarks},
-        shared=(matrix[0],) if matrix else (),
+        shared=(*([matrix[0]] if matrix else []), *lora.placed(job, base)),
         made_from=str(base.relative_to(workspace.root)),
     )

@@ -239,6 +239,10 @@ class Config(Section):
     adapter_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the adapter on the Hub."
     )
+    merge: bool = Field(
+        default=True,
+        description="Whether the adapter is merged into the weights; false: gguf makes it a file beside those of its base.",
+    )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
     )

@@ -129,6 +129,8 @@ class Method:
     """What the bytes of its outputs depend on; None: on everything."""
     at_once: AtOnce | None = None
     """None: one output after the other."""
+    adapters: bool = False
+    """Whether it can leave an adapter beside its base (``merge: false``)."""
 
 
 @dataclass(frozen=True)
@@ -246,13 +248,17 @@ def method(
     extra: str = "",
     depends: Depends | None = None,
     at_once: AtOnce | None = None,
+    adapters: bool = False,
 ) -> Callable[[Quantize], Method]:
     """Mark a function as the method ``name``; the module's attribute becomes the ``Method``.
 
     ``depends`` declares what the bytes depend on beside the checkpoint; without it, on every key of the configuration.
     ``at_once`` says how many outputs of one entry may be made side by side; without it they are made one by one.
+    ``adapters`` says that it makes an adapter a file of its own where the configuration asks for that.
     """
-    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends, at_once)
+    return lambda quantize: Method(
+        name, options, levels, outline, quantize, needs, extra, depends, at_once, adapters
+    )
 
 
 def check(
