@@ -149,7 +149,11 @@ class LiveModel:
         important = self.importance.get(name)
         weights: NDArray[np.float32] | float = 1.0
         if important is not None:
-            each = self.places[name].shape[-2] if len(self.places[name].shape) > 2 else self.places[name].elements
+            each = (
+                self.places[name].shape[-2]
+                if len(self.places[name].shape) > 2
+                else self.places[name].elements
+            )
             weights = important[rows // each % len(important)]
         total = float((weights * values**2).sum(dtype=np.float64))
         return float((weights * (unpacked - values) ** 2).sum(dtype=np.float64)) / total if total else 0.0
@@ -264,7 +268,15 @@ def _quantizer() -> Any:
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
     library.ggml_backend_tensor_set.argtypes = [pointer, pointer, size, size]
     library.ggml_quantize_init.argtypes = [ctypes.c_int]
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        pointer,
+        pointer,
+        integer,
+        integer,
+        integer,
+        pointer,
+    ]
     library.ggml_quantize_chunk.restype = size
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
