@@ -1,13 +1,13 @@
 """What a run costs on Hopper GPUs, stage by stage, and the speed of what it makes in vLLM; the README's tables come from here.
 
-    python tests/hopper.py model FOLDER           a random Llama of 6.7 B parameters (bf16, 13.5 GB)
-    python tests/hopper.py model FOLDER --shape alia --layers 8     of ALIA-40b's shape (48 layers: 81 GB)
-    python tests/hopper.py run FOLDER OUTPUT      all of it made and judged: seconds of each worker beside what disk, memory
+    python -m tests.hopper model FOLDER           a random Llama of 6.7 B parameters (bf16, 13.5 GB)
+    python -m tests.hopper model FOLDER --shape alia --layers 8     of ALIA-40b's shape (48 layers: 81 GB)
+    python -m tests.hopper run FOLDER OUTPUT      all of it made and judged: seconds of each worker beside what disk, memory
                                                   and arithmetic allow, use of the GPUs
-    python tests/hopper.py run FOLDER OUTPUT --levels Q4_K_M,FP8_DYNAMIC --checks perplexity,integrity --gpus 0,1 --memory 64
-    python tests/hopper.py scores FOLDER ARTIFACT … --output FOLDER --tokens N --gpus 0,1 --memory GB
-    python tests/hopper.py quantize FOLDER OUTPUT --calibration FILE
-    python tests/hopper.py speed FOLDER …         tokens/s at batch 1 and 64, one process a folder
+    python -m tests.hopper run FOLDER OUTPUT --levels Q4_K_M,FP8_DYNAMIC --checks perplexity,integrity --gpus 0,1 --memory 64
+    python -m tests.hopper scores FOLDER ARTIFACT … --output FOLDER --tokens N --gpus 0,1 --memory GB
+    python -m tests.hopper quantize FOLDER OUTPUT --calibration FILE
+    python -m tests.hopper speed FOLDER …         tokens/s at batch 1 and 64, one process a folder
 
 What is served right or wrong does not show on random weights: `quantool validate FOLDER --engine vllm` is for that.
 """
@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import hopper_limits
+from tests import hopper_limits
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "
 PROMPT, ANSWER = 128, 256
 SHARD = 5 << 30
 WRITERS = 4
+REPEATED = 5
 MEASURED = {"fp8": "FP8_DYNAMIC", "awq": "W4A16"}
 
 
@@ -148,7 +149,7 @@ JOB = """\
 model_id: {model}
 quantizations:
 {outputs}
-dataset_path: {text}/calibration.txt
+dataset_path: {output}/calibration.txt
 sample_size: 128
 calibration_config: {{max_seq_length: 512}}
 output_path: {output}
@@ -171,6 +172,8 @@ def run(model: Path, output: Path, levels: list[str], checks: str, gpus: str, me
         for level in levels
         if level in compressed
     ]
+    text = (TINY.parent / "text" / "calibration.txt").read_text(encoding="utf-8")
+    (output / "calibration.txt").write_text(text * REPEATED, encoding="utf-8")  # else it has 31 samples
     job = output / "job.yaml"
     job.write_text(
         JOB.format(
@@ -185,7 +188,7 @@ def run(model: Path, output: Path, levels: list[str], checks: str, gpus: str, me
     environment = os.environ | _capped(memory)
     speeds = hopper_limits.measure(model, output)
     started = time.monotonic()
-    command = [sys.executable, __file__, "traced", str(job)]
+    command = [sys.executable, "-m", "tests.hopper", "traced", str(job)]
     with (
         subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process,
         subprocess.Popen(
@@ -206,6 +209,20 @@ def run(model: Path, output: Path, levels: list[str], checks: str, gpus: str, me
     hopper_limits.show(output / "calls.jsonl", model, output, speeds)
 
 
+class Marked:
+    """A bar that notes when it moved: how long a layer or a span took, and what came before the first and after the last."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._began = time.monotonic()
+        self.marks: list[tuple[float, float]] = []
+
+    def move(self, done: float, total: float) -> None:
+        """See ``Bar``."""
+        self.marks.append((round(time.monotonic() - self._began, 2), round(done / total, 4)))
+        self._bar.move(done, total)
+
+
 def traced(job: Path) -> None:
     """Run ``job`` in this process; beside it, calls.jsonl has begin and end of every worker."""
     from quantool import cli
@@ -216,12 +233,14 @@ def traced(job: Path) -> None:
 
     def noted(work: Any, request: Any, **settings: Any) -> Any:
         started = time.monotonic()
+        inner = settings.pop("bar", None)
+        bar = Marked(inner) if inner else None
         try:
-            return call(work, request, **settings)
+            return call(work, request, **settings, **({"bar": bar} if bar else {}))
         finally:
             entry = {
                 "work": process.name_of(work), "log": settings["log"].stem, "begin": started - began,
-                "end": time.monotonic() - began,
+                "end": time.monotonic() - began, "marks": bar.marks if bar else [],
             }  # fmt: skip
             with turn, (job.parent / "calls.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -251,6 +270,7 @@ def scores(model: Path, artifacts: list[Path], output: Path, tokens: int, gpus: 
     from quantool.source.resolve import resolve
     from quantool.texts.corpus import corpora
     from quantool.validation._engines.reference import references
+    from quantool.validation._engines.windows import windows
     from quantool.validation._findings.statistics import summarize
     from quantool.validation._score.scores import compute, kept_scores
 
@@ -269,10 +289,17 @@ def scores(model: Path, artifacts: list[Path], output: Path, tokens: int, gpus: 
         for path in artifacts
     ]  # fmt: skip
     for case in cases[:1]:
+        windows(case, corpora(config), progress)
+        started = time.monotonic()
         known = references(case, corpora(config), progress)
-        print(f"reference: {known[0].execution}, {known[0].arithmetic}", flush=True)
+        print(
+            f"reference: {known[0].execution}, {known[0].arithmetic}; {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
     for case in cases:
+        started = time.monotonic()
         compute([case], known, progress)
+        print(f"{case.name}: {time.monotonic() - started:.1f} s", flush=True)
         found = kept_scores(case, known)
         if found.failure:
             print(f"{case.name}: {found.failure}")
@@ -365,7 +392,7 @@ def main() -> None:
         speed(arguments.folders[0])
     else:
         for folder in arguments.folders:
-            subprocess.run([sys.executable, __file__, "speed", str(folder)], check=False)
+            subprocess.run([sys.executable, "-m", "tests.hopper", "speed", str(folder)], check=False)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,18 @@ def show(calls: Path, model: Path, output: Path, speeds: Speeds) -> None:
             bound = least(entry["work"], entry["log"])
             name = entry["work"].removeprefix("quantool.")
             limit = "" if bound is None else f"{bound:7.1f}"
-            print(f"{entry['begin']:7.1f} {took:7.1f} {limit:>7}  {name}  {entry['log']}", flush=True)
+            print(
+                f"{entry['begin']:7.1f} {took:7.1f} {limit:>7}  {name}  {entry['log']}{_pace(entry['marks'])}"
+            )
+
+
+def _pace(marks: list[tuple[float, float]]) -> str:
+    """When a worker first moved, the time of its middle half extrapolated to the whole, and what came behind the last move."""
+    inner = [mark for mark in marks if 0.25 <= mark[1] <= 0.75]
+    if len(inner) < 2 or inner[0][1] == inner[-1][1]:
+        return ""
+    whole = (inner[-1][0] - inner[0][0]) / (inner[-1][1] - inner[0][1])
+    return f"; first move {marks[0][0]:.1f} s, last {marks[-1][0]:.1f} s, at the pace between {whole:.1f} s"
 
 
 def _bytes(folder: Path) -> int:
