@@ -25,8 +25,8 @@ from quantool.methods._artifacts.files import companions
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
 from quantool.methods._compressed.fit.budget import Fit
-from quantool.methods._compressed.fit.choose import Room, passes, refuse_combination, room_of
-from quantool.methods._compressed.fit.measure import KEPT_BYTES, TOKENS
+from quantool.methods._compressed.fit.choose import Room, refuse_combination, room_of
+from quantool.methods._compressed.fit.measure import KEPT_BYTES
 from quantool.methods._compressed.layers import joined_lines, layers_of
 from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
@@ -255,6 +255,10 @@ def outline(
     ``registries`` are llmcompressor's lists of smoothing mappings, for methods that smooth.
     """
     source, config = request.source, request.config
+    if not request.levels:
+        raise ConfigError(
+            "fit chooses layers of a level, and quant_level names none", hint=", ".join(recipe.schemes)
+        )
     tasks = [task_of(recipe, level, options, source) for level in request.levels]
     if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
         levels = ", ".join(task.level for task in tasks)
@@ -335,8 +339,7 @@ def _output(
     hashed = all(file.sha256 for file in source.files)  # before that it has another key
     name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq, fitted=task.room is not None)
     work = cost.operations(task.recipe.algorithm, request.config, source) if task.calibrated else 0.0
-    if task.room is not None:
-        work += 2.0 * source.facts.parameters * TOKENS * passes(task.room)
+    work += 0.0 if task.room is None else task.room.operations(source.facts.parameters)
     return OutputPlan(
         id=task.id,
         method=task.recipe.method,

@@ -12,7 +12,7 @@ from quantool.formats.fused_layers import fused
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size
 from quantool.methods._compressed.fit.budget import Budget, refuse_unmet
-from quantool.methods._compressed.fit.measure import costs_of
+from quantool.methods._compressed.fit.measure import TOKENS, costs_of
 from quantool.methods._compressed.schemes import SUFFIX, W8A16, Selection, WeightScheme, planned
 from quantool.methods._fit.allocation import Choice, allocate, cost_of
 from quantool.tasks import Task
@@ -69,6 +69,10 @@ class Room:
     data: int
     fixed: int
     """Bytes of the tensors that no choice is about."""
+
+    def operations(self, parameters: int) -> float:
+        """Multiplications and additions that measuring takes: a forward pass for each group and scheme."""
+        return 2.0 * parameters * TOKENS * (1 + len(self.candidates.groups) * len(self.candidates.schemes))
 
 
 def refuse_combination(task: Task, *, autoawq: bool) -> None:
@@ -158,8 +162,3 @@ def request_of(room: Room) -> dict[str, Any]:
         "groups": {name: [layer.name for layer in layers] for name, layers in room.candidates.groups.items()},
         "schemes": {name: asdict(scheme) for name, scheme in room.candidates.schemes.items()},
     }
-
-
-def passes(room: Room) -> int:
-    """Forward passes that measuring takes."""
-    return 1 + len(room.candidates.groups) * len(room.candidates.schemes)

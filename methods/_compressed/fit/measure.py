@@ -130,7 +130,7 @@ class _Divergence:
         import torch
 
         self._samples = samples
-        entries = model.get_output_embeddings().weight.shape[0]
+        entries = model.config.get_text_config().vocab_size
         stride = max(1, -(-sum(map(len, samples)) * entries * 4 // KEPT_BYTES))
         self._stride = stride
         with torch.inference_mode():

@@ -26,12 +26,13 @@ def rounded(weight: Tensor, scheme: WeightScheme) -> Tensor:
     full = weight.to(torch.float32)
     if scheme.strategy == "block":
         full = pad(full, (0, -columns % BLOCK, 0, -rows % BLOCK))
-        tiles = full.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2)
+        high, wide = full.shape
+        tiles = full.reshape(high // BLOCK, BLOCK, wide // BLOCK, BLOCK).transpose(1, 2)
         back = _grid(tiles.flatten(2), scheme).view_as(tiles).transpose(1, 2)
-        return back.reshape(full.shape)[:rows, :columns]
+        return back.reshape(high, wide)[:rows, :columns]
     if scheme.strategy == "tensor":
         return _grid(full.reshape(1, -1), scheme).view_as(full)
-    parts = full.unflatten(1, (-1, scheme.group)) if scheme.strategy == "group" else full
+    parts = full.reshape(rows, -1, scheme.group) if scheme.strategy == "group" else full
     return _grid(parts, scheme).view_as(full)
 
 
@@ -51,4 +52,5 @@ def _grid(values: Tensor, scheme: WeightScheme) -> Tensor:
         scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
         zero = (-(2 ** (scheme.bits - 1)) - low / scale).round()
     least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-    return ((values / scale + zero).round().clamp(least, most) - zero) * scale
+    integers = (values / scale + zero).round().clamp(least, most)
+    return (integers - zero) * scale

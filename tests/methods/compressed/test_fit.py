@@ -139,8 +139,8 @@ def test_rounding_is_that_of_compressed_tensors(name: str) -> None:
     weight[3] = 0
     args = preset_name_to_scheme(scheme.preset, ["Linear"]).weights
     parts = {
-        "channel": weight, "tensor": weight.reshape(1, -1), "group": weight.unflatten(1, (-1, 128)),
-        "block": weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).transpose(1, 2).flatten(2),
+        "channel": weight, "tensor": weight.reshape(1, -1), "group": weight.reshape(256, -1, 128),
+        "block": weight.reshape(2, 128, 3, 128).transpose(1, 2).flatten(2),
     }[scheme.strategy]  # fmt: skip
     least, most = parts.amin(-1), parts.amax(-1)
     scale, zero = calculate_qparams(least, most, args)

@@ -81,7 +81,16 @@ def fitted(
 ) -> Case:
     """The FP8 folder of the structure with some layers whole, further damaged, and a plan that set a budget."""
     made, output = fp8_of(NAME)
-    folder = spoilt(made, target, lambda t: (whole(t), tensors(t))[0], lambda c: (ignored(c), settings(c))[0])
+
+    def changed(stored: dict[str, Any]) -> None:
+        whole(stored)
+        tensors(stored)
+
+    def configured(config: dict[str, Any]) -> None:
+        ignored(config)
+        settings(config)
+
+    folder = spoilt(made, target, changed, configured)
     files = tuple(
         file.model_copy(update={"bytes": file.bytes * 2}) if file.name.endswith(".safetensors") else file
         for file in output.files
