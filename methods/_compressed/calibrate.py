@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 MISMATCH = "AWQ needs to match"
 """In what llmcompressor says of mappings that join layers with experts and layers without."""
-KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_CACHE = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
 
 
 @preloaded("llmcompressor")
@@ -279,7 +279,8 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
             )
         )
     else:
-        cache = KV_CACHE if options.get("kv_cache") else None
+        strategy = {"fp8": "tensor", "fp8_head": "attn_head"}.get(options.get("kv_cache") or "")
+        cache = KV_CACHE | {"strategy": strategy} if strategy else None
         recipe.append(QuantizationModifier(config_groups=groups, ignore=ignore, kv_cache_scheme=cache))
     return recipe
 

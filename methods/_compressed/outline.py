@@ -128,8 +128,8 @@ class LevelTask:
     selection: Selection
     calibrated: bool
     autoawq: bool = False
-    kv_cache: bool = False
-    """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+    kv_cache: tuple[int, ...] = ()
+    """Shape of a k_scale and v_scale of each layer, for an attention cache in FP8; empty: there are none."""
     carried: tuple[str, ...] = ()
     """Tensors of a multi-token-prediction head, which calibration does not see."""
     kept: tuple[str, ...] = ()
@@ -157,7 +157,7 @@ class LevelTask:
             for name, tensor in located.items():
                 if name.endswith(".k_proj.weight") and name not in self.carried:
                     module = name.removesuffix(".k_proj.weight")
-                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
+                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, self.kv_cache) for part in "kv"]
         return stored
 
 
@@ -174,15 +174,19 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
-    cache = getattr(options, "kv_cache", None) is not None
-    calibrated = scheme.calibrated or cache
+    wanted = getattr(options, "kv_cache", None)
+    heads = (source.facts.kv_heads, 1, 1)
+    cache: tuple[int, ...] = () if wanted is None else heads if wanted == "fp8_head" else (1,)
+    calibrated = scheme.calibrated or bool(cache)
     kept = kept_patterns(source, located, options.mtp, calibrated=calibrated)
     selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
     _check_loadable(level, scheme, located)
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
-        raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
+        raise SourceError(
+            f"kv_cache: {wanted} needs attention layers with a k_proj, and this checkpoint has none"
+        )
     autoawq = getattr(options, "format", None) == "autoawq"
     if options.fit is not None:
         refuse_combination(source.facts.task, autoawq=autoawq)

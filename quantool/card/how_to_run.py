@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from quantool.card.how_to_embed import loaded, served
+from quantool.card.modelfile import ollama
 from quantool.card.other_engines import desktop, sglang, tool_request
 from quantool.card.vllm_arguments import GPU_BYTES, serve_arguments, tool_parser
 from quantool.formats.gguf_header import SIDECARS
@@ -30,6 +31,11 @@ def adapters(reports: Sequence[Report]) -> list[str]:
     return list(dict.fromkeys(name for name in shared if name.endswith(ADAPTER_END)))
 
 
+def served_context(plan: Plan) -> int:
+    """Tokens of context that the examples ask for."""
+    return min(SERVED, plan.source.facts.context)
+
+
 def usage(
     plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], sampling: Mapping[str, float]
 ) -> str:
@@ -39,7 +45,7 @@ def usage(
     """
     repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
     facts = plan.source.facts
-    context, task = min(SERVED, facts.context), facts.task
+    context, task = served_context(plan), facts.task
     chat, tools = facts.chat_template is not None, tool_parser(facts) is not None
     if outputs[0].engine != "llama.cpp" and not task.generates:
         return loaded(repo_id or outputs[0].repo, task, context)
@@ -71,6 +77,7 @@ def usage(
         tool_request(PORTS["llama.cpp"], repo_id or files[level][0]) if tools else "",
         _python(files[level], context, sampling, adapter, chat=chat),
         desktop(repo_id, level) if repo_id and tagged else "",
+        ollama(outputs[0].repo, reports, sampling, context),
         _every_level(repo_id, files, level, asked),
     ]
     return "\n".join(part for part in parts if part)

@@ -37,7 +37,7 @@ ENGINES = {
 }
 """Distributions that an engine's results depend on; transformers has the tokenizer, torch the output head."""
 
-PACKED = frozenset({"README.md", "quantool.json", "SHA256SUMS"})
+PACKED = frozenset({"README.md", "quantool.json", "SHA256SUMS", "Modelfile"})
 """What packing writes beside an artifact, with the pictures in ``plots/``: no part of it."""
 
 Inputs = Callable[[Config], Iterable[tuple[str, str | None]]]

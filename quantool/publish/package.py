@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from quantool.card.card import write_card
+from quantool.card.how_to_run import served_context
+from quantool.card.modelfile import MODELFILE, modelfile
 from quantool.card.redact import published
+from quantool.config.sampling import chosen
+from quantool.config.schema import Config
 from quantool.publish.leaks import refuse_leaks
 from quantool.publish.packed_folder import CARD, NOTICE, RECORD, SUMS, PackedFolder, packed_folder
-from quantool.records import OutputPlan, Plan, Report, Verdict, file_record
+from quantool.records import FileRecord, OutputPlan, Plan, Report, Verdict, file_record
 from quantool.report.finding_text import failures
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
@@ -73,17 +78,21 @@ def _pack_folder(
         "reports": [published(report) | {"verdict": report.verdict()} for report in reports],
         "plots": [file.model_dump() for file in drawn],
     }
-    texts = {
-        CARD: with_notice(write_card(plan, outputs, reports, plots), reports),
-        RECORD: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
-    }
+    texts = {CARD: with_notice(write_card(plan, outputs, reports, plots), reports)}
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
+    sampling = chosen(plan.source, Config.model_validate(plan.config))
+    if (text := modelfile(reports, sampling, served_context(plan))) is not None:
+        texts[MODELFILE] = text
+        made = text.encode()
+        own = FileRecord(name=MODELFILE, bytes=len(made), sha256=hashlib.sha256(made).hexdigest())
+        record["modelfile"] = own.model_dump()
+    texts[RECORD] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     refuse_leaks(folder, named, texts, machine_folders, plan.source.folder)
     for name, text in texts.items():
         write_text(folder / name, text)
-    named |= {file.name: file for file in (file_record(folder, CARD), file_record(folder, RECORD), *drawn)}
+    named |= {file.name: file for file in (*(file_record(folder, name) for name in texts), *drawn)}
     lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
     write_text(folder / SUMS, "".join(lines))
     return packed_folder(folder, record, {name: file.sha256 for name, file in sorted(named.items())})

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantool import __version__
+from quantool.card.modelfile import MODELFILE
 from quantool.config.schema import Publish
 from quantool.errors import ConfigError, GateError, PublicationError
 from quantool.records import FileRecord, Report, Verdict, sha256_of
@@ -120,7 +121,7 @@ def packed_folder(folder: Path, record: Mapping[str, Any], sums: Mapping[str, st
     if unjudged or not reports:
         names = "; ".join(f"{name}: not judged" for name in sorted(unjudged))
         raise _refusal(folder, names or "nothing in it was judged")
-    _require_judged(folder, sums, reports, _plots(folder, record))
+    _require_judged(folder, sums, reports, _plots(folder, record) | _modelfile(folder, record))
     return PackedFolder(
         folder=folder,
         sums=sums,
@@ -265,6 +266,16 @@ def _plots(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     if others := [file.name for file in drawn if file.name not in CAPTIONS]:
         raise PublicationError(f"{folder / RECORD}: no plots of quantool: {', '.join(others)}", hint=AGAIN)
     return {file.name: file.sha256 for file in drawn}
+
+
+def _modelfile(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of the Modelfile that packing wrote, by its name; empty where there is none."""
+    if (entry := record.get("modelfile")) is None:
+        return {}
+    try:
+        return {MODELFILE: FileRecord.model_validate(entry).sha256}
+    except ValidationError as error:
+        raise PublicationError(f"{folder / RECORD}: modelfile cannot be read", hint=AGAIN) from error
 
 
 def _sums(folder: Path) -> dict[str, str]:
