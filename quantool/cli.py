@@ -29,7 +29,18 @@ app = typer.Typer(
 chain = typer.Typer(help="The parts of llama.cpp that no Python package installs.", no_args_is_help=True)
 app.add_typer(chain, name="toolchain")
 
-COMMANDS = ("run", "plan", "validate", "publish", "methods", "schema", "doctor", "toolchain")
+COMMANDS = (
+    "run",
+    "plan",
+    "validate",
+    "publish",
+    "verify",
+    "diff",
+    "methods",
+    "schema",
+    "doctor",
+    "toolchain",
+)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -239,6 +250,72 @@ def validate(
     if any(report.verdict() is not Verdict.PASS for report in reports):
         complain("\n".join(failures(reports)) or "nothing could be judged")
         raise GateError(f"{artifact} did not pass", hint=f"findings: {output / 'report.md'}")
+
+
+@app.command()
+@reported
+def verify(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A repository (NAMESPACE/NAME[@REVISION]), a folder or a file.", metavar="RELEASE"
+        ),
+    ],
+    key: Annotated[Path | None, typer.Option(help="Public key of who should have signed it (PEM).")] = None,
+    identity: Annotated[str | None, typer.Option(help="Who should have signed it, by sigstore.")] = None,
+    oidc_issuer: Annotated[str | None, typer.Option(help="Who vouches for that identity (a URL).")] = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="Read, and of a repository fetch, this level alone. Repeatable.")
+    ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay/--no-replay", help="Whether to run the artifacts; default: yes.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="Where GGUF files are run: cpu or cuda.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove a release of quantool, without the bf16 model: signature, hashes, records, headers, what it computes."""
+    from quantool.attest import verify as proving
+    from quantool.attest.signature import Trust
+    from quantool.attest.target import locate
+    from quantool.runtime.progress import Progress
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is cpu or cuda, not {device}")
+    progress = Progress(quiet=quiet)
+    with progress.whole():
+        folder, levels = locate(target, tuple(level or ()), progress)
+        wanted = proving.Scope(Trust(key, identity, oidc_issuer), levels, replay, device, trust_remote_code)
+        made = proving.verify(folder, wanted, progress)
+    proven = proving.is_proven(made)
+    if as_json:
+        record = {"verified": proven, "proofs": [entry.model_dump(mode="json") for entry in made]}
+        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        typer.echo(proving.table(made))
+    if not proven:
+        raise GateError(
+            f"{target} is not what was released", hint="do not use it: fetch it again, or ask who made it"
+        )
+
+
+@app.command()
+@reported
+def diff(
+    old: Annotated[str, typer.Argument(help="A repository (NAMESPACE/NAME[@REVISION]) or a folder.")],
+    new: Annotated[str, typer.Argument(help="Likewise, the later one.")],
+    as_json: Json = False,
+) -> None:
+    """Say what changed between two releases: source, versions, options, tensors, figures; a table for a changelog."""
+    from quantool.attest.compare import as_markdown, changes
+    from quantool.attest.target import locate_record
+
+    found = changes(locate_record(old), locate_record(new))
+    record = [change.model_dump(mode="json") for change in found]
+    typer.echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else as_markdown(found).rstrip())
 
 
 @app.command()

@@ -10,6 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantool import judging
+from quantool.attest.signature import require_signer
+from quantool.attest.since import earlier_releases
 from quantool.card.user_template import read_card_template
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
@@ -93,6 +95,7 @@ def run(
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     judging.checks_of(config)  # one that cannot be loaded is found now, not hours later
+    require_signer(config.sign)
     if config.push_to_hub:
         preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
     with workspace.lock():
@@ -111,7 +114,7 @@ def run(
         effort.learn_making(plan, config, workspace.seconds, {*machine.done})
         effort.learn_checking(plan, config, reports)
         with progress.step(effort.PACK):
-            packed = pack(plan, reports, workspace)
+            packed = pack(plan, reports, workspace, earlier_releases(config, plan, progress))
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
         result = RunResult(plan, reports)
         if not config.push_to_hub:
