@@ -21,7 +21,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, fil
 from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account
-from quantool.methods._artifacts.files import is_companion
+from quantool.methods._artifacts.files import companions
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
 from quantool.methods._compressed.layers import joined_lines, layers_of
@@ -170,6 +170,7 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
+    _check_loadable(level, scheme, located)
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
         raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
     autoawq = getattr(options, "format", None) == "autoawq"
@@ -177,6 +178,16 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
         _check_autoawq(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
     return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
+
+
+def _check_loadable(level: str, scheme: WeightScheme, located: Mapping[str, TensorHeader]) -> None:
+    """SourceError for whole integers beside experts: transformers joins experts of FP8 or of packed integers alone."""
+    if scheme.stored == "I8" and (experts := [name for name in located if ".experts." in name]):
+        raise SourceError(
+            f"{level} cannot be judged: transformers {version('transformers')} joins no experts ({experts[0]} …) of a "
+            "model whose weights are 8-bit integers",
+            hint="fp8 (FP8_DYNAMIC) takes as much room; awq W8A16 keeps 8-bit integers, with activations as they are",
+        )
 
 
 def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
@@ -330,9 +341,7 @@ def _files(
 
     config.json grows by about 1.3 kB; recipe.yaml of calibrated levels is not counted.
     """
-    files = [
-        PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
-    ]
+    files = companions(source)
     shards = _streamed(located, task) if not task.calibrated else split(tensors)
     files += [PlannedFile(name=name, bytes=file_size(stored)) for name, stored in shards.items()]
     if len(shards) > 1:
@@ -363,4 +372,5 @@ def _peak_ram(
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
     depends = CALIBRATED if task.calibrated else STREAMED
-    return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)
+    parts = (task.recipe.method, task.level, source.sampling)
+    return key_of(depends, source, *parts, config=config, options=options)

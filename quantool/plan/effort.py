@@ -121,7 +121,8 @@ def _check(check: Check, plan: Plan, config: Config, speed: Speed) -> float:
 
 def _rate(config: Config, speed: Speed, *, on_gpu: bool) -> float:
     """Operations a second of a forward pass, on a GPU where the configuration lets it run there and there is one."""
-    takes_gpu = on_gpu and machine.gpus() and devices(config.device).kind != "cpu"
+    there = machine.gpus() if speed.gpus is None else speed.gpus
+    takes_gpu = on_gpu and there and devices(config.device).kind != "cpu"
     return FORWARD * (machine.GPU_OPERATIONS if takes_gpu else speed.operations)
 
 

@@ -155,6 +155,8 @@ class Case:
     """Names of all files that the plan has for its folder."""
     details: Mapping[str, JsonValue] = field(default_factory=dict)
     """What its method recorded while it made it; empty for an artifact that this run did not make."""
+    cache: str | None = None
+    """Type of the attention cache that the engine is to use, as ``validation.long.kv`` names it; None: its own choice."""
 
     @property
     def settings(self) -> Validation:
@@ -228,6 +230,13 @@ class Prepare(Protocol):
         """Called once before each of ``cases`` is judged; never with none."""
 
 
+class Compare(Protocol):
+    """Work of a check that is the same for every artifact: what the source answers, and the base of a GGUF."""
+
+    def __call__(self, case: Case, progress: Progress, /) -> None:
+        """Leave it in the workspace, for a case with a base that base's part too; the artifact is not looked at."""
+
+
 class Require(Protocol):
     """What a check needs of the configuration, the source and this machine."""
 
@@ -243,6 +252,8 @@ class Check:
     summary: str
     judge: Judge
     prepare: Prepare | None = None
+    compare: Compare | None = None
+    """What a cluster does once, before artifacts are judged on several nodes; None: nothing that takes time."""
     require: Require | None = None
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
@@ -282,6 +293,7 @@ def check(
     name: str,
     *,
     prepare: Prepare | None = None,
+    compare: Compare | None = None,
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
@@ -293,6 +305,7 @@ def check(
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
+    ``compare`` is work that is the same for every artifact, so that several nodes need not do it at once.
     ``require`` is asked before anything is judged, and by the plan, where it is a check that has no section of its name below
     ``validation`` or whose section is set.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
@@ -307,6 +320,7 @@ def check(
         summary=(judge.__doc__ or "").strip().partition("\n")[0],
         judge=judge,
         prepare=prepare,
+        compare=compare,
         require=require,
         depends=depends,
         writes=writes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,9 +33,12 @@ def pack(
     plan: Plan,
     reports: Sequence[Report],
     workspace: Workspace,
+    repos: Collection[str] | None = None,
     earlier: Mapping[str, EarlierRelease] = MappingProxyType({}),
 ) -> tuple[PackedFolder, ...]:
-    """Write the records of each folder to publish; ``earlier`` releases, by folder, are compared with in its card.
+    """Write the records of each folder to publish, or of those named ``repos``.
+
+    ``earlier`` releases, by folder, are compared with in the card.
 
     The card says first what did not pass: nothing is written when such a folder is published all the same. Files in it
     that no record names stay where they are and out of SHA256SUMS. Raises PublicationError when a file to publish holds
@@ -50,6 +53,8 @@ def pack(
         "the home folder": Path.home(),
     }
     for repo in dict.fromkeys(output.repo for output in plan.outputs):
+        if repos is not None and repo not in repos:
+            continue
         folder = workspace.root / repo
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
