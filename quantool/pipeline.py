@@ -10,6 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantool import judging
+from quantool.attest.signature import require_signer
+from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import forget_marks, mark_done, save_order
 from quantool.config.schema import Config
@@ -94,6 +96,7 @@ def run(
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     judging.checks_of(config)  # one that cannot be loaded is found now, not hours later
+    require_signer(config.sign)
     if config.push_to_hub:
         ask_hub(config)
     with workspace.lock():
@@ -117,7 +120,7 @@ def run(
         effort.learn_making(plan, config, workspace.seconds, {*machine.done})
         effort.learn_checking(plan, config, reports)
         with progress.step(effort.PACK):
-            packed = pack(plan, reports, workspace)
+            packed = pack(plan, reports, workspace, earlier=earlier_releases(config, plan, progress))
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
         _mark(workspace, graph, Kind.PACK)
         result = RunResult(plan, reports)

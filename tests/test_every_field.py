@@ -157,6 +157,7 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
+    "sign", "sign.key", "sign.keyless",  # so is the signature
 }  # fmt: skip
 
 HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}

@@ -191,10 +191,10 @@ def _files(reports: Sequence[Report]) -> str:
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
     if explained := meaning(reports):
-        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     return text + (
         "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
-        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     )
 
 

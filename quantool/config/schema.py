@@ -220,6 +220,24 @@ class CardSettings(Section):
     )
 
 
+class Sign(Section):
+    """Whose signature the folders to publish get (OpenSSF model-signing)."""
+
+    key: UserPath | None = Field(
+        default=None,
+        description="Private elliptic curve key in PEM; the password of an encrypted one is QUANTOOL_SIGN_PASSWORD.",
+    )
+    keyless: bool = Field(
+        default=False, description="Sign with sigstore, as the identity that the CI's OIDC token states."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Sign:
+        if (self.key is None) != self.keyless:
+            raise ValueError("give a key, or keyless: true")
+        return self
+
+
 class Config(Section):
     """All keys of a configuration file."""
 
@@ -303,6 +321,9 @@ class Config(Section):
         default=None, description="Where `quantool submit` sends the stages of a run."
     )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
+    sign: Annotated[Sign | None, Privacy.DROPPED] = Field(
+        default=None, description="Sign the folders to publish. Default: they are not signed."
+    )
 
     eval_dataset: NameOrPath | None = Field(
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."
