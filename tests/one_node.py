@@ -149,9 +149,9 @@ def steps(folder: Path) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and b"slurmstepd" in (entry / "cmdline").read_bytes():
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+            is_step = entry.name.isdigit() and b"slurmstepd" in (entry / "cmdline").read_bytes()
+            if is_step and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
     return found
 
 

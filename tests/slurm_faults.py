@@ -156,7 +156,8 @@ def campaign(folder: Path, settings: dict[str, Any], faults: int, seed: int, *, 
     file.write_text(json.dumps(settings | {"cluster": {"slurm": {"partition": "main"}}}))  # JSON is YAML
     undisturbed = folder / "undisturbed"
     words = ("run", str(file), "--set", f"output_path={undisturbed}", "--set", "push_to_hub=false")
-    ended, seconds = run(words, cold_cache(folder / "undisturbed.cache"), folder / "undisturbed.err")
+    cache = folder / "undisturbed.cache"  # a kept folder has been run in before: then it is recalled
+    ended, seconds = run(words, cache if cache.exists() else cold_cache(cache), folder / "undisturbed.err")
     if ended.code not in (0, 5):
         sys.exit(f"the undisturbed run ended with {ended.code}:\n{ended.err}")
     print(f"quantool run: {seconds:.0f} s", flush=True)
@@ -164,7 +165,7 @@ def campaign(folder: Path, settings: dict[str, Any], faults: int, seed: int, *, 
     hub = WritableHub()
     with contextlib.ExitStack() as stack:
         slurm = stack.enter_context(one_node(folder / "slurm"))
-        variables = {MARK: "slurm", "XDG_CACHE_HOME": str(cold_cache(folder / "cache"))}
+        variables = {MARK: "slurm", "XDG_CACHE_HOME": str(cache)}
         pushing = ("--set", f"push_to_hub={str(publish).lower()}")
         if publish:
             stack.enter_context(serving(hub))
@@ -179,6 +180,8 @@ def campaign(folder: Path, settings: dict[str, Any], faults: int, seed: int, *, 
                 total.counts, total.faults,
             )  # fmt: skip
             one.submit()
+            if one.faults:
+                return total
             while one.again() and time.monotonic() - began < ENDS:
                 if sum(total.counts.values()) < faults:
                     time.sleep(total.dice.uniform(*PAUSE))

@@ -59,9 +59,9 @@ def hold() -> Iterator[Hold]:
         child.communicate()
 
 
-def elsewhere(path: Path, **changes: str) -> Holder:
+def elsewhere(path: Path) -> Holder:
     """Write the claim of a process on another node."""
-    holder = replace(Holder.myself(), host="node4", space="another boot", job="81", **changes)
+    holder = replace(Holder.myself(), host="node4", space="another boot", job="81")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(asdict(holder)))
     return holder
@@ -92,7 +92,10 @@ def test_one_that_is_held_is_refused_or_waited_for(tmp_path: Path, hold: Hold) -
 def test_a_holder_on_another_node_is_gone_when_its_heart_stands_still(tmp_path: Path) -> None:
     path = tmp_path / "a.claim"
     elsewhere(path)
-    with pytest.raises(DependencyError, match="process .* on node4, Slurm job 81"), claimed(path, wait=False):
+    with (
+        pytest.raises(DependencyError, match=r"process .* on node4, Slurm job 81"),
+        claimed(path, wait=False),
+    ):
         pass
     begun = time.monotonic()
     with claimed(path, wait=True):
