@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantool import __version__, judging, making
+from quantool import judging, making
 from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
-from quantool.cluster.marks import OrderedStage, RunOrder, marked, read_order
+from quantool.cluster.marks import OrderedStage, Outcome, RunOrder, marked, read_marks, read_order
 from quantool.config.schema import Config
 from quantool.errors import DependencyError
 from quantool.plugins import find
@@ -35,18 +35,12 @@ class StageJob:
 
     output: str
     stage: str
-    version: str = __version__
-    """Of the quantool that ordered it."""
 
     def __call__(self) -> None:
         """Do the stage; raises what it fails with, so that the job fails."""
         signal.signal(
             signal.SIGTERM, signal.default_int_handler
         )  # submitit's handler lets it pass; its own signal stays
-        if self.version != __version__:
-            raise DependencyError(
-                f"quantool {self.version} ordered this stage, this machine has {__version__}"
-            )
         do_stage(Path(self.output), self.stage, Progress())
 
     def checkpoint(self) -> Any:
@@ -67,6 +61,7 @@ def do_stage(root: Path, name: str, progress: Progress) -> None:
     if order is None:
         raise DependencyError(f"nothing was ordered in {root}", hint="quantool submit CONFIG")
     os.chdir(order.folder)
+    _require_before(workspace, order, name)
     with workspace.share(name), marked(workspace, name):
         _refuse_other_versions(order)
         config = config_of(order, root)
@@ -78,6 +73,17 @@ def do_stage(root: Path, name: str, progress: Progress) -> None:
                     f"the plan has no stage {name!r} any more", hint="quantool submit CONFIG"
                 )
             _Doing(config, plan, machine, workspace, progress).do(stage)
+
+
+def _require_before(workspace: Workspace, order: RunOrder, name: str) -> None:
+    """DependencyError unless all that the stage waits for is done: Slurm takes a cancelled task of an array for done."""
+    marks = read_marks(workspace)
+    for stage in order.stages:
+        for before in stage.after if stage.name == name else ():
+            if before not in marks or marks[before].outcome is not Outcome.DONE:
+                raise DependencyError(
+                    f"{name} needs {before}, which is not done", hint="quantool submit CONFIG"
+                )
 
 
 def config_of(order: RunOrder, root: Path) -> Config:

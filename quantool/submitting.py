@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from quantool.cluster.find_scheduler import find_scheduler
 from quantool.cluster.graph import RunStage, graph_of, waiting
 from quantool.cluster.marks import (
     Mark,
+    Outcome,
     RunOrder,
     forget_marks,
     mark_done,
@@ -23,12 +24,12 @@ from quantool.cluster.marks import (
 )
 from quantool.cluster.resources import require_time, resources_of
 from quantool.cluster.scheduler import Scheduler, StageOrder
-from quantool.cluster.slurm import limit_minutes
 from quantool.cluster.status import Phase, Progressing, phases, table
 from quantool.config.cluster import Cluster
 from quantool.config.schema import Config
 from quantool.errors import BY_NAME, ConfigError, DependencyError, QuantizationError
 from quantool.pipeline import RunResult, ask_hub
+from quantool.plugins import find
 from quantool.preparing import planned_to_submit
 from quantool.publish.package import SUMS
 from quantool.publish.packed_folder import read_packed_folder
@@ -37,6 +38,7 @@ from quantool.records import Plan
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import WHOLE_RUN, Workspace
 from quantool.stages import StageJob, config_of, done_stages, order_of, require_devices
+from quantool.texts import corpus
 
 POLL = 10.0
 """Seconds between two looks at a scheduler."""
@@ -82,20 +84,21 @@ def _send(
     config: Config, workspace: Workspace, scheduler: Scheduler, progress: Progress, *, dry_run: bool
 ) -> str:
     before = read_order(workspace)
-    alive = _alive(before, scheduler)
+    alive = _alive(before, scheduler, read_marks(workspace))
     if before is not None and alive and not dry_run:
         _refuse_another(before, config, alive)
     with progress.whole():
         plan, machine = planned_to_submit(config, workspace, progress, fetch=not dry_run)
+        if not dry_run:
+            _fetch(config, plan)
     graph = graph_of(plan, config)
     done = done_stages(config, plan, machine, workspace, graph)
     todo = [stage for stage in waiting(graph, done) if stage.name not in alive]
     if not todo:
         return _nothing_to_send(config, workspace, graph, alive)
-    needed = resources_of(todo, plan, config, scheduler.node())
-    cluster = _cluster_of(config)
-    limit = limit_minutes(cluster.slurm.time) if cluster.slurm is not None else None
-    require_time(needed, limit, "cluster.slurm.time")
+    node, cluster = scheduler.node(), _cluster_of(config)
+    needed = resources_of(todo, plan, config, node)
+    require_time(needed, node.minutes, "cluster.slurm.time" if _own_time(cluster) else "the partition")
     going = {stage.name for stage in todo} | alive.keys()
     orders = [
         StageOrder(
@@ -120,13 +123,31 @@ def _send(
     )
 
 
-def _alive(order: RunOrder | None, scheduler: Scheduler) -> dict[str, str]:
+def _own_time(cluster: Cluster) -> bool:
+    return cluster.slurm is not None and cluster.slurm.time is not None
+
+
+def _fetch(config: Config, plan: Plan) -> None:
+    """Bring data sets that texts and tasks come from into this machine's caches; the weights are there."""
+    calibration = corpus.calibration_corpus(config)
+    for text in (*corpus.corpora(config), *([calibration] if calibration is not None else [])):
+        if text.dataset is not None:
+            corpus.read(text, characters=1, cache_dir=config.dataset_cache_dir)
+    for check in find.active_checks(config, plan.source.facts.task).values():
+        if check.fetch is not None:
+            check.fetch(config, plan.source)
+
+
+def _alive(order: RunOrder | None, scheduler: Scheduler, marks: Mapping[str, Mark]) -> dict[str, str]:
     """The stages whose jobs wait or run, with these."""
     if order is None:
         return {}
     jobs = {stage.name: stage.job for stage in order.stages if stage.job is not None}
     known = scheduler.states([*jobs.values()])
-    return {name: job for name, job in jobs.items() if job in known}
+    done = {
+        name for name, mark in marks.items() if mark.outcome is Outcome.DONE
+    }  # its job may be ending still
+    return {name: job for name, job in jobs.items() if job in known and name not in done}
 
 
 def _refuse_another(before: RunOrder, config: Config, alive: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,12 @@ class Foreman:
                     del running[slot]
                     if job.exception() is not None:
                         failed.add(stage)
-            for stage in [name for name, order in waiting.items() if failed & {*order.after}]:
-                failed.add(stage)
-                del waiting[stage]
+            for stage, order in list(
+                waiting.items()
+            ):  # in their order, so that one pass finds all that follow
+                if failed & {*order.after}:
+                    failed.add(stage)
+                    del waiting[stage]
             busy = {stage for stage, _ in running.values()} | set(waiting)
             ready = [order for order in waiting.values() if not busy & {*order.after}]
             free = [slot for slot in range(self.slots) if slot not in running]
@@ -92,7 +96,11 @@ class LocalScheduler:
         del jobs
         executor = executor_of(self.folder)
         executor.update_parameters(timeout_min=WEEK)
-        job = executor.submit(Foreman(tuple(orders), self.folder, self.slots, self.gpus))
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited: it outlives the terminal
+        try:
+            job = executor.submit(Foreman(tuple(orders), self.folder, self.slots, self.gpus))
+        finally:
+            signal.signal(signal.SIGHUP, before)
         for order in orders:
             keep(order.stage, str(job.job_id))
 

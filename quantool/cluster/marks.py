@@ -67,10 +67,6 @@ class RunOrder(Record):
     """The scheduler; empty for a run on this machine."""
     stages: tuple[OrderedStage, ...]
 
-    def job_of(self, stage: str) -> str | None:
-        """The job that a stage was sent as."""
-        return next((each.job for each in self.stages if each.name == stage), None)
-
 
 def save_order(workspace: Workspace, order: RunOrder) -> None:
     """Keep what is to be done."""

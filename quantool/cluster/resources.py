@@ -40,6 +40,8 @@ class NodeShape:
     memory: int
     """Bytes."""
     gpus: int
+    minutes: int | None = None
+    """Limit of a job there; None: none."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 from quantool import __version__
 from quantool.cluster.resources import GIB, NodeShape
 from quantool.cluster.scheduler import JobState, StageOrder
-from quantool.config.cluster import Cluster, Slurm
+from quantool.config.cluster import TIME, Cluster, Slurm
 from quantool.errors import ConfigError, DependencyError
-from quantool.runtime.progress import Progress
+from quantool.runtime.progress import Progress, span
 from quantool.runtime.workspace import write_text
 
 ROUNDS = 3
@@ -62,25 +62,40 @@ class SlurmScheduler:
                 f"{self.settings.partition or '(default)'} have {gpus or 'no'} GPUs",
                 hint="choose another partition (sinfo -o '%P %G' lists their GPUs), or set gpus_per_node: 0",
             )
-        memory = given.memory_per_node
+        memory, own = given.memory_per_node, limit_minutes(self.settings.time)
+        most = self._most_minutes()
+        if own is not None and most is not None and own > most:
+            raise ConfigError(
+                f"cluster.slurm.time is {self.settings.time}, but the partition allows no more than {span(60 * most)}",
+                hint="choose another partition, or leave time out",
+            )
         return NodeShape(
             given.cpus_per_node or max(cpus for cpus, *_ in nodes),
             _bytes(memory) if memory else max(memory for _, memory, _ in nodes),
             gpus if given.gpus_per_node is None else given.gpus_per_node,
+            own or most,
         )
+
+    def _most_minutes(self) -> int | None:
+        """The partition's limit of a job; None where it has none."""
+        limits = [line[4] for line in self._lines()]
+        found = [limit_minutes(text) for text in limits if re.fullmatch(TIME, text)]
+        return max((minutes for minutes in found if minutes is not None), default=None)
 
     def _nodes(self) -> list[tuple[int, int, int]]:
         """Processors, bytes of memory and GPUs of the kinds of nodes in the partition."""
-        chosen = ["-p", self.settings.partition] if self.settings.partition else []
-        lines = [line.split("|") for line in self._ask("sinfo", "-h", "-o", "%P|%c|%m|%G", *chosen)]
-        if not chosen:
-            lines = [line for line in lines if line[0].endswith("*")] or lines
         found = []
-        for line in lines:
+        for line in self._lines():
             cpus, memory = (int(number.rstrip("+")) for number in line[1:3])
             gpus = sum(int(count) for count in re.findall(r"gpu:(?:[^:,()]+:)?(\d+)", line[3]))
             found.append((cpus, memory << 20, gpus))
         return found
+
+    def _lines(self) -> list[list[str]]:
+        """What ``sinfo`` says of the partition, or the default one: name, processors, memory, resources, limit."""
+        chosen = ["-p", self.settings.partition] if self.settings.partition else []
+        lines = [line.split("|") for line in self._ask("sinfo", "-h", "-o", "%P|%c|%m|%G|%l", *chosen)]
+        return lines if chosen else [line for line in lines if line[0].endswith("*")] or lines
 
     def check(self, orders: Sequence[StageOrder], progress: Progress) -> None:
         """Let ``sbatch --test-only`` judge every kind of job, and a node, if one is free, look at the output folder."""
@@ -166,7 +181,8 @@ class SlurmScheduler:
             ) from error
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             raise DependencyError(NO_SLURM, hint=WHERE)
-        first = orders[0].needs
+        first, most = orders[0].needs, self._most_minutes()
+        minutes = max(order.needs.minutes for order in orders)
         memory = max(order.needs.memory for order in orders)
         site = self._site()
         further: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, **self.settings.options}
@@ -174,7 +190,7 @@ class SlurmScheduler:
         executor = SlurmExecutor(self.folder / "%j", max_num_timeout=ROUNDS)
         wanted: dict[str, Any] = {
             "job_name": f"quantool {orders[0].stage}" if len(orders) == 1 else f"quantool {_kind(orders)}",
-            "time": limit_minutes(self.settings.time) or max(order.needs.minutes for order in orders),
+            "time": limit_minutes(self.settings.time) or min(minutes, most or minutes),
             "cpus_per_task": max(order.needs.cpus for order in orders),
             "mem": f"{memory // GIB}G",
             "gpus_per_node": first.gpus or None,

@@ -7,6 +7,9 @@ from pydantic import Field, JsonValue, model_validator
 from quantool.config import rules
 from quantool.config.section import Section
 
+TIME = r"(\d+-)?\d+(:[0-5]?\d){0,2}"
+"""A limit as Slurm writes it."""
+
 
 class Slurm(Section):
     """What a site's Slurm wants to be told; see sbatch(1)."""
@@ -16,7 +19,7 @@ class Slurm(Section):
     qos: str | None = Field(default=None, min_length=1, description="Quality of service.")
     time: str | None = Field(
         default=None,
-        pattern=r"^(\d+-)?\d+(:[0-5]?\d){0,2}$",
+        pattern=f"^{TIME}$",
         description="Limit of every job, as Slurm writes it: minutes, h:mm:ss or days-h. Default: three times its estimate.",
     )
     constraint: str | None = Field(default=None, min_length=1, description="Features that nodes must have.")

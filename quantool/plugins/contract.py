@@ -256,6 +256,8 @@ class Check:
     prepare: Prepare | None = None
     compare: Compare | None = None
     """What a cluster does once, before artifacts are judged on several nodes; None: nothing that takes time."""
+    fetch: Require | None = None
+    """Brings what it reads from the network to this machine's caches: nodes of a cluster have no network."""
     require: Require | None = None
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
@@ -300,6 +302,7 @@ def check(
     *,
     prepare: Prepare | None = None,
     compare: Compare | None = None,
+    fetch: Require | None = None,
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
@@ -311,7 +314,8 @@ def check(
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
-    ``compare`` is work that is the same for every artifact, so that several nodes need not do it at once.
+    ``compare`` is work that is the same for every artifact, so that several nodes need not do it at once;
+    ``fetch`` brings what is read from the network, before stages are sent to nodes without one.
     ``require`` is asked before anything is judged, and by the plan, where it is a check that has no section of its name below
     ``validation`` or whose section is set.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
@@ -327,6 +331,7 @@ def check(
         judge=judge,
         prepare=prepare,
         compare=compare,
+        fetch=fetch,
         require=require,
         depends=depends,
         writes=writes,
