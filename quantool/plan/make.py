@@ -25,6 +25,7 @@ from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
 from quantool.source.parts import Parts
 from quantool.source.tensor_headers import headers
+from quantool.tasks import PIPELINE_TAGS, TaskKind
 
 JUDGED_FROM = 1_000_000_000
 """Parameters from which the default gates hold."""
@@ -166,6 +167,11 @@ def _advice(source: Source, config: Config) -> list[str]:
         for name in find.names("checks")
         if name in settings.model_fields_set and not find.applies(name, source.facts.task)
     ]
+    if source.facts.task.generates and source.card.pipeline_tag == PIPELINE_TAGS[TaskKind.RERANKING]:
+        notes.append(
+            f"{source.name} ranks texts by the words that it answers: it is judged as a language model, by the logits of all "
+            "words; orders of passages are not compared"
+        )
     if unknown := unknown_files(source):
         notes.append(f"files that are not carried, because nothing is known of them: {some(unknown)}")
     if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
