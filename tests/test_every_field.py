@@ -160,7 +160,7 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "sign", "sign.key", "sign.keyless",  # so is the signature
 }  # fmt: skip
 
-HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}
+HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False, "fit": {"bpw": 14.0}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gguf": {
         "base_type": "f32", "imatrix": False, "tensor_types": {"ffn_down": "q8_0"}, "output_tensor_type": "q6_K",

@@ -21,6 +21,7 @@ from quantool.config.sampling import chosen, listed, recommended
 from quantool.config.schema import Config
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
+from quantool.report.fitted import choice
 from quantool.report.plots import CORPORA
 from quantool.report.pooled import meaning, worst_pooled
 from quantool.report.sections import checks, corpora, folded, not_run, pictures, unchecked
@@ -232,6 +233,8 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         details = report.artifact.details
         if details.get("base"):
             lines.append(f"- {report.artifact.level}: made from {str(details['base']).upper()}")
+        if chosen := choice(report):
+            lines.append(f"- {report.artifact.level}: {chosen}")
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
