@@ -128,7 +128,7 @@ class TransformersEngine:
             self._padding = off <= PADDING_TOLERANCE
             if not self._padding:
                 sys.stdout.write(
-                    f"padding changes the logits by {off:.0%}: every prompt is answered by itself\n"
+                    f"padding changes the logits by {off:.3f} of the largest: every prompt is answered by itself\n"
                 )
         return self._padding is not False
 

@@ -1,8 +1,8 @@
 """Artifacts that transformers cannot load by itself, as ordinary models: their packed weights are unpacked first.
 
 These are the AutoAWQ layout, which transformers leaves to AutoAWQ (archived, and not to be installed beside the libraries
-of today), and experts of a mixture in the compressed-tensors layout with zero points, which transformers 5.17 cannot
-join. The products of level and scale are rounded once, to the dtype that config.json names: the very weights that
+of today), and experts of a mixture that transformers 5.17 cannot join: those with zero points in the compressed-tensors
+layout, and those left alone beside packed layers. The products of level and scale are rounded once, to the dtype that config.json names: the very weights that
 transformers makes of the same numbers where it can (``quantool.formats.int4_layouts``).
 """
 
@@ -45,7 +45,10 @@ def must_unpack(folder: Path) -> bool:
         return True
     if not quantization(folder):
         return False
-    return any(".experts." in name and name.endswith(f".{OPTIONAL}") for name in check_index(folder))
+    names = check_index(folder)
+    is_packed = any(name.endswith(".weight_packed") for name in names)
+    ends = (f".{OPTIONAL}", ".weight") if is_packed else (f".{OPTIONAL}",)
+    return any(".experts." in name and name.endswith(ends) for name in names)
 
 
 def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:

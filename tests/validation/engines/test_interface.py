@@ -296,7 +296,7 @@ def counted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_model_that_reads_padding_answers_one_by_one(
-    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opened("transformers", CHAT) as engine:
         expected = [engine.generate([prompt], 6)[0] for prompt in drawn]
@@ -314,6 +314,7 @@ def test_a_model_that_reads_padding_answers_one_by_one(
         answers = engine.generate(drawn, 6)
     assert set(calls) == {1}
     assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
+    assert capsys.readouterr().out.count("of the largest: every prompt is answered by itself") == 1
 
 
 def test_padding_is_tried_without_rounding_activations(
