@@ -222,6 +222,13 @@ def _origin(plan: Plan) -> str:
     return "validation.generation" if given else "generation_config.json of the source"
 
 
+def _shared_kind(name: str, reports: Sequence[Report]) -> str:
+    """What a file is that artifacts share."""
+    if name in adapters(reports):
+        return "adapter"
+    return "importance matrix" if name.endswith(".gguf") else "types of its tensors"
+
+
 def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     facts, versions = plan.source.facts, _versions(plan, outputs, reports)
     lines = [
@@ -238,7 +245,7 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- {'adapter' if file.name in adapters([report]) else 'importance matrix'}: `{file.name}`, SHA-256 `{file.sha256}`"
+            f"- {_shared_kind(file.name, [report])}: `{file.name}`, SHA-256 `{file.sha256}`"
             for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)
