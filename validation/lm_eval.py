@@ -95,8 +95,15 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
         )
 
 
+def compare(case: Case, progress: Progress, /) -> None:
+    """Ask the reference."""
+    if (settings := case.settings.lm_eval) is not None:
+        ask_reference(case, _questions(case, settings), progress)
+
+
 @check(
     NAME,
+    compare=compare,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(("validation.lm_eval",), inputs=(_documents,)),
     loads_reference=True,

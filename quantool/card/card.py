@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from quantool.card.holdings import holdings, left_out_sentence, tags_of, task_of
-from quantool.card.how_to_run import usage
+from quantool.card.holdings import expert_coverage, holdings, left_out_sentence, tags_of, task_of
+from quantool.card.how_to_run import adapters, usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
 from quantool.card.redact import published, published_config
@@ -235,11 +235,13 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- importance matrix: `{file.name}`, SHA-256 `{file.sha256}`" for file in report.artifact.shared
+            f"- {'adapter' if file.name in adapters([report]) else 'importance matrix'}: `{file.name}`, SHA-256 `{file.sha256}`"
+            for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)
     if samples or any("imatrix" in output.needs for output in outputs):
         lines.append(f"- calibration: {_calibration(plan)}")
+    lines += expert_coverage(reports)
     lines.append("- plan, findings and thresholds of every check: `quantool.json`")
     return "\n".join(dict.fromkeys(lines)) + "\n"
 

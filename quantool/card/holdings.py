@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from quantool.ledger import TOWERS, Ledger
-from quantool.records import OutputPlan
-from quantool.report.holdings import of_outputs
+from quantool.records import OutputPlan, Report
+from quantool.report.holdings import of_experts, of_outputs
 
 MULTIMODAL = frozenset({
     "image-text-to-text", "video-text-to-text", "audio-text-to-text", "image-to-text", "any-to-any", "visual-question-answering",
@@ -51,3 +51,8 @@ def left_out_sentence(outputs: Iterable[OutputPlan]) -> str:
 def holdings(outputs: Sequence[OutputPlan]) -> list[str]:
     """What became of the source's tensors, as lines of Markdown."""
     return [f"- {ids}: {statement}" for ids, statement in of_outputs(outputs)]
+
+
+def expert_coverage(reports: Sequence[Report]) -> list[str]:
+    """What the experts saw of the calibration text, as lines of Markdown; none for a dense model."""
+    return [f"- experts, {levels}: {statement}" for levels, statement in of_experts(reports)]

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
+from quantool.config.cluster import Cluster
 from quantool.config.section import Section
 from quantool.config.served import Long, Sampling
 from quantool.record import NameOrPath, Privacy
@@ -238,6 +239,10 @@ class Config(Section):
     adapter_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the adapter on the Hub."
     )
+    merge: bool = Field(
+        default=True,
+        description="Whether the adapter is merged into the weights; false: gguf makes it a file beside those of its base.",
+    )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
     )
@@ -293,6 +298,9 @@ class Config(Section):
     disk_bounded: Annotated[bool, Privacy.DROPPED] = Field(
         default=False,
         description="Make, judge, upload and delete one level at a time; one commit at the end. Needs push_to_hub.",
+    )
+    cluster: Annotated[Cluster | None, Privacy.DROPPED] = Field(
+        default=None, description="Where `quantool submit` sends the stages of a run."
     )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
 

@@ -85,6 +85,7 @@ def plan_here(
         done=tuple(step.name for step in steps if step.done),
         engines=builds.places(config.device),
         seconds=effort.seconds(decided, config),
+        untimed=effort.unknown(decided, config),
         ram=machine.total_ram(),
     )
     return decided, here
@@ -99,6 +100,11 @@ def options_of(wanted: Quantization, method: contract.Method) -> contract.Option
 
 def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
     method = find.find_method(wanted.method)
+    if not (config.merge or method.adapters):
+        raise ConfigError(
+            f"merge: false, but {wanted.method} makes no file of an adapter",
+            hint="the method gguf does; or leave merge out, and the adapter is merged into the weights",
+        )
     chosen = partial(gates.resolve, configured=config.validation.gates, kind=source.facts.task.kind)
     levels, depends = tuple(wanted.levels()), depends_of(method)
     request = Request(config, source, levels, wanted.repo_id, workspace, chosen, depends)

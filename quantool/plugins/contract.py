@@ -129,6 +129,8 @@ class Method:
     """What the bytes of its outputs depend on; None: on everything."""
     at_once: AtOnce | None = None
     """None: one output after the other."""
+    adapters: bool = False
+    """Whether it can leave an adapter beside its base (``merge: false``)."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,13 @@ class Prepare(Protocol):
         """Called once before each of ``cases`` is judged; never with none."""
 
 
+class Compare(Protocol):
+    """Work of a check that is the same for every artifact: what the source answers, and the base of a GGUF."""
+
+    def __call__(self, case: Case, progress: Progress, /) -> None:
+        """Leave it in the workspace, for a case with a base that base's part too; the artifact is not looked at."""
+
+
 class Require(Protocol):
     """What a check needs of the configuration, the source and this machine."""
 
@@ -213,6 +222,8 @@ class Check:
     summary: str
     judge: Judge
     prepare: Prepare | None = None
+    compare: Compare | None = None
+    """What a cluster does once, before artifacts are judged on several nodes; None: nothing that takes time."""
     require: Require | None = None
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
@@ -237,19 +248,24 @@ def method(
     extra: str = "",
     depends: Depends | None = None,
     at_once: AtOnce | None = None,
+    adapters: bool = False,
 ) -> Callable[[Quantize], Method]:
     """Mark a function as the method ``name``; the module's attribute becomes the ``Method``.
 
     ``depends`` declares what the bytes depend on beside the checkpoint; without it, on every key of the configuration.
     ``at_once`` says how many outputs of one entry may be made side by side; without it they are made one by one.
+    ``adapters`` says that it makes an adapter a file of its own where the configuration asks for that.
     """
-    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends, at_once)
+    return lambda quantize: Method(
+        name, options, levels, outline, quantize, needs, extra, depends, at_once, adapters
+    )
 
 
 def check(
     name: str,
     *,
     prepare: Prepare | None = None,
+    compare: Compare | None = None,
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
@@ -260,6 +276,7 @@ def check(
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
+    ``compare`` is work that is the same for every artifact, so that several nodes need not do it at once.
     ``require`` is asked before anything is judged, and by the plan, where it is a check that has no section of its name below
     ``validation`` or whose section is set.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
@@ -273,6 +290,7 @@ def check(
         summary=(judge.__doc__ or "").strip().partition("\n")[0],
         judge=judge,
         prepare=prepare,
+        compare=compare,
         require=require,
         depends=depends,
         writes=writes,

@@ -24,7 +24,7 @@ UNCOUNTED = frozenset(
         "model_id", "revision", "tokenizer_name", "adapter", "adapter_revision",  # the checkpoint counts by its files
         "method", "quant_level", "quantization_config", "quantizations",  # so does the artifact
         "output_path", "cache_dir", "dataset_cache_dir",
-        "push_to_hub", "repo_id", "private", "publish", "disk_bounded", "card",
+        "push_to_hub", "repo_id", "private", "publish", "disk_bounded", "card", "cluster",
     }
 )  # fmt: skip
 """Keys of a configuration that ``EVERY_FIELD`` leaves out: they say where things go, or count by what they lead to."""

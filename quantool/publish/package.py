@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ __all__ = ["SUMS", "pack"]
 TITLE = re.compile(r"\A(---\n.*?\n---\n)?\s*(# [^\n]*\n)?", re.DOTALL)
 
 
-def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[PackedFolder, ...]:
-    """Write the records of each folder to publish.
+def pack(
+    plan: Plan, reports: Sequence[Report], workspace: Workspace, repos: Collection[str] | None = None
+) -> tuple[PackedFolder, ...]:
+    """Write the records of each folder to publish, or of those named ``repos``.
 
     The card says first what did not pass: nothing is written when such a folder is published all the same. Files in it
     that no record names stay where they are and out of SHA256SUMS. Raises PublicationError when a file to publish holds
@@ -43,6 +45,8 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         "the home folder": Path.home(),
     }
     for repo in dict.fromkeys(output.repo for output in plan.outputs):
+        if repos is not None and repo not in repos:
+            continue
         folder = workspace.root / repo
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]

@@ -253,6 +253,7 @@ def main() -> None:
     os.environ.update(settings["environment"])
     os.chdir(settings["directory"])
     worker.work(order.target, order.events, json.load(sys.stdin.buffer))
+    worker.leave()
 
 
 if __name__ == "__main__":

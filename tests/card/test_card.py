@@ -163,7 +163,7 @@ def test_a_newcomer_reads_which_file_first(plan: Plan) -> None:
     assert "llama-server -hf us/tiny-GGUF:Q4_K_M" in open_text
     assert "| **Q4_K_M** | `tiny-Q4_K_M.gguf` | 5.0 MB |" in open_text
     assert "`tiny-IQ2_M.gguf` (did not pass)" in open_text
-    first_screen = body.splitlines()[:24]
+    first_screen = body.splitlines()[:26]
     assert any("Take `tiny-Q4_K_M.gguf`" in line for line in first_screen)
     assert any(line.startswith("llama-server") for line in first_screen)
 
@@ -373,3 +373,13 @@ def test_a_comparison_is_claimed_only_where_it_was_measured(plan: Plan) -> None:
     unmeasured = write_card(plan, plan.outputs, [report(plan, *figures("en")), report(plan)])
     assert "Not every file was compared" in unmeasured
     assert "Every file" not in unmeasured
+
+
+def test_what_the_experts_saw_is_said_once_for_the_levels_that_share_it(plan: Plan) -> None:
+    seen = "8 experts in 2 layers saw 7 to 90 tokens; fewer than 32: 1 experts, blk.1 expert 3 (7)"
+    found = Finding(check="experts", metric="expert_tokens", verdict=Verdict.PASS, measured=7.0, detail=seen)
+    first = report(plan, found)
+    second = first.model_copy(update={"artifact": first.artifact.model_copy(update={"level": "IQ2_XXS"})})
+    text = write_card(plan, plan.outputs, [first, report(plan), second])
+    assert text.count(f"- experts, {first.artifact.level}, IQ2_XXS: {seen}") == 1
+    assert "- experts," not in write_card(plan, plan.outputs, [report(plan)])
