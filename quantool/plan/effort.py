@@ -30,6 +30,8 @@ NETWORK = 5e7
 """Bytes a second of a download or an upload."""
 MEMORY = 2e10
 """Bytes of weights that are read a second to generate tokens, times the prompts that are answered at once."""
+GPU_MEMORY = 1e12
+"""The same of a GPU: a third of what recent ones have."""
 TOKEN = 3e-3
 """Seconds that a generated token costs beside its arithmetic."""
 START = 3.0
@@ -114,16 +116,20 @@ def _check(check: Check, plan: Plan, config: Config, speed: Speed) -> float:
     read, generated = check.computes(config, plan.source)
     models = len(plan.outputs) + 1
     operations = 2.0 * plan.source.facts.parameters * (read + generated)
-    step = TOKEN + _weights(plan.source) / MEMORY
+    step = TOKEN + _weights(plan.source) / (GPU_MEMORY if _on_gpu(config, speed) else MEMORY)
     rate = _rate(config, speed, on_gpu=True)
     return models * (START + operations / rate + generated * step)
 
 
 def _rate(config: Config, speed: Speed, *, on_gpu: bool) -> float:
     """Operations a second of a forward pass, on a GPU where the configuration lets it run there and there is one."""
+    return FORWARD * (machine.GPU_OPERATIONS if on_gpu and _on_gpu(config, speed) else speed.operations)
+
+
+def _on_gpu(config: Config, speed: Speed) -> bool:
+    """Whether there is a GPU and the configuration lets work run on it."""
     there = machine.gpus() if speed.gpus is None else speed.gpus
-    takes_gpu = on_gpu and there and devices(config.device).kind != "cpu"
-    return FORWARD * (machine.GPU_OPERATIONS if takes_gpu else speed.operations)
+    return there > 0 and devices(config.device).kind != "cpu"
 
 
 def _judging(
