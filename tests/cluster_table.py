@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from unittest.mock import patch
 
 from quantool.cluster.graph import graph_of
 from quantool.cluster.resources import NodeShape, resources_of
 from quantool.cluster.simulate import Makespan, simulate
 from quantool.config.load import load
 from quantool.formats.safetensors_layout import encode, file_size
-from quantool.methods._compressed import outline
 from quantool.pipeline import plan
 from quantool.plugins import find
+from quantool.runtime import gpus
 from quantool.runtime.progress import Progress
 from tests.streaming import begin
 
@@ -49,7 +48,7 @@ def makespans(folder: Path) -> list[Makespan]:
     }
     words = [f"{key}={value}" for key, value in changes.items()]
     config = load(ROOT / "configs/alia-40b.yaml", words, find).config
-    with patch.object(outline, "capabilities", lambda: [(9, 0)] * NODE.gpus):  # as a login node is told
+    with gpus.of_nodes(NODE.gpus):
         made = plan(config, Progress(quiet=True))
     graph = graph_of(made, config)
     needed = resources_of(graph, made, config, NODE)
