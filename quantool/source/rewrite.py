@@ -233,7 +233,8 @@ class _TensorMaker:
 
         def stretched(first: int, last: int) -> Tensor:
             whole = before(first, last).float() + delta(first, last)
-            return whole * (lengths[first:last] / whole.norm(dim=1)).unsqueeze(1)
+            rows: Tensor = whole * (lengths[first:last] / whole.norm(dim=1)).unsqueeze(1)
+            return rows
 
         return stretched
 
@@ -327,7 +328,8 @@ def _unstretched(name: str, rows: Tensor, sums: Tensor, lengths: Tensor) -> Tens
         raise SourceError(
             f"{name}: rows of the merged weight have not the lengths that the adapter gives them"
         )
-    return rows * (sums.norm(dim=1) / lengths).unsqueeze(1)
+    found: Tensor = rows * (sums.norm(dim=1) / lengths).unsqueeze(1)
+    return found
 
 
 def _rounding(merged: Any, step: int, rows: int, norm: float) -> float:
