@@ -330,8 +330,6 @@ def levels_at_once(waiting: int, cores: int, free: int, peak: int) -> int:
 
 def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     """Make base and matrix, then say how many levels may be quantized at the same time; split ones are not."""
-    if any(len(job.output.files) > 1 for job in jobs):
-        return 1
     first = jobs[0]
     source, workspace = first.plan.source, first.workspace
     kind, _ = base_file.choose_type(source, options.base_type)
@@ -343,9 +341,11 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
         for job in jobs
     }
     waiting = [job.output for job in jobs if workspace.recall(job.output.id, keys[job.output.id]) is None]
-    if len(waiting) < 2:
+    if not waiting:
         return 1
     base_file.base(first, options, kind, progress)
+    if len(waiting) < 2 or any(len(job.output.files) > 1 for job in jobs):
+        return 1
     need_disk(workspace, sum(file.bytes for output in waiting for file in output.files))
     peak = max(output.peak_ram for output in waiting)
     return levels_at_once(len(waiting), machine.cores(), machine.free_ram(), peak)

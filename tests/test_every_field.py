@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
+from quantool.config.cluster import Cluster
 from quantool.config.schema import Config
 from quantool.formats.safetensors import check_index
 from quantool.judging import findings_key
@@ -51,7 +52,7 @@ BASELINE: dict[str, Any] = {
     "model_id": str(CHAT),
     "quantizations": QUANTIZATIONS,
     "dataset_path": "cal.txt",
-    "validation": {"lm_eval": {"tasks": ["a"]}, "needle": {"haystack": "held.txt"}},
+    "validation": {"lm_eval": {"tasks": ["a"]}, "needle": {"haystack": "held.txt"}, "long": {}},
 }
 CORPORA = {"validation": {"corpora": [{"name": "a", "path": "held.txt"}, {"name": "b", "dataset": "o/d"}]}}
 FLAT = {
@@ -128,9 +129,17 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "validation.lm_eval.num_fewshot": ({"validation": {"lm_eval": {"num_fewshot": 2}}}, {}),
     "validation.lm_eval.limit": ({"validation": {"lm_eval": {"limit": 99}}}, {}),
     "validation.lm_eval.max_drop": ({"validation": {"lm_eval": {"max_drop": 0.5}}}, {}),
+    "validation.lm_eval.apply_chat_template": ({"validation": {"lm_eval": {"apply_chat_template": False}}}, {}),
+    "validation.lm_eval.fewshot_as_multiturn": ({"validation": {"lm_eval": {"fewshot_as_multiturn": False}}}, {}),
     "validation.needle": ({"validation": {"needle": None}}, {}),
     "validation.needle.lengths": ({"validation": {"needle": {"lengths": [200]}}}, {}),
     "validation.needle.depths": ({"validation": {"needle": {"depths": [0.5]}}}, {}),
+    "validation.long": ({"validation": {"long": None}}, {}),
+    "validation.long.lengths": ({"validation": {"long": {"lengths": [1024]}}}, {}),
+    "validation.long.kv": ({"validation": {"long": {"kv": ["q5_0"]}}}, {}),
+    "validation.long.windows": ({"validation": {"long": {"windows": 2}}}, {}),
+    "validation.long.max_cache_kld": ({"validation": {"long": {"max_cache_kld": 0.5}}}, {}),
+    "validation.long.needle": ({"validation": {"long": {"needle": False}}}, {}),
     "validation.needle.haystack": ({"validation": {"needle": {"haystack": "other.txt"}}}, {}),
     "validation.gates": ({"validation": {"gates": {"F16": {"max_mean_kld": 0.5}}}}, {}),
     **{
@@ -148,6 +157,7 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
+    "sign", "sign.key", "sign.keyless",  # so is the signature
 }  # fmt: skip
 
 HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}
@@ -198,6 +208,7 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from models(part)
 
 
+CHANGE_NO_BYTE_AND_NO_VERDICT |= {"cluster", *dotted(Cluster, "cluster.")}  # where stages are done
 FIELDS = tuple(dict.fromkeys(dotted(Config)))
 
 
@@ -401,7 +412,7 @@ def test_a_gate_of_another_level_changes_nothing(here: Path) -> None:
     before = unchanged(json.dumps(BASELINE), here)
     settings = merged(BASELINE, {"validation": {"gates": {"FP8_DYNAMIC": {"max_mean_kld": 0.5}}}})
     changed = moved(before, keys(settings, here))
-    gated = ("perplexity", "behaviour", "classification", "embedding", "experts")
+    gated = ("perplexity", "behaviour", "classification", "embedding", "experts", "long")
     assert changed == {f"{check} of fp8/FP8_DYNAMIC" for check in gated}
 
 

@@ -31,11 +31,11 @@ HEAVY = {
 PRINTING = {"progress.py", "cli.py"}
 GROUND = (
     "quantool", "quantool.errors", "quantool.record", "quantool.origins", "quantool.ledger", "quantool.tasks",
-    "quantool.records", "quantool.gates",
+    "quantool.records", "quantool.gates", "quantool.footprint",
 )  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
-    "publish", "app",
+    "attest", "publish", "cluster", "app",
 )  # fmt: skip
 """In the order of the house: a room imports from those before it, and from itself."""
 PLUGINS_IMPORT = {"ground", "runtime", "config", "plugins"}

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from quantool import __version__
 from quantool.errors import ConfigError, QuantizationError
-from quantool.formats.gguf_keys import ADAPTER, origin_keys
+from quantool.formats.gguf_keys import ADAPTER, SAMPLING_KEYS, origin_keys
 from quantool.methods._llama_cpp import convert, lora, quantize
 from quantool.methods._llama_cpp.pooled import gguf_pooling
 from quantool.plugins.contract import Job, Options, Request
@@ -89,7 +89,7 @@ def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
 
 
 def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
-    """Authorship keys that override what the converter would guess (0c1e570, gguf-py/gguf/metadata.py)."""
+    """Authorship and sampling keys that override what the converter would take (0c1e570, gguf-py/gguf/metadata.py)."""
     found: dict[str, Any] = {
         "general.name": model_name(source, options),
         "general.quantized_by": f"quantool {__version__}",
@@ -101,7 +101,7 @@ def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
     if source.commit:
         found["general.source.huggingface.repository"] = source.model_id
         found["general.source.repo_url"] = f"https://huggingface.co/{source.model_id}"
-    return found
+    return found | {SAMPLING_KEYS[name]: value for name, value in source.sampling.items()}
 
 
 def conversion(

@@ -6,7 +6,7 @@ them: it is given the sections and the records (``user_template.VARIABLES``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -17,8 +17,8 @@ from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
 from quantool.card.redact import published, published_config
 from quantool.card.user_template import render_card
-from quantool.config.sampling import listed, recommended
-from quantool.config.schema import Config, Sampling
+from quantool.config.sampling import chosen, listed, recommended
+from quantool.config.schema import Config
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
 from quantool.report.plots import CORPORA
@@ -77,7 +77,7 @@ def write_card(
             "outputs": [published(output) for output in outputs],
             "reports": [published(report) | {"verdict": str(report.verdict())} for report in reports],
             "plots": list(plots),
-            "sampling": sampling.model_dump(exclude_none=True),
+            "sampling": dict(sampling),
         },
     )
 
@@ -87,9 +87,9 @@ def _sections(
     outputs: Sequence[OutputPlan],
     reports: Sequence[Report],
     plots: Sequence[str],
-    sampling: Sampling,
+    sampling: Mapping[str, float | str],
 ) -> dict[str, str]:
-    known = sampling.model_dump(exclude_none=True)
+    known = chosen(plan.source, Config.model_validate(plan.config))
     left_out = unchecked(reports, not_run(Config.model_validate(plan.config), reports))
     figures = corpora(reports) + "\n" + "\n".join(pictures([name for name in plots if name == CORPORA]))
     parts = {
@@ -191,10 +191,10 @@ def _files(reports: Sequence[Report]) -> str:
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
     if explained := meaning(reports):
-        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     return text + (
         "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
-        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from quantool.footprint import BATCH, CACHE_TYPES, cache_bytes, compute_bytes, running_bytes
 from quantool.records import ModelFacts, Report, Verdict
 from quantool.report.finding_text import percent
+from quantool.report.fitted import divergences, sentences
 from quantool.report.pooled import FIGURES, pooled_metrics, shown, worst_pooled
 from quantool.report.recommend import recommend
 from quantool.report.table import file_name, markdown, worst
@@ -16,24 +19,20 @@ GIB = 1 << 30
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144, 1048576)
 MEMORIES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 141, 192, 256, 320, 512, 640, 1024, 2048)
 """GiB that cards and machines have."""
-HALF = 2  # bytes of a cached number: f16 in llama.cpp, the model's bf16 in vLLM
-BATCH = 512  # src/llama-context.cpp: n_ubatch; the scores of so many tokens are kept at once
 USUAL_CONTEXT = 8192
 """Tokens for which the first table says what is needed."""
+OWNED = (8, 12, 16, 24, 48, 80, 160, 320, 640)
+"""GiB of the cards that people have, and of two to eight of the largest."""
+ASKED_CONTEXTS = (8192, 32768)
+RESERVE = GIB // 2
+"""What a driver and a desktop keep for themselves."""
+CACHES = {True: ("f16", "q8_0"), False: ("bf16", "fp8")}
+"""Types of the cache that llama.cpp (True) and vLLM offer without loss worth naming."""
 
 
-def cache_bytes(facts: ModelFacts, context: int, number: int = HALF) -> int:
-    """Bytes of the attention cache of ``context`` tokens: keys and values of every layer, ``number`` bytes each.
-
-    2 · layers · kv_heads · head_size · number · context (llama.cpp's src/llama-kv-cache.cpp prints the same sum). From
-    above where layers look back over a sliding window only, or keep a compressed state.
-    """
-    return 2 * facts.layers * facts.kv_heads * facts.head_size * number * context
-
-
-def needed(report: Report, facts: ModelFacts, context: int) -> int:
-    """Bytes to run an artifact: its files, the cache, and the scores of a batch of tokens in float32."""
-    return report.artifact.bytes() + cache_bytes(facts, context) + 4 * BATCH * facts.vocabulary
+def needed(report: Report, facts: ModelFacts, context: int, kind: str = "f16") -> int:
+    """Bytes to run an artifact: its files, the cache of the type ``kind``, and what is computed in."""
+    return running_bytes(facts, report.artifact.bytes(), context, kind)
 
 
 def contexts(facts: ModelFacts) -> list[int]:
@@ -81,7 +80,55 @@ def which_file(facts: ModelFacts, reports: Sequence[Report]) -> str:
         "Memory: of the GPU, or of the machine where there is none; what a driver keeps for itself comes on top."
         f"{explained}\n"
     )
-    return "\n".join(lines)
+    lines += [your_memory(facts, reports), *(f"{sentence}\n" for sentence in sentences(reports))]
+    return "\n".join(line for line in lines if line)
+
+
+def your_memory(facts: ModelFacts, reports: Sequence[Report]) -> str:
+    """The best file for each memory that people have; only rows in which the model's size makes a difference.
+
+    The best is the one closest to the reference among those that passed and fit; where nothing was measured, the largest.
+    Empty where no file passed.
+    """
+    passed = [report for report in reports if report.verdict() is Verdict.PASS]
+    if not passed or not facts.task.generates:
+        return ""
+    gguf = all(report.artifact.files[0].name.endswith(".gguf") for report in passed)
+    lengths = [n for n in ASKED_CONTEXTS if n <= facts.context] or [facts.context]
+    cases = [(length, kind) for length in lengths for kind in CACHES[gguf]]
+    closest = min(passed, key=_distance)
+    rows = []
+    for size in OWNED:
+        best = [_best(facts, passed, size * GIB - RESERVE, *case) for case in cases]
+        if any(best):
+            rows.append([f"{size} GB", *(f"`{file_name(report)}`" if report else "-" for report in best)])
+        if all(report is closest for report in best):
+            break
+    longest = f"{lengths[-1]:,} tokens"
+    if not rows:
+        return f"None fits {OWNED[-1]} GB with {longest}.\n"
+    if len(rows) == 1 and rows[0][0] == f"{OWNED[0]} GB" and len(set(rows[0][1:])) == 1:
+        return f"A memory of {OWNED[0]} GB holds {rows[0][1]}, the file closest to the original, with {longest} of context.\n"
+    heads = ["your memory", *(f"{length:,} tokens, cache {kind}" for length, kind in cases)]
+    return markdown(heads, rows) + (
+        f"\nThe file closest to the original that fits with its cache, {memory(compute_bytes(facts, lengths[-1]))} to compute in, "
+        f"and {memory(RESERVE)} left to the driver.{_how_to_set(cases) if gguf else ''}\n"
+    )
+
+
+def _best(facts: ModelFacts, reports: Sequence[Report], room: int, context: int, kind: str) -> Report | None:
+    fitting = [report for report in reports if needed(report, facts, context, kind) <= room]
+    return min(fitting, key=_distance, default=None)
+
+
+def _distance(report: Report) -> tuple[float, int]:
+    """Mean KLD on the worst text, and what decides where none was measured: the larger file is first."""
+    return max(divergences(report).values(), default=math.inf), -report.artifact.bytes()
+
+
+def _how_to_set(cases: Sequence[tuple[int, str]]) -> str:
+    kind = cases[-1][1]
+    return f" The second kind of cache: `--cache-type-k {kind} --cache-type-v {kind}`."
 
 
 def _agreement(report: Report) -> str:
@@ -114,8 +161,8 @@ def memory_tables(facts: ModelFacts, reports: Sequence[Report]) -> str:
     each = cache_bytes(facts, 1)
     text += (
         f"\nAdded up: the files, {each:,} bytes of attention cache for each token (2 · {facts.layers} layers · "
-        f"{facts.kv_heads} heads · {facts.head_size} · {HALF} bytes, 16 bits a number), and "
-        f"{memory(4 * BATCH * facts.vocabulary)} for the scores of {BATCH} tokens.\n"
+        f"{facts.kv_heads} heads · {facts.head_size} · {CACHE_TYPES['f16']:g} bytes, 16 bits a number), and up to "
+        f"{memory(compute_bytes(facts, lengths[-1]))} to compute {BATCH} tokens in.\n"
     )
     if facts.sliding_window:
         text += f"Layers with a sliding window of {facts.sliding_window:,} tokens need less cache than counted here.\n"

@@ -86,6 +86,7 @@ def plan_here(
         done=tuple(step.name for step in steps if step.done),
         engines=builds.places(config.device),
         seconds=effort.seconds(decided, config),
+        untimed=effort.unknown(decided, config),
         ram=machine.total_ram(),
     )
     return decided, here

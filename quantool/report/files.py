@@ -17,6 +17,7 @@ from xml.etree import ElementTree as ET
 from quantool import __version__
 from quantool.records import Finding, Report, Verdict
 from quantool.report.finding_text import failures, fields, finding_name, number
+from quantool.report.fitted import sentences
 from quantool.report.holdings import of_reports
 from quantool.report.loss_origin import losses
 from quantool.report.plots import existing_plots
@@ -98,6 +99,7 @@ def as_markdown(
         *_failed(reports),
         *(["## Figures by corpus\n", corpora(reports)] if any(r.find("perplexity") for r in reports) else []),
         *losses(reports),
+        *_fitted(reports),
         *(line for path, names in plots.items() for line in pictures(names, path)),
     ]
     if held := of_reports(reports):
@@ -107,6 +109,12 @@ def as_markdown(
     if left_out := unchecked(reports, absent):
         parts += ["## What was not checked\n", "\n".join(left_out) + "\n"]
     return "\n".join(parts)
+
+
+def _fitted(reports: Sequence[Report]) -> list[str]:
+    """How files whose types were chosen by measuring compare with stock levels."""
+    lines = "".join(f"- {line}\n" for line in sentences(reports))
+    return [f"## Types chosen by measuring\n\n{lines}"] if lines else []
 
 
 def _failed(reports: Sequence[Report]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.records import Report, fingerprint
+from quantool.report.fitted import is_fitted
 from quantool.report.recommend import recommend
 from quantool.runtime.workspace import Workspace, written
 
@@ -27,16 +28,19 @@ if TYPE_CHECKING:
 SIZE = "plots/size-kld.png"
 CORPORA = "plots/corpora.png"
 CAPTIONS = {
-    SIZE: "Size of each level against its mean KL divergence from the reference, one line a corpus",
+    SIZE: "Size of each level against its mean KL divergence from the reference, one line a corpus; types chosen by "
+    "measuring on a dotted line of their own",
     CORPORA: "Mean KL divergence and ln(PPL ratio) of each level on each corpus, with standard errors",
 }
 """What each picture shows, by its name relative to the folder that holds it."""
 
-DRAWING = 2  # goes up when the same figures shall look different: finished pictures are drawn again
+DRAWING = 3  # goes up when the same figures shall look different: finished pictures are drawn again
 KLD, RATIO = "mean_kld", "ln_ppl_ratio"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*"
-DASHES = ("-", "--", ":")
+DASHES = ("-", "--", "-.")
+FITTED_DASH = ":"
+"""Files whose types were chosen by measuring, apart from the stock levels."""
 DPI = 144
 FRAME = (450.0, 290.0)  # about the size of the axes of a size plot, in points
 ASIDE = 3.0  # points from a level's point to its name
@@ -62,7 +66,13 @@ def draw(reports: Sequence[Report], folder: Path, title: str, workspace: Workspa
         return [folder / name for name in drawn], {}
 
     figures = [
-        [report.artifact.level, report.artifact.bytes(), _figures(report, KLD), _figures(report, RATIO)]
+        [
+            report.artifact.level,
+            report.artifact.bytes(),
+            _figures(report, KLD),
+            _figures(report, RATIO),
+            is_fitted(report),
+        ]
         for report in reports
     ]
     key = fingerprint(DRAWING, version("matplotlib"), title, drawn, figures, _recommended(reports))
@@ -112,7 +122,7 @@ def _by_size(reports: Sequence[Report]) -> list[Report]:
 
 
 def _size_kld(reports: Sequence[Report], title: str) -> Figure:
-    """One line a corpus over the sizes of the files; each level is named once, above its topmost point."""
+    """One line a corpus over the sizes of the files, another of the fitted ones; each level is named once, above its topmost point."""
     from matplotlib.figure import Figure
 
     reports = [report for report in reports if _figures(report, KLD)]
@@ -121,19 +131,21 @@ def _size_kld(reports: Sequence[Report], title: str) -> Figure:
     figures = [_figures(report, KLD) for report in reports]
     figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
+    kinds = [is_fitted(report) for report in reports]
     for number, corpus in enumerate(_corpora(reports)):
-        points = [
-            (size, *known[corpus]) for size, known in zip(sizes, figures, strict=True) if corpus in known
-        ]
-        if not points:
-            continue
-        x, y, errors = zip(*points, strict=True)
-        axes.errorbar(
-            x, y, yerr=errors, label=corpus, capsize=2, markersize=5, linewidth=1.4,
-            color=PALETTE[number % len(PALETTE)],
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle=DASHES[number // len(PALETTE) % len(DASHES)],
-        )  # fmt: skip
+        known_to_all = zip(sizes, figures, kinds, strict=True)
+        points = [(kind, size, *known[corpus]) for size, known, kind in known_to_all if corpus in known]
+        for fitted in sorted({kind for kind, *_ in points}):
+            x, y, errors = zip(
+                *((size, *known) for kind, size, *known in points if kind is fitted), strict=True
+            )
+            axes.errorbar(
+                x, y, yerr=errors, label=f"{corpus}, fitted" if fitted else corpus, capsize=2, markersize=5, linewidth=1.4,
+                color=PALETTE[number % len(PALETTE)],
+                marker=MARKERS[number % len(MARKERS)],
+                markerfacecolor="white" if fitted else None,
+                linestyle=FITTED_DASH if fitted else DASHES[number // len(PALETTE) % len(DASHES)],
+            )  # fmt: skip
     values = [value for known in figures for value, _ in known.values()]
     if min(values) > 0 and max(values) > DECADES * min(values):
         axes.set_yscale("log")

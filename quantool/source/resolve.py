@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from quantool.config.sampling import to_write
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.json_file import JsonLimits, read_json, read_optional, require_bounded
@@ -118,6 +119,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
+        sampling=to_write(generation, config),
         trust_remote_code=config.trust_remote_code,
         tokenizer=tokenizer.folder if tokenizer is not place else None,
         notes=(*notes, *more, *remarks, *_other_base(place, preparation.adapter)),
@@ -224,14 +226,19 @@ def overlay(source: Source, folder: Path) -> Source:
     if source.tokenizer is None:
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.rglob("*"):
-        if path.is_symlink():
+    places = {
+        file.name: source.tokenizer if _is_tokenizer(file.name) else source.folder for file in source.files
+    }
+    wanted = {
+        folder / name: (place / name).resolve() for name, place in places.items() if (place / name).exists()
+    }
+    links = {path: path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+    if links != wanted:  # else left alone: stages on other nodes may be reading
+        for path in links:
             path.unlink()
-    for name in sorted({file.name for file in source.files}):
-        origin = (source.tokenizer if _is_tokenizer(name) else source.folder) / name
-        if origin.exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).symlink_to(origin.resolve())
+        for path, origin in sorted(wanted.items()):
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(origin)
     return source.model_copy(update={"folder": folder, "tokenizer": None})
 
 

@@ -163,7 +163,7 @@ def test_a_newcomer_reads_which_file_first(plan: Plan) -> None:
     assert "llama-server -hf us/tiny-GGUF:Q4_K_M" in open_text
     assert "| **Q4_K_M** | `tiny-Q4_K_M.gguf` | 5.0 MB |" in open_text
     assert "`tiny-IQ2_M.gguf` (did not pass)" in open_text
-    first_screen = body.splitlines()[:24]
+    first_screen = body.splitlines()[:26]
     assert any("Take `tiny-Q4_K_M.gguf`" in line for line in first_screen)
     assert any(line.startswith("llama-server") for line in first_screen)
 
@@ -358,7 +358,10 @@ def test_the_front_matter_is_short_whatever_was_measured(plan: Plan, levels: int
 def test_plots_stand_where_they_are_looked_for(plan: Plan) -> None:
     both = ["plots/size-kld.png", "plots/corpora.png"]
     text = write_card(plan, plan.outputs, [report(plan, *figures("en"))], both)
-    assert re.search(r"SHA256SUMS`\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n", text)
+    assert re.search(
+        r"SHA256SUMS`; `quantool verify` checks a download\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n",
+        text,
+    )
     assert re.search(r"one standard error\.\n\n!\[Mean KL divergence[^]]*\]\(plots/corpora\.png\)\n", text)
     assert "![" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
 

@@ -132,6 +132,21 @@ def test_a_line_for_each_corpus_and_a_name_at_each_level() -> None:
     assert axes.get_xlabel() == "size of the files (MB)"
 
 
+def test_fitted_files_have_a_line_of_their_own() -> None:
+    """The stock levels' line does not bend to a file that was fitted."""
+    fitted = report("Q4_K_M", "en", mean_kld=0.02)
+    artifact = fitted.artifact.model_copy(
+        update={"level": "Q4_K_M-fit", "details": {"fit": {"size": 4_900_000}}}
+    )
+    fitted = fitted.model_copy(update={"artifact": artifact})
+    drawn: Any = plots._size_kld([report("Q4_K_M", "en"), fitted, report("Q8_0", "en")], "m").axes
+    lines = {bars.get_label(): bars.lines[0] for bars in drawn[0].containers}
+    assert lines["en"].get_xydata().tolist() == [[4.9, 0.031], [8.5, 0.0014]]
+    assert lines["en, fitted"].get_xydata().tolist() == [[4.9, 0.02]]
+    assert (lines["en"].get_linestyle(), lines["en, fitted"].get_linestyle()) == ("-", ":")
+    assert {text.get_text().split(" ")[0] for text in drawn[0].texts} == {"Q4_K_M", "Q4_K_M-fit", "Q8_0"}
+
+
 def test_a_level_that_lacks_a_corpus_leaves_its_place_empty() -> None:
     panels: Any = plots._corpus_bars([report("Q4_K_M", "en"), report("Q8_0", "en", "eu")], "m").axes
     groups = [[group for group in axes.containers if hasattr(group, "patches")] for axes in panels]

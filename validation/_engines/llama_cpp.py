@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048  # llama-perplexity's default n_batch
 UBATCH_TOKENS = 512
 CELLS = 256
+FLASH_ATTENTION = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED of llama.h
 OUTPUT_BYTES = 64 << 20
 """Logits that a context holds. llama.cpp keeps them twice: where they are computed and where they are read."""
 
@@ -159,13 +160,18 @@ def _adapter(handle: Any, path: Path, log: LlamaLog) -> Any:
 
 
 @contextmanager
-def make_context(weights: Weights, layout: Layout, context: int, log: LlamaLog) -> Iterator[Model]:
-    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``load_weights``."""
+def make_context(
+    weights: Weights, layout: Layout, context: int, log: LlamaLog, cache: str | None = None
+) -> Iterator[Model]:
+    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``load_weights``.
+
+    ``cache`` is the type of the attention cache by llama.cpp's name (``--cache-type-k``); None is its default, f16.
+    """
     import llama_cpp as api
 
     log.clear()
     with ExitStack() as stack:
-        handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context))
+        handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context, cache))
         if not handle:
             log.require_room()
             raise Unsound(f"llama.cpp cannot run it: {log.reason()}")
@@ -179,10 +185,15 @@ def make_context(weights: Weights, layout: Layout, context: int, log: LlamaLog) 
         yield Model(weights.vocabulary, handle, batch)
 
 
-def _context_parameters(layout: Layout, context: int) -> Any:
+def _context_parameters(layout: Layout, context: int, cache: str | None) -> Any:
     import llama_cpp
 
     parameters = llama_cpp.llama_context_default_params()
+    if (
+        cache is not None
+    ):  # flash attention is what reads a quantized cache, and needs no memory by the square
+        parameters.type_k = parameters.type_v = int(getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}"))
+        parameters.flash_attn_type = FLASH_ATTENTION
     # llama.cpp rounds the cells of a sequence up to 256, and warns where that is not what it was given.
     parameters.n_ctx = layout.sequences * -(-context // CELLS) * CELLS
     parameters.n_batch = layout.sequences * context

@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantool.config.sampling import GENERATION
 from quantool.formats.safetensors import INDEX, TensorHeader, some
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
+from quantool.validation._files.gguf_levels import options_of
 from quantool.validation._findings.builder import FindingBuilder
 
 OWN = ("config.json", INDEX)
@@ -23,10 +25,11 @@ HEADER = 1 << 16
 
 def judge_companions(case: Case, build: FindingBuilder) -> Finding:
     """Tokenizer, chat template and generation settings of the source are there; what this run made has their bytes."""
+    rewritten = {GENERATION} if case.source.sampling else set()  # the check of its name reads that one
     names = {
         file.name: file.sha256
         for file in case.source.files
-        if not file.name.endswith((".safetensors", ".md")) and file.name not in OWN
+        if not file.name.endswith((".safetensors", ".md")) and file.name not in (*OWN, *rewritten)
     }
     missing = [name for name in names if not (case.artifact / name).is_file()]
     other = [
@@ -53,7 +56,7 @@ def _needed(name: str, folder: Path) -> bool:
     if name == TEMPLATE:
         settings = folder / "tokenizer_config.json"
         return not settings.is_file() or b'"chat_template"' not in settings.read_bytes()
-    return name in ("generation_config.json", "tokenizer_config.json")
+    return name in (GENERATION, "tokenizer_config.json")
 
 
 def _differs(found: Path, original: Path, digest: str) -> bool:
@@ -75,7 +78,9 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
     planned = {file.name: file.bytes for file in case.output.files if file.name.endswith(".safetensors")}
     found = {path.name: path.stat().st_size for path in case.artifact.glob("*.safetensors")}
     problems = []
-    if abs(sum(planned.values()) - sum(found.values())) > HEADER + BITS * sum(planned.values()):
+    fitted = bool(options_of(case).get("fit"))  # then the plan is a budget
+    excess = sum(found.values()) - sum(planned.values())
+    if (excess if fitted else abs(excess)) > HEADER + BITS * sum(planned.values()):
         problems.append(f"{sum(found.values())} bytes of weights, {sum(planned.values())} were planned")
     if planned.keys() != found.keys() and len(planned) != len(found):
         problems.append(f"{len(found)} weight files, {len(planned)} were planned")
@@ -85,7 +90,7 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
         problems.append(f"planned and not there: {some(absent)}")
     bits = 8 * sum(tensor.bytes for tensor in stored.values()) / case.source.facts.parameters
     wanted = case.output.bits_per_weight
-    if wanted is not None and not math.isclose(bits, wanted, rel_tol=BITS):
+    if wanted is not None and not math.isclose(bits, min(bits, wanted) if fitted else wanted, rel_tol=BITS):
         problems.append(f"{bits:.5g} bits a weight, {wanted:.5g} were planned")
     return [
         build.fact(
