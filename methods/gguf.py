@@ -14,7 +14,7 @@ from pydantic import Field
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, lora
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.mtp import head_pattern, require_types, with_head
 from quantool.methods._llama_cpp.quantize import rehearse
@@ -139,7 +139,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         tuple(outputs),
         (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
-        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases, *coverage))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal, source), *aliases, *coverage))),
         {
             output.id: account.lines(source, rehearsal, run["types"])
             for output, run in zip(outputs, runs, strict=True)
@@ -330,8 +330,6 @@ def levels_at_once(waiting: int, cores: int, free: int, peak: int) -> int:
 
 def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     """Make base and matrix, then say how many levels may be quantized at the same time; split ones are not."""
-    if any(len(job.output.files) > 1 for job in jobs):
-        return 1
     first = jobs[0]
     source, workspace = first.plan.source, first.workspace
     kind, _ = base_file.choose_type(source, options.base_type)
@@ -343,9 +341,11 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
         for job in jobs
     }
     waiting = [job.output for job in jobs if workspace.recall(job.output.id, keys[job.output.id]) is None]
-    if len(waiting) < 2:
+    if not waiting:
         return 1
     base_file.base(first, options, kind, progress)
+    if len(waiting) < 2 or any(len(job.output.files) > 1 for job in jobs):
+        return 1
     need_disk(workspace, sum(file.bytes for output in waiting for file in output.files))
     peak = max(output.peak_ram for output in waiting)
     return levels_at_once(len(waiting), machine.cores(), machine.free_ram(), peak)
@@ -359,6 +359,7 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     needs=("llama_cpp", "gguf"),
     depends=GGUF | base_file.BASE | imatrix.TEXT | imatrix.MATRIX,
     at_once=at_once,
+    adapters=True,
 )
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
@@ -391,6 +392,6 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         names,
         started,
         {"base": kind, "note": note, **remarks},
-        shared=(matrix[0],) if matrix else (),
+        shared=(*([matrix[0]] if matrix else []), *lora.placed(job, base)),
         made_from=str(base.relative_to(workspace.root)),
     )

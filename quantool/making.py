@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from quantool import judging
+from quantool.cluster.graph import entry_of
+from quantool.cluster.marks import marked_in_run
 from quantool.config.schema import Config
 from quantool.plan import effort
 from quantool.plan.depends import depends_of
 from quantool.plugins import find
 from quantool.plugins.contract import Job
-from quantool.records import Artifact, OutputPlan, Plan, fingerprint
+from quantool.records import Artifact, OutputPlan, Plan
 from quantool.runtime import gpus, machine
 from quantool.runtime.gpus import devices
 from quantool.runtime.parallel import in_threads
@@ -56,7 +58,7 @@ def make_all(
 ) -> list[Artifact]:
     """The artifacts of ``outputs``, in their order."""
     artifacts: list[Artifact] = []
-    for _, group in itertools.groupby(outputs, _entry):
+    for _, group in itertools.groupby(outputs, entry_of):
         alike = list(group)
         lanes = _lanes(config, plan, alike, workspace, progress)
         if lanes > 1:
@@ -66,9 +68,11 @@ def make_all(
     return artifacts
 
 
-def _entry(output: OutputPlan) -> str:
-    """What outputs of one entry of the configuration have in common."""
-    return fingerprint(output.method, output.options, output.repo)
+def share(
+    config: Config, plan: Plan, outputs: Sequence[OutputPlan], workspace: Workspace, progress: Progress
+) -> None:
+    """Make what the outputs of one entry are made from."""
+    _lanes(config, plan, outputs, workspace, progress)
 
 
 def _lanes(
@@ -124,7 +128,8 @@ def make_one(
     method = find.find_method(output.method)
     options = method.options.model_validate(output.options)
     job = Job(config, plan, output, workspace, depends_of(method))
-    with progress.step(effort.make_step(output)), workspace.timed(output.id):
+    name = effort.make_step(output)
+    with marked_in_run(workspace, name), progress.step(name), workspace.timed(output.id):
         artifact = method.quantize(job, options, progress)
     if artifact.folder.name != output.repo:  # recalled; it was made for another repository
         for file in (*artifact.files, *artifact.shared):

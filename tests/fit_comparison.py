@@ -8,7 +8,7 @@
 For each level: the stock file, one whose types the rule chose, and one whose types were chosen by measuring, all from the same
 base, with the same importance matrix, of at most the same size. They are scored by quantool's own check on texts that nothing
 was chosen on, and compared over the windows of these texts: each window is scored with both files, so the differences are
-paired. Nothing is asserted.
+paired. Nothing is asserted. The rule's recipes stay in the output folder and are taken again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import moe
 import numpy as np
 
 from quantool.config.schema import Config, Corpus, Validation
-from quantool.formats.tensor_types import pattern, read_recipe
+from quantool.formats.tensor_types import read_recipe, write_recipe
 from quantool.plugins.contract import Case
 from quantool.records import Gates
 from quantool.runtime.workspace import Workspace
@@ -79,13 +79,13 @@ def table(scores: Mapping[Row, Mapping[str, Score]]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for (level, text), by_way in scores.items():
         all_ = [by_way.get(way) for way in WAYS]
-        ours = by_way[OURS]
+        ours = by_way.get(OURS)
         cells = [level, text, _beside(all_, lambda one: f"{one.bytes / 1e6:.3f}")]
         cells += [f"{one.mean_kld:.5f}" if one else "-" for one in all_]
         for other in all_[:2]:
             cells += (
                 ["-", "-"]
-                if other is None
+                if other is None or ours is None
                 else [f"{ours.mean_kld / other.mean_kld:.3f}", f"{advantage(other, ours):.1g}"]
             )
         cells.append(_beside(all_, lambda one: f"{one.kld_99:.4f}"))
@@ -98,12 +98,22 @@ def _beside(scores: Sequence[Score | None], shown: Callable[[Score], str]) -> st
     return " / ".join("-" if one is None else shown(one) for one in scores)
 
 
-def made_of(base: Path, matrix: Path, files: Mapping[Path, Mapping[str, str]]) -> None:
-    """Quantize ``base`` to each file with its types by tensor, all others at Q8_0."""
+def rule_recipes(made: making.Made, sizes: Mapping[str, int], folder: Path) -> dict[str, Path]:
+    """By level the rule's recipe for a file of that size, made where it is not there yet."""
+    paths = {level: folder / f"rule-{level}.txt" for level in sizes}
+    if missing := [level for level, path in paths.items() if not path.is_file()]:
+        rated = rule_15550.rate(made.base, made.matrix)
+        for level in missing:
+            paths[level].write_text(write_recipe(rated.types(sizes[level])), encoding="utf-8")
+    return paths
+
+
+def made_of(base: Path, matrix: Path, files: Mapping[Path, Path]) -> None:
+    """Quantize ``base`` to each file by its recipe, what that does not name at Q8_0."""
     runs = [
-        making.run("Q8_0", path, matrix, "calibration", tensor_types={pattern(name): kind for name, kind in types.items()})
-        for path, types in files.items()
-    ]  # fmt: skip
+        making.run("Q8_0", path, matrix, "calibration", tensor_types=read_recipe(recipe))
+        for path, recipe in files.items()
+    ]
     making.quantized(base, runs)
 
 
@@ -130,42 +140,42 @@ def scores_of(config: Config, files: Sequence[Path], workspace: Workspace) -> di
 def fitted(config: Config, sizes: Sequence[int]) -> list[Path]:
     """Files of at most these sizes, their types chosen by quantool."""
     fit = [{"size": f"{size}B"} for size in sizes]
-    options = config.quantization_config | {"fit": fit}
+    options = (config.quantization_config or {}) | {"fit": fit}
     _, artifacts = making.make(config.model_copy(update={"quantization_config": options}))
     chosen = [one for one in artifacts if one.details.get("fit")]
     return [one.folder / one.files[0].name for one in sorted(chosen, key=lambda one: one.bytes())]
 
 
 def compare(
-    config: Config, recipes: Mapping[str, Path]
+    config: Config, recipes: Mapping[str, Path], *, search: bool
 ) -> tuple[dict[Row, dict[str, Score]], dict[str, float]]:
     """Make and score everything; the second value is the seconds that choosing took."""
     root, levels = config.output_path, [level for job in config.requested() for level in job.levels()]
     plan, artifacts = making.make(config)
     made = making.Made(Path(config.model_id), root, plan, tuple(artifacts))
     stock = {one.level: one.folder / one.files[0].name for one in artifacts}
+    sizes = {level: path.stat().st_size for level, path in stock.items()}
     started = time.monotonic()
-    rated = rule_15550.rate(made.base, made.matrix)
-    chosen = {root / f"rule-{level}.gguf": rated.types(stock[level].stat().st_size) for level in levels}
+    chosen = {root / f"rule-{level}.gguf": path for level, path in rule_recipes(made, sizes, root).items()}
     seconds = {RULE: time.monotonic() - started}
-    ours = {root / f"ours-{level}.gguf": read_recipe(recipes[level]) for level in levels if level in recipes}
-    made_of(made.base, made.matrix, chosen)
-    making.quantized(
-        made.base, [making.run("Q8_0", path, made.matrix, "calibration", tensor_types=types) for path, types in ours.items()]
-    )  # fmt: skip
+    made_of(
+        made.base,
+        made.matrix,
+        chosen | {root / f"ours-{level}.gguf": path for level, path in recipes.items()},
+    )
     started = time.monotonic()
-    searched = [level for level in levels if level not in recipes]
-    paths = fitted(config, [stock[level].stat().st_size for level in searched]) if searched else []
+    searched = [level for level in levels if level not in recipes] if search else []
+    paths = fitted(config, [sizes[level] for level in searched]) if searched else []
     seconds[OURS] = time.monotonic() - started
     files = {(level, STOCK): stock[level] for level in levels}
     files |= {(level, RULE): root / f"rule-{level}.gguf" for level in levels}
     files |= {(level, OURS): root / f"ours-{level}.gguf" for level in recipes}
-    by_size = sorted(searched, key=lambda level: stock[level].stat().st_size)
+    by_size = sorted(searched, key=lambda level: sizes[level])
     files |= {(level, OURS): path for level, path in zip(by_size, paths, strict=True)}
     found = scores_of(config, list(dict.fromkeys(files.values())), Workspace(root / "compared"))
     texts = list(next(iter(found.values())))
     rows = {
-        (level, text): {way: found[files[level, way]][text] for way in WAYS}
+        (level, text): {way: found[files[level, way]][text] for way in WAYS if (level, way) in files}
         for level in levels
         for text in texts
     }
@@ -183,6 +193,12 @@ def main() -> None:
     parser.add_argument("--heldout", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--levels", default="Q3_K_M,Q4_K_M,Q5_K_M")
     parser.add_argument("--recipe", action="append", default=[], metavar="LEVEL=FILE")
+    parser.add_argument(
+        "--no-search",
+        dest="search",
+        action="store_false",
+        help="levels without a --recipe: stock and rule alone",
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="of each held-out text")
     parser.add_argument("--calibration-tokens", type=int, default=40 * 512)
     parser.add_argument("--pre-tokenizer", help="as quantization_config.pre_tokenizer")
@@ -202,7 +218,7 @@ def main() -> None:
         validation=Validation(corpora=tuple(texts), max_tokens=arguments.tokens), device="cpu",
     )  # fmt: skip
     recipes = {level: Path(path) for level, _, path in (one.partition("=") for one in arguments.recipe)}
-    rows, seconds = compare(config, recipes)
+    rows, seconds = compare(config, recipes, search=arguments.search)
     print(table(rows))
     print("choosing took " + ", ".join(f"{value:.0f} s ({way})" for way, value in seconds.items()))
 

@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
+from quantool.config.cluster import Cluster
 from quantool.config.schema import Config
 from quantool.formats.safetensors import check_index
 from quantool.judging import findings_key
@@ -70,6 +71,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model_id": ({"model_id": "renamed"}, {}),
     "tokenizer_name": ({"tokenizer_name": "tokenizer"}, {}),
     "adapter": ({"adapter": "adapter"}, {}),
+    "merge": ({"merge": False}, {"adapter": "adapter"}),
     "trust_remote_code": ({"trust_remote_code": True}, {}),
     "drop": ({"drop": ["vision"]}, {}),
     "method": ({"method": "fp16", "quant_level": "F16"}, FLAT),
@@ -155,6 +157,7 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
+    "sign", "sign.key", "sign.keyless",  # so is the signature
 }  # fmt: skip
 
 HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}
@@ -205,6 +208,7 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from models(part)
 
 
+CHANGE_NO_BYTE_AND_NO_VERDICT |= {"cluster", *dotted(Cluster, "cluster.")}  # where stages are done
 FIELDS = tuple(dict.fromkeys(dotted(Config)))
 
 
@@ -264,9 +268,13 @@ def rehearsal(real: Any = dry_run.rehearse) -> dry_run.Rehearsal:
 
 
 @cache
-def source_of(model: str, tokenizer: str | None, adapter: str | None = None, *, trusted: bool) -> Source:
+def source_of(
+    model: str, tokenizer: str | None, adapter: str | None = None, *, merge: bool = True, trusted: bool
+) -> Source:
     """The source with its weights hashed; kept, because every change of a field asks for it."""
-    config = Config(model_id=model, tokenizer_name=tokenizer, adapter=adapter, trust_remote_code=trusted)
+    config = Config(
+        model_id=model, tokenizer_name=tokenizer, adapter=adapter, merge=merge, trust_remote_code=trusted
+    )
     source = resolve(config, weights=False, progress=Progress(quiet=True))
     weights = fingerprint(source.prepared and source.prepared.identity())
     files = tuple(file.model_copy(update={"sha256": file.sha256 or weights}) for file in source.files)
@@ -288,7 +296,7 @@ def keys(settings: dict[str, Any], folder: Path) -> dict[str, str]:
     """The keys of every artifact, of what they share, and of every check on one artifact of each engine."""
     config = Config.model_validate(settings)
     named = (config.model_id, config.tokenizer_name, config.adapter)
-    source = source_of(*named, trusted=config.trust_remote_code)
+    source = source_of(*named, merge=config.merge, trusted=config.trust_remote_code)
     workspace = Noting(folder / "out")
     for wanted in config.requested():
         method = find.find_method(wanted.method)

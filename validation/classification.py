@@ -24,6 +24,7 @@ from quantool.validation._pooled.probe import DOCUMENTS
 from quantool.validation._pooled.vectors import (
     VECTORS,
     ArtifactVectors,
+    compare_vectors,
     prepare_reference,
     require_task,
 )
@@ -40,6 +41,7 @@ HEAD = "cls."
 @check(
     NAME,
     prepare=prepare_reference,
+    compare=compare_vectors,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,

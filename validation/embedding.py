@@ -25,6 +25,7 @@ from quantool.validation._pooled.comparison import NEIGHBOURS, cosines, mean, re
 from quantool.validation._pooled.vectors import (
     VECTORS,
     ArtifactVectors,
+    compare_vectors,
     prepare_reference,
     require_task,
 )
@@ -41,6 +42,7 @@ LOWEST = 0.01
 @check(
     NAME,
     prepare=prepare_reference,
+    compare=compare_vectors,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,

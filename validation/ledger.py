@@ -17,6 +17,10 @@ from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
+from quantool.validation._engines.unpacked import quantization
+from quantool.validation._files.fitted_layers import with_choice
+from quantool.validation._files.gguf_levels import options_of
+from quantool.validation._files.modules import promise
 from quantool.validation._files.tensor_values import (
     HeldTensor,
     constant_parts,
@@ -46,9 +50,13 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     if not ledger.traced:
         return [BUILD.skip("tensors", "its method does not say what becomes of each tensor"), files]
     try:
+        if case.engine == "transformers" and options_of(case).get("fit"):
+            ledger = with_choice(ledger, promise(quantization(case.artifact)))
         held = gguf_tensors(case) if case.engine == "llama.cpp" else safetensors_tensors(case.artifact)
     except SourceError as error:
         return [BUILD.fail("tensors", without_folders(error.message, case.artifact)), files]
+    except ValueError as error:
+        return [BUILD.fail("tensors", f"quantization_config of config.json: {error}"), files]
     return [_judge_tensors(ledger, held), _judge_values(case, ledger, held), files]
 
 

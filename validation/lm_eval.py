@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 from quantool.config.schema import Config, LmEval
 from quantool.errors import ConfigError, DependencyError
@@ -95,8 +96,26 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
         )
 
 
+def compare(case: Case, progress: Progress, /) -> None:
+    """Ask the reference."""
+    if (settings := case.settings.lm_eval) is not None:
+        ask_reference(case, _questions(case, settings), progress)
+
+
+def fetch(config: Config, source: Source, /) -> None:
+    """Bring the documents of the tasks into the cache."""
+    settings = config.validation.lm_eval
+    if settings is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="quantool-") as folder:
+        request = _request(config, settings, source)
+        process.call(lm_eval_worker.fetch_tasks, request, log=Path(folder) / "log", failure=ConfigError)
+
+
 @check(
     NAME,
+    compare=compare,
+    fetch=fetch,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(("validation.lm_eval",), inputs=(_documents,)),
     loads_reference=True,
@@ -133,21 +152,26 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     return _findings(pairs, settings.max_drop, list(notes))
 
 
-def _questions(case: Case, settings: LmEval) -> Questions:
-    folder, cache_dir = settings.include_path, case.config.dataset_cache_dir
+def _request(config: Config, settings: LmEval, source: Source) -> dict[str, Any]:
+    """What the worker is told of the tasks and of how the model is asked."""
+    folder, cache_dir = settings.include_path, config.dataset_cache_dir
     chat = settings.apply_chat_template
     if chat is None:
-        chat = case.source.facts.chat_template is not None
-    request = {
+        chat = source.facts.chat_template is not None
+    return {
         "tasks": settings.tasks,
         "include_path": str(folder) if folder else None,
         "num_fewshot": settings.num_fewshot,
         "limit": settings.limit,
         "chat": chat,
         "multiturn": chat and settings.fewshot_as_multiturn,
-        "context": case.source.facts.context,
+        "context": source.facts.context,
         "cache_dir": str(cache_dir) if cache_dir else None,
     }
+
+
+def _questions(case: Case, settings: LmEval) -> Questions:
+    request = _request(case.config, settings, case.source)
     return Questions(NAME, lm_eval_worker.ask, request, case.key(QUESTIONS))
 
 

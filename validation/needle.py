@@ -64,8 +64,15 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
     return cells * sum(settings.lengths), cells * len(settings.lengths) * needle_worker.ANSWER
 
 
+def ask_source(case: Case, progress: Progress, /) -> None:
+    """Ask the reference."""
+    if case.settings.needle is not None:
+        ask_reference(case, _questions(case), progress)
+
+
 @check(
     NAME,
+    compare=ask_source,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
     computes=computes,

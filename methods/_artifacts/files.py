@@ -26,7 +26,9 @@ def checkpoint_folder(job: Job) -> Iterator[Path]:
     files that an earlier record of the output names and, so that the weights are clear, weights that any record names.
     Raises DependencyError when the disk is full, SourceError when weights of nobody known lie there.
     """
-    part = job.workspace.work / f".checkpoint{PART}"
+    part = (
+        job.workspace.work / f".{job.output.id.replace('/', '-')}{PART}"
+    )  # outputs are made side by side on a cluster
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 MISMATCH = "AWQ needs to match"
 """In what llmcompressor says of mappings that join layers with experts and layers without."""
-KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_CACHE = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
 
 
 @preloaded("llmcompressor")
@@ -42,7 +42,8 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that loads the model, quantizes and saves it.
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
-    ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
+    ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``, ``others``
+    (further groups, each with ``scheme`` and ``targets``),
     ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``,
     ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written), ``fused`` (whether the
     files hold the experts of a layer in one tensor). Writes
@@ -61,7 +62,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     repair_libraries()
     trust = request["config"]["trust_remote_code"]
     tokenizer = AutoTokenizer.from_pretrained(request["source"], trust_remote_code=trust)
-    samples = _samples(request, tokenizer)
+    samples = calibration_samples(request, tokenizer)
     try:
         with connected(request.get("processes", 1)):
             outcome = _run(request, share(samples), tokenizer, report)
@@ -100,7 +101,7 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     }
 
 
-def _samples(request: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def calibration_samples(request: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of at most ``sample_size`` calibration samples of at most ``max_seq_length`` tokens.
 
     A conversation is one sample; its chat template writes the special tokens. A text (a .txt file is one) is cut into
@@ -263,7 +264,11 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
                 smoothing_strength=options["smoothing_strength"], mappings=given, ignore=list(ignore)
             )
         )
-    groups = {"group_0": _scheme(request)}
+    groups = {
+        f"group_{number}": _scheme(group)
+        for number, group in enumerate((request, *request.get("others", ())))
+        if group["targets"]
+    }
     if request["algorithm"] == "gptq":
         recipe.append(
             GPTQModifier(
@@ -274,19 +279,21 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
             )
         )
     else:
-        cache = KV_CACHE if options.get("kv_cache") else None
+        strategy = {"fp8": "tensor", "fp8_head": "attn_head"}.get(options.get("kv_cache") or "")
+        cache = KV_CACHE | {"strategy": strategy} if strategy else None
         recipe.append(QuantizationModifier(config_groups=groups, ignore=ignore, kv_cache_scheme=cache))
     return recipe
 
 
-def _scheme(request: dict[str, Any]) -> Any:
+def _scheme(group: dict[str, Any]) -> Any:
+    """A group of compressed-tensors: ``scheme`` (fields of ``WeightScheme``) on ``targets``."""
     from compressed_tensors.quantization import preset_name_to_scheme  # type: ignore[import-untyped]
 
-    scheme = preset_name_to_scheme(request["scheme"]["preset"], list(request["targets"]))
-    if request["scheme"]["group"]:
+    scheme = preset_name_to_scheme(group["scheme"]["preset"], list(group["targets"]))
+    if group["scheme"]["group"]:
         if scheme.weights is None:  # every preset used here quantizes weights
             raise AssertionError
-        scheme.weights = scheme.weights.model_copy(update={"group_size": request["scheme"]["group"]})
+        scheme.weights = scheme.weights.model_copy(update={"group_size": group["scheme"]["group"]})
     return scheme
 
 

@@ -39,7 +39,8 @@ def connected(processes: int) -> Iterator[None]:
     import torch
     from compressed_tensors.distributed import init_dist  # type: ignore[import-untyped]
 
-    torch.multiprocessing.set_sharing_strategy("file_system")  # the other keeps a file open for each tensor
+    sharing: Any = torch.multiprocessing
+    sharing.set_sharing_strategy("file_system")  # the other one keeps a file open for each tensor
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
     if torch.cuda.is_available():
@@ -51,7 +52,7 @@ def connected(processes: int) -> Iterator[None]:
     torch.distributed.destroy_process_group()  # a process that failed does not wait for the others: they are ended
 
 
-def share(samples: Sequence[Sequence[Item]]) -> list[Sequence[Item]]:
+def share(samples: Sequence[list[Item]]) -> list[list[Item]]:
     """Of samples of different lengths, those of this process: dealt out from the longest to the shortest, there and back.
 
     ConfigError when a process would get none.

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from quantool.card.holdings import expert_coverage, holdings, left_out_sentence, tags_of, task_of
-from quantool.card.how_to_run import usage
+from quantool.card.how_to_run import adapters, usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
 from quantool.card.redact import published, published_config
@@ -191,10 +191,10 @@ def _files(reports: Sequence[Report]) -> str:
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
     if explained := meaning(reports):
-        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     return text + (
         "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
-        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     )
 
 
@@ -235,7 +235,8 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- importance matrix: `{file.name}`, SHA-256 `{file.sha256}`" for file in report.artifact.shared
+            f"- {'adapter' if file.name in adapters([report]) else 'importance matrix'}: `{file.name}`, SHA-256 `{file.sha256}`"
+            for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)
     if samples or any("imatrix" in output.needs for output in outputs):

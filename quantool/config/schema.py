@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
+from quantool.config.cluster import Cluster
 from quantool.config.section import Section
 from quantool.config.served import Long, Sampling
 from quantool.record import NameOrPath, Privacy
@@ -219,6 +220,24 @@ class CardSettings(Section):
     )
 
 
+class Sign(Section):
+    """Whose signature the folders to publish get (OpenSSF model-signing)."""
+
+    key: UserPath | None = Field(
+        default=None,
+        description="Private elliptic curve key in PEM; the password of an encrypted one is QUANTOOL_SIGN_PASSWORD.",
+    )
+    keyless: bool = Field(
+        default=False, description="Sign with sigstore, as the identity that the CI's OIDC token states."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Sign:
+        if (self.key is None) != self.keyless:
+            raise ValueError("give a key, or keyless: true")
+        return self
+
+
 class Config(Section):
     """All keys of a configuration file."""
 
@@ -237,6 +256,10 @@ class Config(Section):
     )
     adapter_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the adapter on the Hub."
+    )
+    merge: bool = Field(
+        default=True,
+        description="Whether the adapter is merged into the weights; false: gguf makes it a file beside those of its base.",
     )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
@@ -294,7 +317,13 @@ class Config(Section):
         default=False,
         description="Make, judge, upload and delete one level at a time; one commit at the end. Needs push_to_hub.",
     )
+    cluster: Annotated[Cluster | None, Privacy.DROPPED] = Field(
+        default=None, description="Where `quantool submit` sends the stages of a run."
+    )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
+    sign: Annotated[Sign | None, Privacy.DROPPED] = Field(
+        default=None, description="Sign the folders to publish. Default: they are not signed."
+    )
 
     eval_dataset: NameOrPath | None = Field(
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."

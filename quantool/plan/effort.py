@@ -125,18 +125,19 @@ def _check(check: Check, plan: Plan, config: Config, speed: Speed) -> float:
     read, generated = check.computes(config, plan.source)
     models = len(plan.outputs) + 1
     operations = 2.0 * plan.source.facts.parameters * (read + generated)
-    step = TOKEN + _weights(plan.source) / (GPU_MEMORY if _takes_gpu(config) else MEMORY)
+    step = TOKEN + _weights(plan.source) / (GPU_MEMORY if _takes_gpu(config, speed) else MEMORY)
     rate = _rate(config, speed, on_gpu=True)
     return models * (START + operations / rate + generated * step)
 
 
 def _rate(config: Config, speed: Speed, *, on_gpu: bool) -> float:
     """Operations a second of a forward pass, on a GPU where the configuration lets it run there and there is one."""
-    return FORWARD * (machine.GPU_OPERATIONS if on_gpu and _takes_gpu(config) else speed.operations)
+    return FORWARD * (machine.GPU_OPERATIONS if on_gpu and _takes_gpu(config, speed) else speed.operations)
 
 
-def _takes_gpu(config: Config) -> bool:
-    return machine.gpus() > 0 and devices(config.device).kind != "cpu"
+def _takes_gpu(config: Config, speed: Speed) -> bool:
+    there = machine.gpus() if speed.gpus is None else speed.gpus
+    return there > 0 and devices(config.device).kind != "cpu"
 
 
 def _judging(

@@ -3,7 +3,8 @@
 ::
 
     OUTPUT/
-      .quantool/lock            held while a run works here
+      .quantool/lock            held while a run works here, alone
+      .quantool/claims/         who does which stage, on whichever node of a cluster
       .quantool/stages/*.json   finished stages: key, files, result
       .quantool/work/           shared intermediate files (base, importance matrix, reference)
       logs/                     what the outside tools printed
@@ -26,9 +27,12 @@ from typing import Any
 
 from quantool.errors import DependencyError
 from quantool.records import fingerprint
+from quantool.runtime.claims import Holder, claimed, drop_of_this_machine, living
 from quantool.runtime.worker import reason
 
 PART = ".part"  # marks a file that is being written
+WHOLE_RUN = "run"
+"""The claim of a run that does all stages."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,24 @@ class Workspace:
         self.state = root / ".quantool"
         self.stages = self.state / "stages"
         self.work = self.state / "work"
+        self.claims = self.state / "claims"
         self.logs = root / "logs"
         self.seconds: dict[str, float] = {}
         """What stages took that this run produced, without those produced within them."""
         self._within = threading.local()
         self._turns: dict[str, threading.RLock] = {}
         self._locked = False
+        self._shared = False
+        """Whether stages of other processes may be done in this folder at the same time."""
         self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this run; a second run is refused, a dead one leaves no lock behind."""
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.stages.mkdir(exist_ok=True)
-            self.logs.mkdir(exist_ok=True)
-            handle = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise DependencyError(f"cannot write to {self.root}: {error.strerror}") from error
+        """Hold the folder for this run; a second run is refused, a dead one leaves no lock behind.
+
+        A run on another machine, and stages of a cluster, are refused as well: see ``claims``.
+        """
+        handle = self._opened()
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,13 +88,85 @@ class Workspace:
                 ) from error
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
-            self._sweep()
-            self._keys.clear()
-            self._locked = True
-            yield
+            drop_of_this_machine(self._claim(WHOLE_RUN))
+            with claimed(self._claim(WHOLE_RUN), wait=False):
+                self._refuse_others()
+                self._sweep()
+                self._keys.clear()
+                self._locked = True
+                yield
         finally:
             self._locked = False
             os.close(handle)
+
+    @contextmanager
+    def share(self, stage: str) -> Iterator[None]:
+        """Do one stage of a graph, beside others that other processes and nodes do; nobody else does this one meanwhile."""
+        os.close(self._opened())
+        with claimed(self._claim(f"stage {stage}"), wait=True):
+            self._refuse_run()
+            self._keys.clear()
+            self._locked = self._shared = True
+            try:
+                yield
+            finally:
+                self._locked = self._shared = False
+
+    @contextmanager
+    def alone(self, names: Iterable[str]) -> Iterator[None]:
+        """Let nobody else produce these results meanwhile: no thread of this run, no process where the folder is shared.
+
+        It waits for one who does.
+        """
+        wanted = sorted(set(names))  # in order, or two would wait for each other
+        with ExitStack() as stack:
+            for name in wanted:
+                stack.enter_context(self._turns.setdefault(name, threading.RLock()))
+            for name in wanted if self._shared else ():
+                stack.enter_context(claimed(self._claim(f"result {name}"), wait=True))
+            yield
+
+    @contextmanager
+    def submission(self) -> Iterator[None]:
+        """Send stages of this folder to a cluster: nobody else does so meanwhile, and no run works here."""
+        os.close(self._opened())
+        with claimed(self._claim("submit"), wait=False):
+            self._refuse_run()
+            yield
+
+    def holders(self) -> dict[str, Holder]:
+        """Who does what in this folder, by claim."""
+        return living(self.claims)
+
+    def _refuse_run(self) -> None:
+        if (run := living(self.claims).get(WHOLE_RUN)) is not None:
+            raise DependencyError(f"{self.root} is in use by a quantool run: {run.described()}")
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether this is a run that does every stage of the folder."""
+        return self._locked and not self._shared
+
+    def _claim(self, name: str) -> Path:
+        return self.claims / f"{name.replace('/', '-')}.claim"
+
+    def _refuse_others(self) -> None:
+        """DependencyError while stages of a cluster are done here."""
+        stages = {name: holder for name, holder in living(self.claims).items() if name != WHOLE_RUN}
+        for name, holder in stages.items():
+            raise DependencyError(
+                f"{self.root} is in use: {name} is being done by {holder.described()}",
+                hint=f"quantool status {self.root}",
+            )
+
+    def _opened(self) -> int:
+        """The lock's file, in the folder made ready; DependencyError where nothing can be written."""
+        try:
+            for folder in (self.work, self.stages, self.claims, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DependencyError(f"cannot write to {self.root}: {error.strerror}") from error
 
     def _sweep(self) -> None:
         """Remove what a killed run was still writing; others' files that end alike lack the leading dot.
@@ -142,21 +218,16 @@ class Workspace:
         self, name: str, key: str, produce: Callable[[], tuple[Iterable[Path], dict[str, Any]]]
     ) -> dict[str, Any]:
         """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
-        with self._turn([name]):
+        result = self.recall(name, key)
+        if result is not None:
+            return result
+        with self.alone([name]):
             result = self.recall(name, key)
             if result is None:
                 with self.timed(name):
                     files, result = produce()
                 self.keep(name, key, files, result)
-            return result
-
-    @contextmanager
-    def _turn(self, names: Iterable[str]) -> Iterator[None]:
-        """Let other threads of this run wait that want one of these stages: what one makes, the others recall."""
-        with ExitStack() as held:
-            for name in sorted(set(names)):
-                held.enter_context(self._turns.setdefault(name, threading.RLock()))
-            yield
+        return result
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -181,21 +252,26 @@ class Workspace:
         It is given the numbers of the stages that are missing, and returns their results in that order. ``anew`` recalls
         none.
         """
-        with self._turn(stage.name for stage in stages):
-            results = {
-                number: result
-                for number, stage in enumerate(stages)
-                if not anew
-                and stage.key is not None
-                and (result := self.recall(stage.name, stage.key)) is not None
-            }
+        results = {} if anew else self._recalled(stages)
+        waited = [stage.name for number, stage in enumerate(stages) if number not in results]
+        with self.alone(waited):
+            if waited and not anew:
+                results = self._recalled(stages)
             missing = [number for number in range(len(stages)) if number not in results]
             for number, result in zip(missing, produce(missing) if missing else (), strict=True):
                 results[number] = result
                 stage = stages[number]
                 if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
                     self.keep(stage.name, stage.key, stage.files, result)
-            return [results[number] for number in range(len(stages))]
+        return [results[number] for number in range(len(stages))]
+
+    def _recalled(self, stages: Sequence[Stage]) -> dict[int, dict[str, Any]]:
+        """What was kept of the stages, by their numbers."""
+        return {
+            number: result
+            for number, stage in enumerate(stages)
+            if stage.key is not None and (result := self.recall(stage.name, stage.key)) is not None
+        }
 
     def release(self, paths: Iterable[Path]) -> None:
         """Delete files whose stages stay finished without them, for a ``bounded`` workspace."""

@@ -125,10 +125,14 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         notes=(*notes, *more, *remarks, *_other_base(place, preparation.adapter)),
         absent=(MTP,) if headless else (),
     )
+    if not config.merge and adapter is None:
+        raise ConfigError("merge: false, but there is no adapter", hint="name it: adapter")
     if preparation.is_plain:
         return restated(source, places) if headless else source
     origin = _origin(place, ("config.json", INDEX), names)
-    return sketch(source, preparation, (origin, added[0] if added is not None else None), places)
+    return sketch(
+        source, preparation, (origin, added[0] if added is not None else None), places, apart=not config.merge
+    )
 
 
 def _small_files(place: _Place, config: Config) -> list[str]:
@@ -222,14 +226,19 @@ def overlay(source: Source, folder: Path) -> Source:
     if source.tokenizer is None:
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.rglob("*"):
-        if path.is_symlink():
+    places = {
+        file.name: source.tokenizer if _is_tokenizer(file.name) else source.folder for file in source.files
+    }
+    wanted = {
+        folder / name: (place / name).resolve() for name, place in places.items() if (place / name).exists()
+    }
+    links = {path: path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+    if links != wanted:  # else left alone: stages on other nodes may be reading
+        for path in links:
             path.unlink()
-    for name in sorted({file.name for file in source.files}):
-        origin = (source.tokenizer if _is_tokenizer(name) else source.folder) / name
-        if origin.exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).symlink_to(origin.resolve())
+        for path, origin in sorted(wanted.items()):
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(origin)
     return source.model_copy(update={"folder": folder, "tokenizer": None})
 
 

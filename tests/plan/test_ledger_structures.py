@@ -140,6 +140,14 @@ def test_integers_beside_experts_cannot_be_judged(tmp_path: Path, ignore: list[s
     assert "FP8_DYNAMIC" in refused.value.hint
 
 
+@pytest.mark.parametrize("tag", ["text-ranking", "text-generation"])
+def test_a_reranker_that_answers_in_words_is_said_to_be_judged_as_text(tmp_path: Path, tag: str) -> None:
+    folder = ledger_structures.write("dense", tmp_path / "model")
+    (folder / "README.md").write_text(f"---\npipeline_tag: {tag}\n---\n")
+    noted = any("orders of passages are not compared" in note for note in planned(folder, FP8).warnings)
+    assert noted == (tag == "text-ranking")
+
+
 def test_parts(tmp_path: Path) -> None:
     folder = ledger_structures.write("drafting layer", tmp_path / "model")
     found = ledger(planned(folder, CAST))

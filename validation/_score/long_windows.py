@@ -51,7 +51,8 @@ def long_references(case: Case, progress: Progress) -> tuple[list[Reference], di
     except ConfigError as error:
         if len(texts) == 1:
             return [], {texts[0].name: error.message}
-    known, failed = [], {}
+    known: list[Reference] = []
+    failed: dict[str, str] = {}
     for text in texts:
         try:
             known += references(case, (text,), progress)

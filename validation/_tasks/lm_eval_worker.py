@@ -55,6 +55,16 @@ def look_up_tasks(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 @preloaded("transformers")
+def fetch_tasks(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: bring the documents of ``tasks`` into the cache of ``datasets``."""
+    if request["cache_dir"]:
+        os.environ["HF_DATASETS_CACHE"] = request["cache_dir"]  # read when datasets is imported
+    _loaded(request)
+    report(1, 1)
+    return {}
+
+
+@preloaded("transformers")
 def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: let a model do ``tasks``.
 

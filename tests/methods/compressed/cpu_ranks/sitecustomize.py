@@ -8,9 +8,9 @@ from functools import partial
 
 if "RANK" in os.environ:
     import torch
-    from compressed_tensors.compressors.model_compressors import model_compressor
-    from compressed_tensors.offload import load
-    from compressed_tensors.offload.cache import CPUCache, OffloadCache
+    from compressed_tensors.compressors.model_compressors import model_compressor  # type: ignore[import-untyped]
+    from compressed_tensors.offload import load  # type: ignore[import-untyped]
+    from compressed_tensors.offload.cache import CPUCache, OffloadCache  # type: ignore[import-untyped]
     from llmcompressor.modifiers.gptq import base as gptq
     from llmcompressor.modifiers.quantization.quantization import base as quantization
     from llmcompressor.modifiers.transform.awq import base as awq
@@ -23,7 +23,9 @@ if "RANK" in os.environ:
 
     OffloadCache.cls_from_device = classmethod(lambda *_: CPUCache)
     load.is_source_process = lambda: True
+    load._get_device_memory = dict
     model_compressor.is_distributed = lambda: False
     awq._allreduce_data_sum = _sums
-    gptq.broadcast_qparams_and_cleanup = partial(broadcast_qparams_and_cleanup, skip_cpu=False)
-    quantization.broadcast_qparams_and_cleanup = gptq.broadcast_qparams_and_cleanup
+    for module in (gptq, quantization):
+        everywhere = partial(broadcast_qparams_and_cleanup, skip_cpu=False)
+        module.broadcast_qparams_and_cleanup = everywhere  # type: ignore[attr-defined]
