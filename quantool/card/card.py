@@ -238,7 +238,9 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- importance matrix: `{file.name}`, SHA-256 `{file.sha256}`" for file in report.artifact.shared
+            f"- {'importance matrix' if file.name.endswith('.gguf') else 'types of its tensors'}: `{file.name}`, SHA-256 "
+            f"`{file.sha256}`"
+            for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)
     if samples or any("imatrix" in output.needs for output in outputs):
