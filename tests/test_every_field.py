@@ -457,7 +457,10 @@ def test_another_external_server_is_seen(here: Path, monkeypatch: pytest.MonkeyP
         binary.chmod(0o755)
         monkeypatch.setenv("PATH", str(binary.parent))
         seen.append(keys(BASELINE, here))
-    assert moved(*seen) == {"chat_template of gguf/Q4_K_M", "chat_template of fp8/FP8_DYNAMIC"}
+    outputs = ("gguf/Q4_K_M", "fp8/FP8_DYNAMIC")
+    assert moved(*seen) == {
+        f"{check} of {output}" for check in ("chat_template", "ollama") for output in outputs
+    }
 
 
 def test_packing_does_not_lose_what_was_measured(tmp_path: Path) -> None:
