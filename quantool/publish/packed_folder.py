@@ -13,11 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantool import __version__
-from quantool.attest.release import SIGNATURE
+from quantool.attest.release import CANARY, PROVENANCE, SIGNATURE
 from quantool.card.modelfile import MODELFILE
 from quantool.config.schema import Publish
 from quantool.errors import ConfigError, GateError, PublicationError
-from quantool.plugins.keys import PACKED
 from quantool.records import FileRecord, Report, Verdict, sha256_of
 from quantool.report.plots import CAPTIONS
 from quantool.runtime.progress import Progress
@@ -31,6 +30,8 @@ NOTICE = "## Not everything passed"
 """Heading in the card of a folder with an artifact that did not pass."""
 HIJACKING = frozenset({"preset.ini", "template", "system", "params", ".gitignore", ".gitattributes"})
 """Names at the root that change how the Hub, llama-server or Ollama treat a repository."""
+UNRECORDED = frozenset({CARD, RECORD, CANARY, PROVENANCE})
+"""What packing writes besides pictures and the Modelfile; no record holds its hash."""
 HEAVY = 10_000_000
 """Bytes from which the Hub takes a file as a large one only."""
 HEAVY_ENDS = (".gguf", ".safetensors")
@@ -322,7 +323,7 @@ def _require_judged(
         for report in reports
         for file in (*report.artifact.files, *report.artifact.shared)
     }
-    listed = {name: digest for name, digest in named.items() if name not in PACKED}
+    listed = {name: digest for name, digest in named.items() if name not in UNRECORDED}
     differing = sorted(name for name in judged.keys() | listed.keys() if judged.get(name) != listed.get(name))
     if differing or not {CARD, RECORD} <= named.keys():
         what = ", ".join(differing) or f"{CARD} or {RECORD} is missing"

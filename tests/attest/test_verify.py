@@ -16,6 +16,9 @@ from quantool.errors import ConfigError
 from tests.attest import releases
 from tests.attest.attacks import ATTACKS, attack
 from tests.attest.releases import FOLDER, GGUF, config, copy_of, failed, flips, keys, proven, released
+from tests.loopback import content
+from tests.loopback_hub import Repository
+from tests.pushing import WritableHub
 
 pytestmark = pytest.mark.e2e
 
@@ -161,3 +164,24 @@ def test_a_release_without_a_signer_loses_an_old_signature(tmp_path: Path) -> No
     unsigned = config(output).model_copy(update={"sign": None})
     pipeline.run(unsigned, making.QUIET)
     assert not (output / GGUF / SIGNATURE).exists()
+
+
+def test_of_a_repository_no_other_level_is_fetched(
+    hub: WritableHub, quantool: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = content(released() / GGUF)
+    hub.repositories["org/tiny"] = Repository(files | {".gitattributes": b"*.gguf filter=lfs\n"})
+    words = ("--level", "Q4_K_M", "--key", keys()[1], "--no-replay", "-q")
+    done = quantool("verify", "org/tiny", *words)
+    assert done.code == 0, done.out + done.err
+    fetched = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert {name for name in fetched if name.endswith(".gguf")} == {
+        name for name in files if name.endswith("Q4_K_M.gguf")
+    }
+    changed = next(name for name in files if name.endswith("Q4_K_M.gguf"))
+    hub.repositories["org/tiny"] = Repository(files | {changed: files[changed][:-1] + b"?"}, commit="2" * 40)
+    done = quantool("verify", "org/tiny@main", *words)
+    assert (done.code, f"{changed} was changed" in done.out) == (5, True), done.out + done.err
+    assert quantool("diff", released() / GGUF, "org/tiny").out == "Nothing changed but, maybe, the bytes.\n"
+    assert quantool("verify", "org/none", "-q").code == 2

@@ -31,6 +31,8 @@ ALWAYS = (
     "README.md",
     "Modelfile",
     "quantool.json",
+    "canary.json",
+    "provenance.json",
     "SHA256SUMS",
     ".artifact.json",
     ".report.json",
