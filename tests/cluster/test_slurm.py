@@ -203,11 +203,10 @@ def test_gpus_are_the_nodes_and_not_the_login_nodes(
 ) -> None:
     seen: list[int] = []
     here = gpus.capabilities()
-    real_plan = submitting.planned_to_submit
 
     def planned(*given: Any, **named: Any) -> Any:
         seen.append(len(gpus.capabilities()))
-        return real_plan(*given, **named)
+        return planned_to_submit(*given, **named)
 
     monkeypatch.setattr(submitting, "planned_to_submit", planned)
     assert quantool("submit", config_file(), "--dry-run", "--set", "cluster={slurm: {}}", "-q").code == 0
