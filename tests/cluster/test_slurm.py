@@ -21,6 +21,7 @@ from quantool.cluster.scheduler import StageOrder
 from quantool.cluster.slurm import SlurmScheduler, limit_minutes
 from quantool.config.cluster import Cluster
 from quantool.errors import ConfigError
+from quantool.preparing import planned_to_submit
 from quantool.runtime import gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions
