@@ -100,7 +100,7 @@ def _outline_gguf(
         done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, dry_run.notes(rehearsal), gguf_account.lines(source, rehearsal, types)
+    return output, stage, dry_run.notes(rehearsal, source), gguf_account.lines(source, rehearsal, types)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:

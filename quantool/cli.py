@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantool.attest import commands as releases
 from quantool.console import complain, end_run, interrupt, publication_line, reported, show_error
 from quantool.errors import ConfigError, GateError, nearest
 
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 chain = typer.Typer(help="The parts of llama.cpp that no Python package installs.", no_args_is_help=True)
 app.add_typer(chain, name="toolchain")
+app.command()(reported(releases.verify))
+app.command()(reported(releases.diff))
 
 COMMANDS = (
     "run",
@@ -36,6 +39,8 @@ COMMANDS = (
     "plan",
     "validate",
     "publish",
+    "verify",
+    "diff",
     "stage",
     "methods",
     "schema",

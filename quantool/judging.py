@@ -14,7 +14,7 @@ from quantool.config.schema import Config
 from quantool.plan import effort
 from quantool.plan.depends import depends_of
 from quantool.plugins import find
-from quantool.plugins.contract import Case, Check
+from quantool.plugins.contract import Case, Check, left_file
 from quantool.plugins.keys import PACKED, own_files
 from quantool.publish import preupload
 from quantool.publish.package import SUMS
@@ -177,9 +177,11 @@ def _judged(
         getattr(case.settings, check.name, True) is not None
     ):  # one with an own section does nothing without it
         progress.activity(check.name)
+    left = left_file(case.workspace, case.name, check.name)
+    left.unlink(missing_ok=True)
     findings = [finding.model_dump(mode="json") for finding in check.judge(case, progress)]
     result = {"findings": findings, "seconds": time.monotonic() - started + prepared}
-    files = [artifact.folder / file.name for file in artifact.files]
+    files = [*(artifact.folder / file.name for file in artifact.files), *([left] if left.is_file() else [])]
     case.workspace.keep(_stage(check, case), findings_key(check, case, artifact), files, result)
     return result
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from quantool import judging
+from quantool.attest.signature import require_signer
+from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import forget_marks, mark_done, save_order
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
-from quantool.making import make_all, make_one
+from quantool.making import lanes_of, make_all, make_one
 from quantool.plan import effort
 from quantool.plugins.contract import Case
 from quantool.preparing import checked_plan, planned
@@ -36,6 +39,7 @@ from quantool.records import (
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
+from quantool.runtime.parallel import in_threads
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
 from quantool.source.prepare import forget as forget_prepared
@@ -92,6 +96,7 @@ def run(
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     judging.checks_of(config)  # one that cannot be loaded is found now, not hours later
+    require_signer(config.sign)
     if config.push_to_hub:
         ask_hub(config)
     with workspace.lock():
@@ -115,7 +120,7 @@ def run(
         effort.learn_making(plan, config, workspace.seconds, {*machine.done})
         effort.learn_checking(plan, config, reports)
         with progress.step(effort.PACK):
-            packed = pack(plan, reports, workspace)
+            packed = pack(plan, reports, workspace, earlier=earlier_releases(config, plan, progress))
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
         _mark(workspace, graph, Kind.PACK)
         result = RunResult(plan, reports)
@@ -137,13 +142,26 @@ def _mark(workspace: Workspace, graph: Sequence[RunStage], *kinds: Kind) -> None
 
 
 def _all_at_once(config: Config, plan: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
-    artifacts = make_all(config, plan, workspace, progress)
-    judging.drop_sums(artifacts)
-    cases = [
-        judging.case_of(config, plan, output, artifact, workspace)
-        for output, artifact in zip(plan.outputs, artifacts, strict=True)
-    ]
-    return judging.judge(cases, artifacts, progress)
+    """Make, then judge; what torch makes on a GPU beside what llama.cpp makes, where this machine has room for both."""
+
+    def made_and_judged(outputs: Sequence[OutputPlan]) -> tuple[Report, ...]:
+        artifacts = make_all(config, plan, outputs, workspace, progress)
+        judging.drop_sums(artifacts)
+        cases = [
+            judging.case_of(config, plan, output, artifact, workspace)
+            for output, artifact in zip(outputs, artifacts, strict=True)
+        ]
+        return judging.judge(cases, artifacts, progress)
+
+    lanes = lanes_of(config, plan)
+    if len(lanes) == 1:
+        return made_and_judged(plan.outputs)
+    names = [effort.make_step(output) for output in plan.outputs]
+    names += [effort.COMPARE, *(effort.judge_step(output.id) for output in plan.outputs)]
+    with progress.together(names):
+        done = in_threads([partial(made_and_judged, lane) for lane in lanes])
+    reports = {report.artifact.output: report for lane in done for report in lane}
+    return tuple(reports[output.id] for output in plan.outputs)
 
 
 def _one_by_one(
@@ -180,7 +198,7 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     workspace = Workspace(config.output_path)
     with workspace.lock():
         plan, _ = planned(config, workspace, progress)
-        return tuple(make_all(config, plan, workspace, progress))
+        return tuple(make_all(config, plan, plan.outputs, workspace, progress))
 
 
 def _drop_damaged(workspace: Workspace, output: OutputPlan, progress: Progress) -> None:

@@ -232,6 +232,8 @@ class MachineState(Record):
     """Where torch and llama.cpp compute."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """By stage, the time that it is expected to need here."""
+    untimed: dict[str, str] = Field(default_factory=dict)
+    """The checks whose time is not among these, with the reason."""
     ram: int = 0
     """Bytes of memory that this machine has; 0: not looked at."""
 

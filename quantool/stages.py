@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool import judging, making
+from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import OrderedStage, Outcome, RunOrder, marked, read_marks, read_order
 from quantool.config.schema import Config
@@ -158,7 +159,8 @@ class _Doing:
             for report in self._reports()
             if report.artifact.output in {output.id for output in outputs}
         ]
-        pack(self.plan, packed, self.workspace, {output.repo for output in outputs})
+        earlier = earlier_releases(self.config, self.plan, self.progress)
+        pack(self.plan, packed, self.workspace, {output.repo for output in outputs}, earlier)
         with self.workspace.alone(["report"]):
             reports = self._reports()
             judged = {report.artifact.output for report in reports}

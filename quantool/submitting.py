@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from quantool import judging
+from quantool.attest.signature import require_signer
 from quantool.cluster.find_scheduler import find_scheduler
 from quantool.cluster.graph import RunStage, graph_of, waiting
 from quantool.cluster.marks import (
@@ -53,6 +54,7 @@ def submit(config: Config, progress: Progress, *, dry_run: bool = False) -> str:
     """
     cluster = _cluster_of(config)
     judging.checks_of(config)
+    require_signer(config.sign)
     require_devices(config)
     scheduler = find_scheduler(cluster, config.output_path)
     scheduler.node()  # says what is missing before anything is planned

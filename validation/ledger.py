@@ -9,14 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from pydantic import JsonValue
+
 from quantool.errors import SourceError
 from quantool.formats.safetensors import read_headers as read_safetensors
 from quantool.formats.safetensors import some
-from quantool.ledger import ArtifactTensor, Fate, Ledger, TensorLine, names
+from quantool.ledger import CHOSEN, ArtifactTensor, Fate, Ledger, TensorLine, names
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
 from quantool.runtime.progress import Progress
+from quantool.validation._engines.unpacked import quantization
+from quantool.validation._files.fitted_layers import with_choice
+from quantool.validation._files.gguf_levels import options_of
+from quantool.validation._files.modules import promise
 from quantool.validation._files.tensor_values import (
     HeldTensor,
     constant_parts,
@@ -46,15 +52,25 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     if not ledger.traced:
         return [BUILD.skip("tensors", "its method does not say what becomes of each tensor"), files]
     try:
+        if case.engine == "transformers" and options_of(case).get("fit"):
+            ledger = with_choice(ledger, promise(quantization(case.artifact)))
         held = gguf_tensors(case) if case.engine == "llama.cpp" else safetensors_tensors(case.artifact)
     except SourceError as error:
         return [BUILD.fail("tensors", without_folders(error.message, case.artifact)), files]
-    return [_judge_tensors(ledger, held), _judge_values(case, ledger, held), files]
+    except ValueError as error:
+        return [BUILD.fail("tensors", f"quantization_config of config.json: {error}"), files]
+    return [_judge_tensors(ledger, held, case.details), _judge_values(case, ledger, held), files]
 
 
-def _judge_tensors(ledger: Ledger, held: Mapping[str, HeldTensor]) -> Finding:
-    """Names, dtypes and shapes are those of the ledger, no more and no fewer."""
-    promised = {tensor.name: (tensor, line) for line in ledger.tensors for tensor in line.stored()}
+def _judge_tensors(
+    ledger: Ledger, held: Mapping[str, HeldTensor], details: Mapping[str, JsonValue]
+) -> Finding:
+    """Names, dtypes and shapes are those of the ledger (of the recipe where types were chosen), no more and no fewer."""
+    promised = {
+        tensor.name: (_with_type(tensor, details), line)
+        for line in ledger.tensors
+        for tensor in line.stored()
+    }
     lost = [_origin(name, line) for name, (_, line) in promised.items() if name not in held]
     changed = [
         f"{name} is {held[name].dtype} {[*held[name].shape]}, not {tensor.dtype} {[*tensor.shape]}"
@@ -66,6 +82,14 @@ def _judge_tensors(ledger: Ledger, held: Mapping[str, HeldTensor]) -> Finding:
     problems = [f"missing: {some(lost)}"] * bool(lost) + changed[:4]
     problems += [f"not accounted for: {some(more)}"] * bool(more)
     return BUILD.fact("tensors", ledger.statement(), "; ".join(problems))
+
+
+def _with_type(tensor: ArtifactTensor, details: Mapping[str, JsonValue]) -> ArtifactTensor:
+    """The tensor with the type that a search chose for it, where the plan left it open."""
+    recipe = details.get("recipe")
+    if tensor.dtype != CHOSEN or not isinstance(recipe, dict):
+        return tensor
+    return tensor.model_copy(update={"dtype": str(recipe.get(tensor.name, CHOSEN)).upper()})
 
 
 def _origin(name: str, line: TensorLine) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
 from quantool.methods._compressed.experts import counted_routing
+from quantool.methods._compressed.ranks import connected, gathered, rank, ranks, share
 from quantool.methods._compressed.torch_setup import (
     choose_device,
     peak_memory,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 MISMATCH = "AWQ needs to match"
 """In what llmcompressor says of mappings that join layers with experts and layers without."""
-KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_CACHE = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
 
 
 @preloaded("llmcompressor")
@@ -41,13 +42,16 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker that loads the model, quantizes and saves it.
 
     Request: ``source`` and ``output`` (folders), ``config`` (the configuration), ``algorithm`` (``rtn``, ``awq``,
-    ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``,
+    ``gptq``), ``scheme`` (fields of ``WeightScheme``), ``options`` (of the method), ``targets``, ``ignore``, ``others``
+    (further groups, each with ``scheme`` and ``targets``),
     ``architecture`` (whose mappings fit), ``loader`` (name of transformers' class that loads it), ``max_seq_length``,
     ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written), ``fused`` (whether the
     files hold the experts of a layer in one tensor). Writes
     weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
-    ``samples``, ``tokens``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether all
-    tokens went through all of them nevertheless). Progress is counted in decoder layers.
+    ``samples``, ``tokens``, ``processes``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether
+    all tokens went through all of them nevertheless). Progress is counted in decoder layers.
+
+    Of several processes (``ranks``) each calls this; the first one writes, and its result is that of all.
     """
     device = choose_device(request["device"])
     import torch
@@ -58,9 +62,11 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     repair_libraries()
     trust = request["config"]["trust_remote_code"]
     tokenizer = AutoTokenizer.from_pretrained(request["source"], trust_remote_code=trust)
-    samples = _samples(request, tokenizer)
+    samples = calibration_samples(request, tokenizer)
     try:
-        outcome = _run(request, samples, tokenizer, report)
+        with connected(request.get("processes", 1)):
+            outcome = _run(request, share(samples), tokenizer, report)
+            peaks = gathered(peak_memory())
     except torch.OutOfMemoryError as error:
         raise DependencyError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
@@ -84,18 +90,18 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
             f"llmcompressor's own AWQ mappings do not fit this checkpoint: {error}",
             hint="name smooth_layer and balance_layers in quantization_config.mappings",
         ) from error
-    tokens = sum(len(sample) for sample in samples)
     return {
         "device": device,
         "samples": len(samples),
-        "tokens": tokens,
+        "tokens": sum(len(sample) for sample in samples),
+        "processes": len(peaks),
         "all_experts": request["options"]["calibrate_all_experts"],
         **outcome,
-        **peak_memory(),
+        **{name: max(peak[name] for peak in peaks) for name in peaks[0]},
     }
 
 
-def _samples(request: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def calibration_samples(request: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of at most ``sample_size`` calibration samples of at most ``max_seq_length`` tokens.
 
     A conversation is one sample; its chat template writes the special tokens. A text (a .txt file is one) is cut into
@@ -169,14 +175,16 @@ def _run(
     if used != stored:
         _round_scales(model, stored)
     model.save_pretrained(output, save_compressed=True, max_shard_size=SHARD)
-    if used != stored:
-        _narrow(output, request["dtypes"])
-    # The source's own file is published, or none; transformers writes one even where there was none.
-    (output / "generation_config.json").unlink(missing_ok=True)
-    write_config(Path(request["source"]), output)
+    if rank() == 0:
+        if used != stored:
+            _narrow(output, request["dtypes"])
+        # The source's own file is published, or none; transformers writes one even where there was none.
+        (output / "generation_config.json").unlink(missing_ok=True)
+        write_config(Path(request["source"]), output)
+    counted = gathered({name: counter.tokens for name, counter in routed.items()})
     return {
         "arithmetic": str(used).removeprefix("torch."),
-        "expert_tokens": {name: counter.tokens.tolist() for name, counter in routed.items()},
+        "expert_tokens": {name: sum(each[name] for each in counted).tolist() for name in routed},
     }
 
 
@@ -209,11 +217,13 @@ def _load(request: dict[str, Any]) -> PreTrainedModel:
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.utils import load_context
 
-    # load_context reads single experts from the files, and fills in random ones where a layer's lie in one tensor.
-    reading = nullcontext() if request["fused"] else load_context()
+    kind = getattr(transformers, request["loader"])
+    # load_context reads single experts from the files, and fills in random ones where a layer's lie in one tensor; of several
+    # processes it lets one read and the others share its memory, if it knows the class.
+    reading = nullcontext() if request["fused"] else load_context(*([kind] if ranks() > 1 else []))
     try:
         with reading:
-            model: PreTrainedModel = getattr(transformers, request["loader"]).from_pretrained(
+            model: PreTrainedModel = kind.from_pretrained(
                 request["source"], dtype="auto", trust_remote_code=request["config"]["trust_remote_code"]
             )
     except (ValueError, KeyError) as error:
@@ -254,7 +264,11 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
                 smoothing_strength=options["smoothing_strength"], mappings=given, ignore=list(ignore)
             )
         )
-    groups = {"group_0": _scheme(request)}
+    groups = {
+        f"group_{number}": _scheme(group)
+        for number, group in enumerate((request, *request.get("others", ())))
+        if group["targets"]
+    }
     if request["algorithm"] == "gptq":
         recipe.append(
             GPTQModifier(
@@ -265,19 +279,21 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
             )
         )
     else:
-        cache = KV_CACHE if options.get("kv_cache") else None
+        strategy = {"fp8": "tensor", "fp8_head": "attn_head"}.get(options.get("kv_cache") or "")
+        cache = KV_CACHE | {"strategy": strategy} if strategy else None
         recipe.append(QuantizationModifier(config_groups=groups, ignore=ignore, kv_cache_scheme=cache))
     return recipe
 
 
-def _scheme(request: dict[str, Any]) -> Any:
+def _scheme(group: dict[str, Any]) -> Any:
+    """A group of compressed-tensors: ``scheme`` (fields of ``WeightScheme``) on ``targets``."""
     from compressed_tensors.quantization import preset_name_to_scheme  # type: ignore[import-untyped]
 
-    scheme = preset_name_to_scheme(request["scheme"]["preset"], list(request["targets"]))
-    if request["scheme"]["group"]:
+    scheme = preset_name_to_scheme(group["scheme"]["preset"], list(group["targets"]))
+    if group["scheme"]["group"]:
         if scheme.weights is None:  # every preset used here quantizes weights
             raise AssertionError
-        scheme.weights = scheme.weights.model_copy(update={"group_size": request["scheme"]["group"]})
+        scheme.weights = scheme.weights.model_copy(update={"group_size": group["scheme"]["group"]})
     return scheme
 
 

@@ -6,7 +6,7 @@ Every level makes one folder in the layout of compressed-tensors (or AutoAWQ) th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,9 @@ from quantool.methods._artifacts import account
 from quantool.methods._artifacts.files import companions
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
+from quantool.methods._compressed.fit.budget import Fit
+from quantool.methods._compressed.fit.choose import Room, refuse_combination, room_of
+from quantool.methods._compressed.fit.measure import KEPT_BYTES
 from quantool.methods._compressed.layers import joined_lines, layers_of
 from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
@@ -42,11 +45,7 @@ from quantool.methods._compressed.sizes import max_seq_length, split, workers
 from quantool.methods._compressed.stream import SLICE
 from quantool.plugins.contract import Options, Outline, Request
 from quantool.plugins.keys import Depends, key_of
-from quantool.records import (
-    OutputPlan,
-    PlannedFile,
-    Source,
-)
+from quantool.records import OutputPlan, PlannedFile, Source
 from quantool.runtime.gpus import capabilities, devices
 from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
@@ -94,6 +93,11 @@ class CompressedOptions(Options):
         "keep",
         description="A multi-token-prediction head: keep it as the source has it, or quantize it (levels without calibration).",
     )
+    fit: Fit | None = Field(
+        None,
+        description="A budget (size: 24GB, or bpw: 5.2) under which measuring picks the layers that keep 16 bits, or get 8"
+        " bits at 4-bit levels; needs calibration text.",
+    )
     calibrate_all_experts: bool = Field(
         True,
         description="Send the calibration text through every expert of a mixture, wherever the router sends it.",
@@ -124,21 +128,26 @@ class LevelTask:
     selection: Selection
     calibrated: bool
     autoawq: bool = False
-    kv_cache: bool = False
-    """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+    kv_cache: tuple[int, ...] = ()
+    """Shape of a k_scale and v_scale of each layer, for an attention cache in FP8; empty: there are none."""
     carried: tuple[str, ...] = ()
     """Tensors of a multi-token-prediction head, which calibration does not see."""
     kept: tuple[str, ...] = ()
     """Patterns of the head's modules that are not quantized."""
+    room: Room | None = None
+    """What may be chosen, where layers are chosen by measuring."""
+    others: Mapping[str, WeightScheme] = field(default_factory=dict)
+    """Layers, by the names of their weights, that measuring gave another scheme than the level's."""
 
     @property
     def id(self) -> str:
-        """``awq/W4A16``; one level can be made in both layouts."""
-        return f"{self.recipe.method}/{self.level}{'-autoawq' if self.autoawq else ''}"
+        """``awq/W4A16``; one level can be made in both layouts, and with layers chosen by measuring."""
+        kind = "-fit" if self.room is not None else "-autoawq" if self.autoawq else ""
+        return f"{self.recipe.method}/{self.level}{kind}"
 
     def tensors(self, located: Mapping[str, TensorHeader]) -> list[Stored]:
         """All tensors of the checkpoint to be."""
-        stored = planned(located, self.selection, self.scheme)
+        stored = planned(located, self.selection, self.scheme, self.others)
         if self.autoawq:
             chosen = {layer.name for layer in self.selection.layers}
             stored = [as_stored(t) for t in located.values() if t.name not in chosen]
@@ -148,15 +157,16 @@ class LevelTask:
             for name, tensor in located.items():
                 if name.endswith(".k_proj.weight") and name not in self.carried:
                     module = name.removesuffix(".k_proj.weight")
-                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
+                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, self.kv_cache) for part in "kv"]
         return stored
 
 
-def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False) -> str:
-    """Folder name as vendors name such repositories: ``X-FP8-dynamic``, ``X-AWQ-W4A16-ASYM``."""
+def repo_name(source: str, recipe: Recipe, level: str, *, autoawq: bool = False, fitted: bool = False) -> str:
+    """Folder name as vendors name such repositories: ``X-FP8-dynamic``, ``X-AWQ-W4A16-ASYM``; ``fitted``: and ``-fit``."""
+    kind = "-fit" if fitted else ""
     if recipe.label == "FP8":
-        return "-".join((source, "FP8", *level.lower().split("_")[1:]))
-    return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}"
+        return "-".join((source, "FP8", *level.lower().split("_")[1:])) + kind
+    return f"{source}-{recipe.label}-{level.replace('_', '-')}{'-AutoAWQ' if autoawq else ''}{kind}"
 
 
 def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTask:
@@ -164,20 +174,27 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
-    cache = getattr(options, "kv_cache", None) is not None
-    calibrated = scheme.calibrated or cache
+    wanted = getattr(options, "kv_cache", None)
+    heads = (source.facts.kv_heads, 1, 1)
+    cache: tuple[int, ...] = () if wanted is None else heads if wanted == "fp8_head" else (1,)
+    calibrated = scheme.calibrated or bool(cache)
     kept = kept_patterns(source, located, options.mtp, calibrated=calibrated)
     selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
     _check_loadable(level, scheme, located)
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
-        raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
+        raise SourceError(
+            f"kv_cache: {wanted} needs attention layers with a k_proj, and this checkpoint has none"
+        )
     autoawq = getattr(options, "format", None) == "autoawq"
+    if options.fit is not None:
+        refuse_combination(source.facts.task, autoawq=autoawq)
     if autoawq:
         _check_autoawq(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
-    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept)
+    room = None if options.fit is None else room_of(options.fit, level, scheme, selection, located)
+    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept, room)
 
 
 def _check_loadable(level: str, scheme: WeightScheme, located: Mapping[str, TensorHeader]) -> None:
@@ -242,11 +259,16 @@ def outline(
     ``registries`` are llmcompressor's lists of smoothing mappings, for methods that smooth.
     """
     source, config = request.source, request.config
+    if not request.levels:
+        raise ConfigError(
+            "fit chooses layers of a level, and quant_level names none", hint=", ".join(recipe.schemes)
+        )
     tasks = [task_of(recipe, level, options, source) for level in request.levels]
     if "group_size" in options.model_fields_set and not any(task.scheme.group for task in tasks):
         levels = ", ".join(task.level for task in tasks)
         raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
     calibrated = any(task.calibrated for task in tasks)
+    measured = any(task.room is not None for task in tasks)
     if "calibrate_all_experts" in options.model_fields_set and not calibrated:
         raise ConfigError(
             "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
@@ -255,8 +277,12 @@ def outline(
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
         check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
-    if calibrated and corpus.calibration_corpus(config) is None:
-        levels = ", ".join(task.level for task in tasks if task.calibrated)
+    if (calibrated or measured) and corpus.calibration_corpus(config) is None:
+        levels = ", ".join(
+            f"{task.level}{' with fit' if task.room else ''}"
+            for task in tasks
+            if task.calibrated or task.room
+        )
         raise ConfigError(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
             hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
@@ -313,9 +339,11 @@ def _output(
 ) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
-    data = sum(tensor.bytes for tensor in tensors)
+    data = task.room.data if task.room is not None else sum(tensor.bytes for tensor in tensors)
     hashed = all(file.sha256 for file in source.files)  # before that it has another key
-    name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq)
+    name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq, fitted=task.room is not None)
+    work = cost.operations(task.recipe.algorithm, request.config, source) if task.calibrated else 0.0
+    work += 0.0 if task.room is None else task.room.operations(source.facts.parameters)
     return OutputPlan(
         id=task.id,
         method=task.recipe.method,
@@ -327,7 +355,7 @@ def _output(
         files=tuple(_files(task, source, located, tensors)),
         bits_per_weight=8 * data / source.facts.parameters,
         peak_ram=_peak_ram(task, request.config, options, source, located),
-        operations=cost.operations(task.recipe.algorithm, request.config, source) if task.calibrated else 0.0,
+        operations=work,
         gates=request.gates(task.level),
         done=hashed
         and request.workspace.recall(task.id, task_key(task, request.config, options, source)) is not None,
@@ -343,7 +371,11 @@ def _files(
     """
     files = companions(source)
     shards = _streamed(located, task) if not task.calibrated else split(tensors)
-    files += [PlannedFile(name=name, bytes=file_size(stored)) for name, stored in shards.items()]
+    weights = {name: file_size(stored) for name, stored in shards.items()}
+    if task.room is not None:  # which shard grows is known when the layers are chosen
+        largest = max(weights, key=lambda name: weights[name])
+        weights[largest] += task.room.data - sum(tensor.bytes for tensor in tensors)
+    files += [PlannedFile(name=name, bytes=size) for name, size in weights.items()]
     if len(shards) > 1:
         files.append(PlannedFile(name=INDEX, bytes=len(index_bytes(shards))))
     size = next(file.bytes for file in source.files if file.name == "config.json")
@@ -364,13 +396,18 @@ def _peak_ram(
 ) -> int:
     """An estimate, from above: libraries and slices of streamed levels, ``cost.ram`` of calibrated ones."""
     if not task.calibrated:
-        return GIB + workers(options, located) * 32 * SLICE
-    stored = sum(tensor.bytes for tensor in located.values())
-    return cost.ram(task.recipe.algorithm, config, source, stored)
+        made = GIB + workers(options, located) * 32 * SLICE
+    else:
+        made = cost.ram(
+            task.recipe.algorithm, config, source, sum(tensor.bytes for tensor in located.values())
+        )
+    if task.room is None:
+        return made
+    return max(made, 2 * GIB + 4 * source.facts.parameters + KEPT_BYTES)
 
 
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
-    depends = CALIBRATED if task.calibrated else STREAMED
+    depends = CALIBRATED if task.calibrated or task.room is not None else STREAMED
     parts = (task.recipe.method, task.level, source.sampling)
     return key_of(depends, source, *parts, config=config, options=options)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
@@ -275,13 +276,18 @@ def check_fusion(selection: Selection, scheme: WeightScheme) -> None:
             )
 
 
-def planned(headers: Mapping[str, TensorHeader], selection: Selection, scheme: WeightScheme) -> list[Stored]:
-    """All tensors of the quantized checkpoint."""
+def planned(
+    headers: Mapping[str, TensorHeader],
+    selection: Selection,
+    scheme: WeightScheme,
+    others: Mapping[str, WeightScheme] = MappingProxyType({}),
+) -> list[Stored]:
+    """All tensors of the quantized checkpoint; ``others`` are schemes of single layers, by the names of their weights."""
     chosen = {layer.name for layer in selection.layers}
     found: list[Stored] = []
     for tensor in headers.values():
         if tensor.name in chosen:
-            found += scheme.tensors(tensor)
+            found += others.get(tensor.name, scheme).tensors(tensor)
         else:
             found.append(as_stored(tensor))
     return found

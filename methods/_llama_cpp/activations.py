@@ -21,11 +21,11 @@ MIN_BATCH = 16  # imatrix.cpp ignores smaller matrix products
 F32 = 0  # ggml.h: GGML_TYPE_F32
 
 
-class _Tensor(ctypes.Structure):
+class GgmlTensor(ctypes.Structure):
     """``struct ggml_tensor`` of ggml.h; its size is compared with ``ggml_tensor_overhead()`` before use."""
 
 
-_Tensor._fields_ = [
+GgmlTensor._fields_ = [
     ("type", ctypes.c_int),
     ("buffer", ctypes.c_void_p),
     ("ne", ctypes.c_int64 * 4),
@@ -33,8 +33,8 @@ _Tensor._fields_ = [
     ("op", ctypes.c_int),
     ("op_params", ctypes.c_int32 * 16),
     ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.POINTER(_Tensor)),
+    ("src", ctypes.POINTER(GgmlTensor) * 10),
+    ("view_src", ctypes.POINTER(GgmlTensor)),
     ("view_offs", ctypes.c_size_t),
     ("data", ctypes.c_void_p),
     ("name", ctypes.c_char * 64),
@@ -62,8 +62,8 @@ class Collector:
     """
 
     def __init__(self) -> None:
-        library = _library()
-        if library.ggml_tensor_overhead() != ctypes.sizeof(_Tensor) + OBJECT_SIZE:
+        library = ggml_library()
+        if library.ggml_tensor_overhead() != ctypes.sizeof(GgmlTensor) + OBJECT_SIZE:
             raise DependencyError("this llama-cpp-python has another struct ggml_tensor than quantool knows")
         operations = {library.ggml_op_name(number): number for number in range(60)}
         self.dense, self.sparse = operations[b"MUL_MAT"], operations[b"MUL_MAT_ID"]
@@ -76,7 +76,7 @@ class Collector:
     def callback(self, pointer: int, ask: bool, _data: object) -> bool:
         """``ggml_backend_sched_eval_callback``: nothing may be raised through C."""
         try:
-            return self._visit(ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents, ask=ask)
+            return self._visit(ctypes.cast(pointer, ctypes.POINTER(GgmlTensor)).contents, ask=ask)
         except BaseException as error:  # noqa: BLE001 - kept and raised outside
             self.failure = error
             return False
@@ -85,7 +85,7 @@ class Collector:
         """What was computed is gone."""
         self._shared = None
 
-    def _visit(self, tensor: _Tensor, *, ask: bool) -> bool:
+    def _visit(self, tensor: GgmlTensor, *, ask: bool) -> bool:
         if tensor.op not in (self.dense, self.sparse):
             return not ask
         weight, values = tensor.src[0].contents, tensor.src[1].contents
@@ -110,7 +110,7 @@ class Collector:
             ).synchronize()  # before llama.cpp writes over what is read here
         return True
 
-    def _known(self, name: str, weight: _Tensor, address: int) -> bool:
+    def _known(self, name: str, weight: GgmlTensor, address: int) -> bool:
         """Whether the product's activations are those summed last, which then count for this weight, too.
 
         A name that was counted from them comes again in the next graph, whose tensors may have the same addresses.
@@ -122,7 +122,7 @@ class Collector:
         shared.names.add(name)
         return True
 
-    def _view(self, tensor: _Tensor, dtype: str) -> Tensor:
+    def _view(self, tensor: GgmlTensor, dtype: str) -> Tensor:
         """A tensor's values [ne3, ne2, ne1, ne0] where they lie; on the CPU when they lie where torch cannot read them."""
         import torch
 
@@ -146,7 +146,7 @@ class Collector:
         else:
             self.sums[name], self.counts[name] = sums.clone(), counts.clone()
 
-    def _add_sparse(self, name: str, weight: _Tensor, squares: Tensor, experts: Tensor) -> None:
+    def _add_sparse(self, name: str, weight: GgmlTensor, squares: Tensor, experts: Tensor) -> None:
         """A mixture of experts: each token's row counts for the experts that it was sent to."""
         total = weight.ne[2]
         tokens, used = experts.shape
@@ -154,7 +154,7 @@ class Collector:
         rows = squares.expand(tokens, used, -1).flatten(0, 1)  # one row a token, or one a token and expert
         self._add(name, by_expert(rows, chosen, total), chosen.bincount(minlength=total))
 
-    def _add_dense(self, name: str, weight: _Tensor, squares: Tensor, address: int) -> None:
+    def _add_dense(self, name: str, weight: GgmlTensor, squares: Tensor, address: int) -> None:
         matrices = _matrices(weight)
         of_blocks = squares.sum(2)  # [ne3, ne2, columns]
         rows = squares.shape[0] * squares.shape[1] * squares.shape[2] // matrices
@@ -190,7 +190,7 @@ class _OnGpu:
         }
 
 
-def _library() -> Any:
+def ggml_library() -> Any:
     from llama_cpp._ggml import libggml_base_path
 
     library = ctypes.CDLL(str(libggml_base_path / "libggml-base.so"))
@@ -216,7 +216,7 @@ def _is_cuda(buffer: bytes) -> bool:
     return buffer.startswith(b"CUDA") and b"Split" not in buffer and torch.cuda.is_available()
 
 
-def _matrices(weight: _Tensor) -> int:
+def _matrices(weight: GgmlTensor) -> int:
     return int(weight.ne[2] * weight.ne[3])
 
 

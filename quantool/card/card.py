@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from quantool.card.holdings import expert_coverage, holdings, left_out_sentence, tags_of, task_of
-from quantool.card.how_to_run import usage
+from quantool.card.how_to_run import adapters, usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
 from quantool.card.redact import published, published_config
@@ -21,6 +21,7 @@ from quantool.config.sampling import chosen, listed, recommended
 from quantool.config.schema import Config
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
+from quantool.report.fitted import choice
 from quantool.report.plots import CORPORA
 from quantool.report.pooled import meaning, worst_pooled
 from quantool.report.sections import checks, corpora, folded, not_run, pictures, unchecked
@@ -191,10 +192,10 @@ def _files(reports: Sequence[Report]) -> str:
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
     if explained := meaning(reports):
-        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     return text + (
         "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
-        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     )
 
 
@@ -221,6 +222,13 @@ def _origin(plan: Plan) -> str:
     return "validation.generation" if given else "generation_config.json of the source"
 
 
+def _shared_kind(name: str, reports: Sequence[Report]) -> str:
+    """What a file is that artifacts share."""
+    if name in adapters(reports):
+        return "adapter"
+    return "importance matrix" if name.endswith(".gguf") else "types of its tensors"
+
+
 def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     facts, versions = plan.source.facts, _versions(plan, outputs, reports)
     lines = [
@@ -232,10 +240,13 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         details = report.artifact.details
         if details.get("base"):
             lines.append(f"- {report.artifact.level}: made from {str(details['base']).upper()}")
+        if chosen := choice(report):
+            lines.append(f"- {report.artifact.level}: {chosen}")
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- importance matrix: `{file.name}`, SHA-256 `{file.sha256}`" for file in report.artifact.shared
+            f"- {_shared_kind(file.name, [report])}: `{file.name}`, SHA-256 `{file.sha256}`"
+            for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)
     if samples or any("imatrix" in output.needs for output in outputs):

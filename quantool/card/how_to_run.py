@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from quantool.card.how_to_embed import loaded, served
+from quantool.card.modelfile import ollama
 from quantool.card.other_engines import desktop, sglang, tool_request
 from quantool.card.vllm_arguments import GPU_BYTES, serve_arguments, tool_parser
 from quantool.formats.gguf_header import SIDECARS
@@ -20,6 +21,19 @@ SERVED = 4096
 PORTS = {"llama.cpp": 8080, "transformers": 8000}
 QUESTION = "What is the capital of France?"
 START = "The capital of France is"
+ADAPTER_END = "-lora.gguf"
+"""How the names of adapters end, which no importance matrix has."""
+
+
+def adapters(reports: Sequence[Report]) -> list[str]:
+    """Names of the adapters that lie beside the files (``merge: false``)."""
+    shared = (file.name for report in reports for file in report.artifact.shared)
+    return list(dict.fromkeys(name for name in shared if name.endswith(ADAPTER_END)))
+
+
+def served_context(plan: Plan) -> int:
+    """Tokens of context that the examples ask for."""
+    return min(SERVED, plan.source.facts.context)
 
 
 def usage(
@@ -31,7 +45,7 @@ def usage(
     """
     repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
     facts = plan.source.facts
-    context, task = min(SERVED, facts.context), facts.task
+    context, task = served_context(plan), facts.task
     chat, tools = facts.chat_template is not None, tool_parser(facts) is not None
     if outputs[0].engine != "llama.cpp" and not task.generates:
         return loaded(repo_id or outputs[0].repo, task, context)
@@ -54,37 +68,47 @@ def usage(
     level = chosen.report.artifact.level if chosen else next(iter(files))
     if not task.generates:
         return served(_choice(repo_id, files, level), task, context)
-    asked = f"-c {context}{' --jinja' if tools else ''}"
-    tagged = repo_id is not None and _choice(repo_id, files, level).endswith(f":{level}")
+    adapter = next(iter(adapters(reports)), "")
+    asked = f"{_added(adapter)} -c {context}{' --jinja' if tools else ''}"
+    tagged = repo_id is not None and not adapter and _choice(repo_id, files, level).endswith(f":{level}")
     parts = [
-        _llama(repo_id, files, level, asked),
+        _llama(repo_id, files, level, asked, adapter),
         _client("llama.cpp", repo_id or files[level][0], sampling, chat=chat),
         tool_request(PORTS["llama.cpp"], repo_id or files[level][0]) if tools else "",
-        _python(files[level], context, sampling, chat=chat),
+        _python(files[level], context, sampling, adapter, chat=chat),
         desktop(repo_id, level) if repo_id and tagged else "",
+        ollama(outputs[0].repo, reports, sampling, context),
         _every_level(repo_id, files, level, asked),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _llama(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, arguments: str) -> str:
+def _llama(
+    repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, arguments: str, adapter: str
+) -> str:
     """Both programs; ``--jinja`` (the default since 2025) is what an older server needs to read tool calls."""
-    chosen = _choice(repo_id, files, level)
+    command = f"{_choice(repo_id, files, level)}{arguments}"
+    fetched = f"hf download {repo_id} {adapter} --local-dir .\n" if adapter and repo_id else ""
+    needed = "The files are the base model's: every command adds the adapter.\n\n" if adapter else ""
     return (
-        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n"
-        f"```sh\nllama-server {chosen} {arguments}\nllama-cli {chosen} {arguments}\n```\n"
+        f"With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n{needed}"
+        f"```sh\n{fetched}llama-server {command}\nllama-cli {command}\n```\n"
     )
+
+
+def _added(adapter: str) -> str:
+    return f" --lora {adapter}" if adapter else ""
 
 
 def _every_level(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, arguments: str) -> str:
     """The command for each level, and how to have the file itself."""
-    rows = [[tag, f"`llama-server {_choice(repo_id, files, tag)} {arguments}`"] for tag in files]
+    rows = [[tag, f"`llama-server {_choice(repo_id, files, tag)}{arguments}`"] for tag in files]
     text = markdown(["level", "command"], rows) + "\n" if len(files) > 1 else ""
     if repo_id:
         first = files[level][0]
         text += (
             "From files on disk:\n\n```sh\n"
-            f"{_download(repo_id, files[level])}llama-server -m {first} {arguments}\n```\n"
+            f"{_download(repo_id, files[level])}llama-server -m {first}{arguments}\n```\n"
         )
     return folded("Other levels, files on disk" if len(files) > 1 else "Files on disk", text)
 
@@ -181,7 +205,9 @@ def _transformers(named: str, sampling: Mapping[str, float], *, chat: bool) -> s
     )
 
 
-def _python(names: Sequence[str], context: int, sampling: Mapping[str, float], *, chat: bool) -> str:
+def _python(
+    names: Sequence[str], context: int, sampling: Mapping[str, float], adapter: str, *, chat: bool
+) -> str:
     """llama-cpp-python on a file; further shards are found beside the first."""
     renamed = {"repetition_penalty": "repeat_penalty"}
     own = "".join(f", {renamed.get(name, name)}={value:g}" for name, value in sampling.items())
@@ -193,5 +219,6 @@ def _python(names: Sequence[str], context: int, sampling: Mapping[str, float], *
         result = 'answer["choices"][0]["text"]'
     text = "`pip install llama-cpp-python`, then in the folder of the file:\n\n"
     text += "```python\nfrom llama_cpp import Llama\n\n"
-    text += f'model = Llama("{names[0]}", n_ctx={context}, verbose=False)\n'
+    lora = f', lora_path="{adapter}"' if adapter else ""
+    text += f'model = Llama("{names[0]}"{lora}, n_ctx={context}, verbose=False)\n'
     return folded("From Python", text + f"answer = {call}\nprint({result})\n```\n")

@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Mapping
 
-from quantool.config.schema import Config, Sampling
+from quantool.config.schema import Config
+from quantool.config.served import Sampling
 from quantool.records import Source
 
 GENERATION = "generation_config.json"

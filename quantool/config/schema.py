@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from quantool.config import rules
 from quantool.config.cluster import Cluster
 from quantool.config.section import Section
+from quantool.config.served import Long, Sampling
 from quantool.record import NameOrPath, Privacy
 from quantool.records import Gates
 from quantool.runtime import gpus
@@ -82,44 +83,6 @@ class Corpus(Section):
         return self
 
 
-def _ascends(text: str) -> str:
-    """``0 to 0.2``: the smaller number comes first."""
-    low, high = map(float, text.split(" to "))
-    if low >= high:
-        raise ValueError(f"must ascend: {high:g} to {low:g}")
-    return text
-
-
-def _share(text: str) -> str:
-    if float(text.split(" to ")[1]) > 1:
-        raise ValueError("must end at 1 at most")
-    return text
-
-
-Range = Annotated[str, Field(pattern=r"^\d+(\.\d+)? to \d+(\.\d+)?$"), AfterValidator(_ascends)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Sampling(Section):
-    """Recommended sampling, each a number or a range (``0 to 0.2``): written into every artifact and its card."""
-
-    temperature: Annotated[float, Field(ge=0)] | Range | None = Field(
-        default=None, description="Temperature; 0 is greedy."
-    )
-    top_k: Annotated[int, Field(ge=0)] | Range | None = Field(
-        default=None, description="Most likely tokens to draw from; 0 is all."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | Annotated[Range, AfterValidator(_share)] | None = Field(
-        default=None, description="Probability mass to draw from."
-    )
-    min_p: Share | Annotated[Range, AfterValidator(_share)] | None = Field(
-        default=None, description="Least probability, as a share of the largest one."
-    )
-    repetition_penalty: Annotated[float, Field(gt=0)] | Range | None = Field(
-        default=None, description="1 is none."
-    )
-
-
 class Behaviour(Section):
     """Greedy answers of artifact and reference."""
 
@@ -138,6 +101,13 @@ class LmEval(Section):
     include_path: UserPath | None = Field(default=None, description="Folder with task files of your own.")
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples before each question.")
     limit: int | None = Field(default=None, ge=1, description="Documents of each task; default: all.")
+    apply_chat_template: bool | None = Field(
+        default=None,
+        description="Ask through the model's chat template. Default: where it has one, which makes it an instruct model.",
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True, description="With the template, each example before a question is a turn of its own."
+    )
     max_drop: float = Field(
         default=0.02, ge=0, le=1, description="Accuracy that may be lost beyond what chance explains."
     )
@@ -180,6 +150,9 @@ class Validation(Section):
     behaviour: Behaviour = Field(default_factory=Behaviour, description="Greedy answers.")
     lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-eval. Default: none.")
     needle: Needle | None = Field(default=None, description="Retrieval from long text. Default: not tried.")
+    long: Long | None = Field(
+        default=None, description="Long windows with each type of attention cache. Default: not tried."
+    )
     gates: dict[str, Gates] = Field(
         default={},
         description="Gates by level, over the defaults; the level '*' stands for all others. "
@@ -247,6 +220,24 @@ class CardSettings(Section):
     )
 
 
+class Sign(Section):
+    """Whose signature the folders to publish get (OpenSSF model-signing)."""
+
+    key: UserPath | None = Field(
+        default=None,
+        description="Private elliptic curve key in PEM; the password of an encrypted one is QUANTOOL_SIGN_PASSWORD.",
+    )
+    keyless: bool = Field(
+        default=False, description="Sign with sigstore, as the identity that the CI's OIDC token states."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Sign:
+        if (self.key is None) != self.keyless:
+            raise ValueError("give a key, or keyless: true")
+        return self
+
+
 class Config(Section):
     """All keys of a configuration file."""
 
@@ -265,6 +256,10 @@ class Config(Section):
     )
     adapter_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the adapter on the Hub."
+    )
+    merge: bool = Field(
+        default=True,
+        description="Whether the adapter is merged into the weights; false: gguf makes it a file beside those of its base.",
     )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
@@ -326,6 +321,9 @@ class Config(Section):
         default=None, description="Where `quantool submit` sends the stages of a run."
     )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
+    sign: Annotated[Sign | None, Privacy.DROPPED] = Field(
+        default=None, description="Sign the folders to publish. Default: they are not signed."
+    )
 
     eval_dataset: NameOrPath | None = Field(
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."

@@ -1,4 +1,4 @@
-"""What every part of a configuration is."""
+"""What every part of the configuration is: frozen, and closed to keys that it does not know."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ SAMPLING_KEYS = {
     "repetition_penalty": "general.sampling.penalty_repeat",
 }
 """A name of generation_config.json to the key that the engine takes as its default (gguf-py/gguf/metadata.py)."""
+ADAPTER = "quantool.adapter"
+"""The file beside a GGUF whose adapter belongs to it (``merge: false``)."""
 UNREAD = "0" * 64
 """Stands for the weights' fingerprint in a rehearsal, which reads none; as long as one."""
 

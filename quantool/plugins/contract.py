@@ -129,6 +129,8 @@ class Method:
     """What the bytes of its outputs depend on; None: on everything."""
     at_once: AtOnce | None = None
     """None: one output after the other."""
+    adapters: bool = False
+    """Whether it can leave an adapter beside its base (``merge: false``)."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Case:
     """Names of all files that the plan has for its folder."""
     details: Mapping[str, JsonValue] = field(default_factory=dict)
     """What its method recorded while it made it; empty for an artifact that this run did not make."""
+    cache: str | None = None
+    """Type of the attention cache that the engine is to use, as ``validation.long.kv`` names it; None: its own choice."""
 
     @property
     def settings(self) -> Validation:
@@ -166,11 +170,43 @@ class Case:
         return key_of(depends, self.source, *parts, config=self.config, engine=self.engine)
 
 
+@dataclass(frozen=True)
+class Download:
+    """A published artifact on somebody's machine, without the checkpoint that it was made from."""
+
+    artifact: Path
+    """As in ``Case``."""
+    engine: str
+    name: str
+    """As in ``Case``."""
+    left: Mapping[str, JsonValue]
+    """What the check left when the artifact was judged."""
+    files: tuple[FileRecord, ...]
+    """The artifact's files, by the hashes that they have now."""
+    scratch: Path
+    """A folder for logs and what a worker keeps while it runs."""
+    device: str = "cpu"
+    """``cpu`` or ``cuda``, for engines that can choose."""
+    trust_remote_code: bool = False
+
+
+def left_file(workspace: Workspace, case: str, check: str) -> Path:
+    """Where a check leaves, as JSON, what is published with an artifact so that ``Check.replay`` can prove it again."""
+    return workspace.work / "left" / f"{case.replace('/', '-')}.{check}.json"
+
+
 class Judge(Protocol):
     """The work of a check."""
 
     def __call__(self, case: Case, progress: Progress, /) -> Sequence[Finding]:
         """Judge one artifact."""
+
+
+class Replay(Protocol):
+    """What a check can prove again of a published artifact."""
+
+    def __call__(self, download: Download, progress: Progress, /) -> Sequence[Finding]:
+        """Compare with what ``judge`` left in ``left_file``. Raises as ``judge`` does."""
 
 
 class Writes(Protocol):
@@ -234,6 +270,8 @@ class Check:
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
     tasks: frozenset[TaskKind] = frozenset(TaskKind)
     """What the models that it judges are for."""
+    replay: Replay | None = None
+    """None: it needs the reference."""
 
 
 def method(
@@ -246,13 +284,17 @@ def method(
     extra: str = "",
     depends: Depends | None = None,
     at_once: AtOnce | None = None,
+    adapters: bool = False,
 ) -> Callable[[Quantize], Method]:
     """Mark a function as the method ``name``; the module's attribute becomes the ``Method``.
 
     ``depends`` declares what the bytes depend on beside the checkpoint; without it, on every key of the configuration.
     ``at_once`` says how many outputs of one entry may be made side by side; without it they are made one by one.
+    ``adapters`` says that it makes an adapter a file of its own where the configuration asks for that.
     """
-    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends, at_once)
+    return lambda quantize: Method(
+        name, options, levels, outline, quantize, needs, extra, depends, at_once, adapters
+    )
 
 
 def check(
@@ -268,6 +310,7 @@ def check(
     loads_reference: bool = False,
     holds_model: bool = False,
     tasks: Iterable[TaskKind] = TaskKind,
+    replay: Replay | None = None,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
@@ -280,6 +323,7 @@ def check(
     ``tasks`` are what the models that it judges are for; models for something else are judged without it.
     ``writes`` says how many bytes it keeps on disk, ``computes`` how many tokens it runs through a model, ``holds_model``
     that it needs memory for all weights of the checkpoint at once; the plan counts them.
+    ``replay`` proves again, without the checkpoint, what the check left in ``left_file``.
     """
     return lambda judge: Check(
         name=name,
@@ -295,4 +339,5 @@ def check(
         loads_reference=loads_reference,
         holds_model=holds_model,
         tasks=frozenset(tasks),
+        replay=replay,
     )

@@ -23,11 +23,7 @@ from quantool.tasks import Task
 def names(folder: str) -> list[str]:
     """Names available in ``folder`` (``"methods"`` or ``"checks"``), sorted, without importing any."""
     package = importlib.import_module(_package(folder))
-    found = {
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
-    }
-    found |= {point.name for point in _entry_points(folder)}
-    return sorted(found)
+    return sorted(_built_in(tuple(package.__path__)) | {point.name for point in _entry_points(folder)})
 
 
 def find_method(name: str) -> Method:
@@ -95,6 +91,12 @@ def applies(name: str, task: Task) -> bool:
 
 def _package(folder: str) -> str:
     return "quantool.validation" if folder == "checks" else f"quantool.{folder}"
+
+
+@lru_cache(maxsize=8)
+def _built_in(path: tuple[str, ...]) -> frozenset[str]:
+    """The modules in the folders of ``path`` that are no shared code."""
+    return frozenset(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
 
 
 def _entry_points(folder: str) -> tuple[EntryPoint, ...]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from quantool.runtime import worker
 
 IMPORTS = {
-    "quantool": ("pydantic", "quantool.records", "quantool.plugins.contract"),
+    "quantool": ("pydantic", "quantool.records", "quantool.plugins.contract", "numpy", "jinja2"),
     "torch": ("torch",),
     "transformers": (
         "transformers.models.auto.tokenization_auto",

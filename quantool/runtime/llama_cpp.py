@@ -107,11 +107,12 @@ def load_gguf(
     vocabulary: bool = False,
     weights: bool = True,
     drafts: bool = False,
+    writable: bool = False,
 ) -> Iterator[Any]:
     """llama.cpp's handle of a GGUF (its first shard); freed afterwards. Raises LoadError.
 
     ``vocabulary``: nothing else is read. Without ``weights`` every tensor is checked and none is read. With ``drafts`` the
-    multi-token-prediction head is loaded too.
+    multi-token-prediction head is loaded too. ``writable``: tensors are copied to memory as they are in the file.
     """
     import llama_cpp as api
 
@@ -121,10 +122,10 @@ def load_gguf(
     parameters.n_gpu_layers = -1 if gpu and api.llama_supports_gpu_offload() else 0
     parameters.vocab_only = vocabulary
     parameters.load_mtp = drafts
-    if not weights:
+    if not weights or writable:
         parameters.use_extra_bufts = False  # no repacked copy of the weights
-        parameters.no_alloc = True
         parameters.load_mode = LOAD_MODE_NONE
+    parameters.no_alloc = not weights
     handle = api.llama_model_load_from_file(os.fsencode(path), parameters)
     if not handle:
         log.require_room()

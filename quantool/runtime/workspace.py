@@ -64,6 +64,7 @@ class Workspace:
         self.seconds: dict[str, float] = {}
         """What stages took that this run produced, without those produced within them."""
         self._within = threading.local()
+        self._turns: dict[str, threading.RLock] = {}
         self._locked = False
         self._shared = False
         """Whether stages of other processes may be done in this folder at the same time."""
@@ -113,11 +114,15 @@ class Workspace:
 
     @contextmanager
     def alone(self, names: Iterable[str]) -> Iterator[None]:
-        """Let nobody else produce these results meanwhile, where the folder is shared; waits for one who does."""
+        """Let nobody else produce these results meanwhile: no thread of this run, no process where the folder is shared.
+
+        It waits for one who does.
+        """
+        wanted = sorted(set(names))  # in order, or two would wait for each other
         with ExitStack() as stack:
-            for name in (
-                sorted(set(names)) if self._shared else ()
-            ):  # in order, or two would wait for each other
+            for name in wanted:
+                stack.enter_context(self._turns.setdefault(name, threading.RLock()))
+            for name in wanted if self._shared else ():
                 stack.enter_context(claimed(self._claim(f"result {name}"), wait=True))
             yield
 
@@ -217,7 +222,7 @@ class Workspace:
         if result is not None:
             return result
         with self.alone([name]):
-            result = self.recall(name, key) if self._shared else None
+            result = self.recall(name, key)
             if result is None:
                 with self.timed(name):
                     files, result = produce()
@@ -250,7 +255,7 @@ class Workspace:
         results = {} if anew else self._recalled(stages)
         waited = [stage.name for number, stage in enumerate(stages) if number not in results]
         with self.alone(waited):
-            if waited and self._shared and not anew:
+            if waited and not anew:
                 results = self._recalled(stages)
             missing = [number for number in range(len(stages)) if number not in results]
             for number, result in zip(missing, produce(missing) if missing else (), strict=True):

@@ -41,16 +41,20 @@ def sketch(
     preparation: Preparation,
     origins: tuple[Origin, Origin | None],
     places: Mapping[str, Path],
+    *,
+    apart: bool = False,
 ) -> Source:
     """``source`` as ``preparation`` makes it of the ``origins`` (model and adapter): its folder holds all but the weights.
 
-    ``places`` are the folders of its small files by their names; config.json and the index are written anew.
+    ``places`` are the folders of its small files by their names; config.json and the index are written anew. ``apart``: the
+    adapter stays a file of its own.
     """
     prepared = Prepared(
         origin=origins[0],
         form=preparation.unpacking.form if preparation.unpacking is not None else "",
         adapter=origins[1],
         merged=preparation.adapter.described() if preparation.adapter is not None else "",
+        apart=apart,
     )
     places = {name: folder for name, folder in places.items() if name not in ("config.json", INDEX)}
     shards = preparation.shards()

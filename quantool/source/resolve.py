@@ -125,10 +125,14 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         notes=(*notes, *more, *remarks, *_other_base(place, preparation.adapter)),
         absent=(MTP,) if headless else (),
     )
+    if not config.merge and adapter is None:
+        raise ConfigError("merge: false, but there is no adapter", hint="name it: adapter")
     if preparation.is_plain:
         return restated(source, places) if headless else source
     origin = _origin(place, ("config.json", INDEX), names)
-    return sketch(source, preparation, (origin, added[0] if added is not None else None), places)
+    return sketch(
+        source, preparation, (origin, added[0] if added is not None else None), places, apart=not config.merge
+    )
 
 
 def _small_files(place: _Place, config: Config) -> list[str]:

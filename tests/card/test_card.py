@@ -358,7 +358,10 @@ def test_the_front_matter_is_short_whatever_was_measured(plan: Plan, levels: int
 def test_plots_stand_where_they_are_looked_for(plan: Plan) -> None:
     both = ["plots/size-kld.png", "plots/corpora.png"]
     text = write_card(plan, plan.outputs, [report(plan, *figures("en"))], both)
-    assert re.search(r"SHA256SUMS`\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n", text)
+    assert re.search(
+        r"SHA256SUMS`; `quantool verify` checks a download\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n",
+        text,
+    )
     assert re.search(r"one standard error\.\n\n!\[Mean KL divergence[^]]*\]\(plots/corpora\.png\)\n", text)
     assert "![" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
 

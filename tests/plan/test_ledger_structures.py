@@ -31,6 +31,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "mistral3": (CAST, "mistral3 cannot be judged", "language model"),
     "vision promised": (CAST, "config.json has a section for vision, but no tensor", "fetch the rest"),
     "drafting head promised": (CAST, r"promises 1 layer of multi-token .* neither model\.layers\.2\.eh_proj", r"drop: \[mtp\]"),
+    "relative encoder": (CAST, "max_position_embeddings is None", "a model of type t5 keeps it elsewhere"),
     "audio": (CAST, "audio cannot be judged", "language model"),
     "eyes and ears": (CAST, "vision .*, audio .*, which nothing here judges", r"drop: \[vision, audio\]"),
     "voice": (CAST, "voice cannot be judged", "language model"),
@@ -138,6 +139,14 @@ def test_integers_beside_experts_cannot_be_judged(tmp_path: Path, ignore: list[s
     ) as refused:
         planned(folder, method)
     assert "FP8_DYNAMIC" in refused.value.hint
+
+
+@pytest.mark.parametrize("tag", ["text-ranking", "text-generation"])
+def test_a_reranker_that_answers_in_words_is_said_to_be_judged_as_text(tmp_path: Path, tag: str) -> None:
+    folder = ledger_structures.write("dense", tmp_path / "model")
+    (folder / "README.md").write_text(f"---\npipeline_tag: {tag}\n---\n")
+    noted = any("orders of passages are not compared" in note for note in planned(folder, FP8).warnings)
+    assert noted == (tag == "text-ranking")
 
 
 def test_parts(tmp_path: Path) -> None:

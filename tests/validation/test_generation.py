@@ -13,7 +13,7 @@ from tampering import case, findings, folder_of, gguf_of, regressions, tampered,
 
 from quantool.config.errors import explain
 from quantool.config.sampling import generation_file, listed, numbers, recommended, stated, to_write
-from quantool.config.schema import Sampling
+from quantool.config.served import Sampling
 from quantool.records import Gates, OutputPlan, Verdict
 
 STRUCTURE = "qwen3"  # temperature 0.6, top_k 20, top_p 0.95

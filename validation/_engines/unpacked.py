@@ -8,7 +8,8 @@ transformers makes of the same numbers where it can (``quantool.formats.int4_lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,20 @@ def decompress(model: Any) -> None:
 
         model.hf_quantizer.compressor.decompress_model(model)
         remove_dispatch(model, onload_tensors=True)
+
+
+@contextmanager
+def unrounded(model: Any) -> Iterator[None]:
+    """Inside, the activations of a compressed-tensors model are not rounded to fewer bits; others are left alone."""
+    rounding = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+    before = [getattr(module, "quantization_enabled", True) for module in rounding]
+    for module in rounding:
+        module.quantization_enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in zip(rounding, before, strict=True):
+            module.quantization_enabled = enabled
 
 
 def check_layout(folder: Path) -> None:

@@ -11,6 +11,7 @@ from quantool.config.sampling import GENERATION
 from quantool.formats.safetensors import INDEX, TensorHeader, some
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
+from quantool.validation._files.gguf_levels import options_of
 from quantool.validation._findings.builder import FindingBuilder
 
 OWN = ("config.json", INDEX)
@@ -77,7 +78,9 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
     planned = {file.name: file.bytes for file in case.output.files if file.name.endswith(".safetensors")}
     found = {path.name: path.stat().st_size for path in case.artifact.glob("*.safetensors")}
     problems = []
-    if abs(sum(planned.values()) - sum(found.values())) > HEADER + BITS * sum(planned.values()):
+    fitted = bool(options_of(case).get("fit"))  # then the plan is a budget
+    excess = sum(found.values()) - sum(planned.values())
+    if (excess if fitted else abs(excess)) > HEADER + BITS * sum(planned.values()):
         problems.append(f"{sum(found.values())} bytes of weights, {sum(planned.values())} were planned")
     if planned.keys() != found.keys() and len(planned) != len(found):
         problems.append(f"{len(found)} weight files, {len(planned)} were planned")
@@ -87,7 +90,7 @@ def judge_plan(case: Case, stored: Mapping[str, TensorHeader], build: FindingBui
         problems.append(f"planned and not there: {some(absent)}")
     bits = 8 * sum(tensor.bytes for tensor in stored.values()) / case.source.facts.parameters
     wanted = case.output.bits_per_weight
-    if wanted is not None and not math.isclose(bits, wanted, rel_tol=BITS):
+    if wanted is not None and not math.isclose(bits, min(bits, wanted) if fitted else wanted, rel_tol=BITS):
         problems.append(f"{bits:.5g} bits a weight, {wanted:.5g} were planned")
     return [
         build.fact(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantool.formats.gguf_header import read_header
+from quantool.formats.gguf_keys import ADAPTER
 from quantool.formats.safetensors import BITS, TensorHeader, check_index
 from quantool.plugins.contract import Case
 
@@ -43,9 +44,12 @@ class HeldTensor:
 
 
 def gguf_tensors(case: Case) -> dict[str, HeldTensor]:
-    """The tensors of all shards of the case's GGUF, by name. Raises SourceError for a file that is damaged or missing."""
+    """The tensors of all shards of the case's GGUF and of its adapter, by name. Raises SourceError for a file that is damaged or missing."""
     planned = case.output.files if case.output is not None else ()
     shards = [case.artifact.parent / file.name for file in planned if file.name.endswith(".gguf")]
+    shards = shards or [case.artifact]
+    if name := read_header(shards[0]).value(ADAPTER):
+        shards.append(shards[0].with_name(Path(str(name)).name))
     return {
         tensor.name: HeldTensor(
             tensor.name,
@@ -56,7 +60,7 @@ def gguf_tensors(case: Case) -> dict[str, HeldTensor]:
             tensor.bytes,
             max(1, tensor.bytes * tensor.block // max(1, tensor.elements)),
         )
-        for path in shards or [case.artifact]
+        for path in shards
         for tensor in read_header(path).tensors
     }
 

@@ -186,6 +186,7 @@ class _Round:
             "tokens": self.known[0].windows.vocabulary,
             "context": self._context,
             "gpu": device == "cuda",
+            "cache": self.first.cache,
             "device": device,
             "trust_remote_code": self.first.source.trust_remote_code,
             "base": self.base

@@ -75,7 +75,7 @@ def test_a_long_text_becomes_several_samples_with_bos(llama: Path, text: Path) -
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    samples = calibrate._samples(request(llama, text), tokenizer)
+    samples = calibrate.calibration_samples(request(llama, text), tokenizer)
     assert len(samples) > 2
     assert {len(sample) for sample in samples[:-1]} == {40}
     assert all(sample.count(tokenizer.bos_token_id) == 1 for sample in samples)
@@ -93,11 +93,11 @@ def test_samples_are_limited_and_keep_the_mix_of_documents(llama: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(llama)
     asked = request(llama, path)
     asked["config"] |= {"shuffle": False, "sample_size": 3}
-    long, short, more = calibrate._samples(asked, tokenizer)
+    long, short, more = calibrate.calibration_samples(asked, tokenizer)
     assert (len(long), len(more)) == (40, 40)
     assert str(tokenizer.decode(short, skip_special_tokens=True)).strip() == "etxe zuri bat"
     asked["config"] |= {"calibration_config": {"max_tokens": 41}}
-    assert len(calibrate._samples(asked, tokenizer)) == 2
+    assert len(calibrate.calibration_samples(asked, tokenizer)) == 2
 
 
 def test_a_conversation_gets_one_bos_from_its_template(llama: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_conversation_gets_one_bos_from_its_template(llama: Path, tmp_path: Pa
     path = tmp_path / "chat.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hola"}]}\n', encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    (sample,) = calibrate._samples(request(llama, path), tokenizer)
+    (sample,) = calibrate.calibration_samples(request(llama, path), tokenizer)
     assert sample[0] == tokenizer.bos_token_id
     assert sample.count(tokenizer.bos_token_id) == 1
 
@@ -117,7 +117,7 @@ def test_text_of_less_than_two_tokens_is_refused(qwen3: Path, tmp_path: Path) ->
     path = tmp_path / "one.jsonl"
     path.write_text('{"text": "a"}\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="no document of two tokens"):
-        calibrate._samples(request(qwen3, path), AutoTokenizer.from_pretrained(qwen3))
+        calibrate.calibration_samples(request(qwen3, path), AutoTokenizer.from_pretrained(qwen3))
 
 
 def test_mappings_that_fit_no_layer_are_an_error() -> None:

@@ -317,6 +317,26 @@ def test_a_model_that_reads_padding_answers_one_by_one(
     assert capsys.readouterr().out.count("of the largest: every prompt is answered by itself") == 1
 
 
+def test_padding_is_tried_without_rounding_activations(
+    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened("transformers", fp8_of("qwen3", "FP8_DYNAMIC")[0]) as engine:
+        parts = [part for part in engine._model.modules() if hasattr(part, "quantization_scheme")]  # type: ignore[attr-defined]
+        rounding: list[set[bool]] = []
+        trial = engine._trial  # type: ignore[attr-defined]
+
+        def noted(*asked: Any) -> Any:
+            rounding.append({getattr(part, "quantization_enabled", True) for part in parts})
+            return trial(*asked)
+
+        monkeypatch.setattr(engine, "_trial", noted)
+        monkeypatch.setattr(transformers_answers, "PADDING_TOLERANCE", -1.0)
+        engine.generate(drawn, 6)
+        assert rounding == [{False}, {False}]
+        assert {getattr(part, "quantization_enabled", True) for part in parts} == {True}
+    assert "every prompt is answered by itself" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("level", ["FP8_DYNAMIC", "W4A16_ASYM"])
 def test_weights_are_unpacked_once(
     level: str, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
