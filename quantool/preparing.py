@@ -38,7 +38,7 @@ def planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[P
     for note in plan.warnings:
         if note not in warned:
             progress.warn(note)
-    write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
+    save_plan(plan, workspace)
     return plan, machine
 
 
@@ -69,10 +69,15 @@ def planned_to_submit(
             source = overlay(source, workspace.work / "source")
             source = recall_scan(recall_prepared(source, workspace), workspace)
             plan, machine = checked_plan(config, source, workspace)
-            write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
+            save_plan(plan, workspace)
     for note in plan.warnings:
         progress.warn(note)
     return plan, machine
+
+
+def save_plan(plan: Plan, workspace: Workspace) -> None:
+    """Keep the plan for those who look at the output folder later."""
+    write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
 
 
 def require_room(config: Config, plan: Plan, machine: MachineState) -> None:

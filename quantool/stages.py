@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from quantool import judging, making
-from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import OrderedStage, Outcome, RunOrder, marked, read_marks, read_order
 from quantool.config.schema import Config
 from quantool.errors import DependencyError, PublicationError
 from quantool.plugins import find
 from quantool.plugins.contract import Case
-from quantool.preparing import planned_beside_others
+from quantool.preparing import planned_beside_others, save_plan
 from quantool.publish.package import SUMS, pack
 from quantool.publish.packed_folder import read_packed_folder
 from quantool.records import MachineState, OutputPlan, Plan, Report
@@ -119,7 +118,7 @@ class _Doing:
         outputs = [output for output in self.plan.outputs if output.id in stage.outputs]
         match stage.kind:
             case Kind.SOURCE:
-                pass  # planning has prepared and read it
+                save_plan(self.plan, self.workspace)  # planning has prepared and read the checkpoint
             case Kind.SHARE:
                 making.share(self.config, self.plan, outputs, self.workspace, self.progress)
             case Kind.REFERENCE:
@@ -159,13 +158,12 @@ class _Doing:
             for report in self._reports()
             if report.artifact.output in {output.id for output in outputs}
         ]
-        earlier = earlier_releases(self.config, self.plan, self.progress)
-        pack(self.plan, packed, self.workspace, {output.repo for output in outputs}, earlier)
+        pack(self.plan, packed, self.workspace, {output.repo for output in outputs})
         with self.workspace.alone(["report"]):
             reports = self._reports()
             judged = {report.artifact.output for report in reports}
-            repos = {output.repo for output in self.plan.outputs if output.id in judged}
-            folders = [self.workspace.root / repo for repo in sorted(repos)]
+            repos = dict.fromkeys(output.repo for output in self.plan.outputs if output.id in judged)
+            folders = [self.workspace.root / repo for repo in repos]
             write_report(reports, self.workspace.root, folders, not_run(self.config, reports))
 
     def _reports(self) -> tuple[Report, ...]:

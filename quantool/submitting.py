@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quantool import judging
 from quantool.attest.signature import require_signer
+from quantool.attest.since import earlier_releases
 from quantool.cluster.find_scheduler import find_scheduler
 from quantool.cluster.graph import RunStage, graph_of, waiting
 from quantool.cluster.marks import (
@@ -31,8 +32,7 @@ from quantool.errors import BY_NAME, ConfigError, DependencyError, QuantizationE
 from quantool.pipeline import RunResult, ask_hub
 from quantool.plugins import find
 from quantool.preparing import planned_to_submit
-from quantool.publish.package import SUMS
-from quantool.publish.packed_folder import read_packed_folder
+from quantool.publish.package import pack
 from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import Plan
 from quantool.runtime import gpus
@@ -239,12 +239,11 @@ def wait(output: Path, progress: Progress, *, allow_regression: bool = False) ->
     result = RunResult(plan, tuple(report for report in found if report is not None))
     config = config_of(order, workspace.root)
     if config.push_to_hub:
-        packed = {stage.name.removeprefix("pack ") for stage in stages if stage.phase is Phase.DONE}
-        folders = [workspace.root / repo for repo in dict.fromkeys(each.repo for each in plan.outputs)]
-        ready = [folder for folder in folders if folder.name in packed and (folder / SUMS).is_file()]
-        with workspace.lock():
+        ready = {stage.name.removeprefix("pack ") for stage in stages if stage.phase is Phase.DONE}
+        with workspace.lock():  # packed anew: what changed since the release before is told by the Hub alone
+            packed = pack(plan, result.reports, workspace, ready, earlier_releases(config, plan, progress))
             orders = Order(private=private_of(config), allow_regression=allow_regression)
-            done, refused = publish_passed(config, [*map(read_packed_folder, ready)], orders, progress)
+            done, refused = publish_passed(config, packed, orders, progress)
         result = replace(result, publications=done, refused=refused)
     _raise_failed(stages, read_marks(workspace))
     return result

@@ -90,7 +90,7 @@ class Workspace:
             os.pwrite(handle, str(os.getpid()).encode(), 0)
             drop_of_this_machine(self._claim(WHOLE_RUN))
             with claimed(self._claim(WHOLE_RUN), wait=False):
-                self._refuse_others()
+                self._refuse_beside(run=False)
                 self._sweep()
                 self._keys.clear()
                 self._locked = True
@@ -104,7 +104,7 @@ class Workspace:
         """Do one stage of a graph, beside others that other processes and nodes do; nobody else does this one meanwhile."""
         os.close(self._opened())
         with claimed(self._claim(f"stage {stage}"), wait=True):
-            self._refuse_run()
+            self._refuse_beside(run=True)
             self._keys.clear()
             self._locked = self._shared = True
             try:
@@ -131,16 +131,12 @@ class Workspace:
         """Send stages of this folder to a cluster: nobody else does so meanwhile, and no run works here."""
         os.close(self._opened())
         with claimed(self._claim("submit"), wait=False):
-            self._refuse_run()
+            self._refuse_beside(run=True)
             yield
 
     def holders(self) -> dict[str, Holder]:
         """Who does what in this folder, by claim."""
         return living(self.claims)
-
-    def _refuse_run(self) -> None:
-        if (run := living(self.claims).get(WHOLE_RUN)) is not None:
-            raise DependencyError(f"{self.root} is in use by a quantool run: {run.described()}")
 
     @property
     def holds_all(self) -> bool:
@@ -150,14 +146,13 @@ class Workspace:
     def _claim(self, name: str) -> Path:
         return self.claims / f"{name.replace('/', '-')}.claim"
 
-    def _refuse_others(self) -> None:
-        """DependencyError while stages of a cluster are done here."""
-        stages = {name: holder for name, holder in living(self.claims).items() if name != WHOLE_RUN}
-        for name, holder in stages.items():
-            raise DependencyError(
-                f"{self.root} is in use: {name} is being done by {holder.described()}",
-                hint=f"quantool status {self.root}",
-            )
+    def _refuse_beside(self, *, run: bool) -> None:
+        """DependencyError while a run does all stages here (``run``), or a cluster some of them."""
+        for name, holder in living(self.claims).items():
+            if (name == WHOLE_RUN) is run:
+                user = "a quantool run" if run else name
+                told = f"{self.root} is in use by {user}: {holder.described()}"
+                raise DependencyError(told, hint=f"quantool status {self.root}")
 
     def _opened(self) -> int:
         """The lock's file, in the folder made ready; DependencyError where nothing can be written."""

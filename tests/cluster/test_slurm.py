@@ -21,6 +21,7 @@ from quantool.cluster.scheduler import StageOrder
 from quantool.cluster.slurm import SlurmScheduler, limit_minutes
 from quantool.config.cluster import Cluster
 from quantool.errors import ConfigError
+from quantool.preparing import planned_to_submit
 from quantool.runtime import gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions
@@ -203,11 +204,10 @@ def test_gpus_are_the_nodes_and_not_the_login_nodes(
 ) -> None:
     seen: list[int] = []
     here = gpus.capabilities()
-    real_plan = submitting.planned_to_submit
 
     def planned(*given: Any, **named: Any) -> Any:
         seen.append(len(gpus.capabilities()))
-        return real_plan(*given, **named)
+        return planned_to_submit(*given, **named)
 
     monkeypatch.setattr(submitting, "planned_to_submit", planned)
     assert quantool("submit", config_file(), "--dry-run", "--set", "cluster={slurm: {}}", "-q").code == 0

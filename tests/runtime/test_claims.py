@@ -197,7 +197,7 @@ def test_stages_are_done_beside_each_other_but_not_beside_a_run(tmp_path: Path) 
     with one.share("make a"), other.share("make b"):
         assert {*one.holders()} == {"stage make a", "stage make b"}
         with (
-            pytest.raises(DependencyError, match=r"in use: stage make a is being done by process"),
+            pytest.raises(DependencyError, match=r"in use by stage make a: process"),
             run.lock(),
         ):
             pass
