@@ -113,6 +113,7 @@ def conversion(
     if tools.commit:
         extra["quantool.llama_cpp.commit"] = tools.commit
     if lora.apart(source):
+        lora.script_of(tools)  # the plan finds that it is missing
         extra[ADAPTER] = lora.adapter_file(model_name(source, options))
     return {
         "toolchain": str(tools.folder),

@@ -27,7 +27,6 @@ from quantool.source.adapter import CONFIG, MERGE_IT, WEIGHTS, LoraAdapter, LowR
 from quantool.source.mtp import head_tensors
 from quantool.source.prepare import preparation_for
 
-SCRIPT = "convert_lora_to_gguf.py"
 TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """Dtype of an adapter to the converter's type that holds it exactly."""
 SHARDS = (".safetensors", INDEX)
@@ -132,13 +131,19 @@ def base_model(source: Source, prepared: Prepared, folder: Path) -> Path:
     return folder
 
 
+def script_of(tools: toolchain.Toolchain) -> Path:
+    """llama.cpp's converter of adapters; DependencyError for a toolchain that an older quantool installed."""
+    script = tools.folder / toolchain.ADAPTER_CONVERTER
+    if not script.is_file():
+        raise DependencyError(f"{tools.origin} has no {script.name}", hint="run `quantool toolchain install`")
+    return script
+
+
 def convert(
     source: Source, prepared: Prepared, model: Path, output: Path, tools: toolchain.Toolchain, log: Path
 ) -> None:
     """Write the adapter of a source to ``output``; ``model`` is ``base_model``'s folder. Raises DependencyError without the script."""
-    script = tools.folder / SCRIPT
-    if not script.is_file():
-        raise DependencyError(f"{tools.origin} has no {SCRIPT}", hint="run `quantool toolchain install`")
+    script = script_of(tools)
     adapter = require_separable(source, prepared)
     if prepared.adapter is None:
         raise AssertionError

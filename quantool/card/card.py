@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from quantool.card.holdings import expert_coverage, holdings, left_out_sentence, tags_of, task_of
-from quantool.card.how_to_run import adapters, usage
+from quantool.card.holdings import adapters, expert_coverage, holdings, left_out_sentence, tags_of, task_of
+from quantool.card.how_to_run import usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
 from quantool.card.redact import published, published_config

@@ -15,6 +15,14 @@ MULTIMODAL = frozenset({
 })  # fmt: skip
 """Tasks and tags of the Hub that promise what a text-only file lacks."""
 TEXT_ONLY = "text-only"
+ADAPTER_END = "-lora.gguf"
+"""How the names of adapters end, which no importance matrix has."""
+
+
+def adapters(reports: Sequence[Report]) -> list[str]:
+    """Names of the adapters that lie beside the files (``merge: false``)."""
+    shared = (file.name for report in reports for file in report.artifact.shared)
+    return list(dict.fromkeys(name for name in shared if name.endswith(ADAPTER_END)))
 
 
 def ledgers(outputs: Iterable[OutputPlan]) -> list[Ledger]:

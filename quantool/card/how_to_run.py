@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from quantool.card.holdings import adapters
 from quantool.card.how_to_embed import loaded, served
 from quantool.card.modelfile import ollama
 from quantool.card.other_engines import desktop, sglang, tool_request
@@ -21,14 +22,6 @@ SERVED = 4096
 PORTS = {"llama.cpp": 8080, "transformers": 8000}
 QUESTION = "What is the capital of France?"
 START = "The capital of France is"
-ADAPTER_END = "-lora.gguf"
-"""How the names of adapters end, which no importance matrix has."""
-
-
-def adapters(reports: Sequence[Report]) -> list[str]:
-    """Names of the adapters that lie beside the files (``merge: false``)."""
-    shared = (file.name for report in reports for file in report.artifact.shared)
-    return list(dict.fromkeys(name for name in shared if name.endswith(ADAPTER_END)))
 
 
 def served_context(plan: Plan) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from quantool.card.holdings import adapters
 from quantool.records import Finding, Report, Verdict
 from quantool.report.recommend import recommend
 from quantool.report.sections import folded
@@ -30,7 +31,8 @@ def modelfile(reports: Sequence[Report], sampling: Mapping[str, float], context:
     found = None if chosen is None else _found(chosen, "conversations")
     if chosen is None or found is None or found.verdict is not Verdict.PASS or len(chosen.artifact.files) > 1:
         return None
-    lines = [f"FROM ./{chosen.artifact.files[0].name}", f"PARAMETER num_ctx {context}"]
+    lines = [f"FROM ./{chosen.artifact.files[0].name}"]
+    lines += [*(f"ADAPTER ./{name}" for name in adapters([chosen])), f"PARAMETER num_ctx {context}"]
     lines += [f"PARAMETER {PARAMETERS[name]} {value:g}" for name, value in sampling.items()]
     return "".join(f"{line}\n" for line in lines)
 

@@ -71,3 +71,13 @@ def test_a_file_in_parts_has_none(made: making.Made) -> None:
     )
     parts = single.model_copy(update={"artifact": single.artifact.model_copy(update={"files": files})})
     assert modelfile([parts], SAMPLING, 2048) is None
+
+
+def test_an_adapter_beside_the_file_is_named(made: making.Made) -> None:
+    merged = report(made, ("conversations", Verdict.PASS, "9 of 9"))
+    beside = merged.artifact.files[0].model_copy(update={"name": "tuned-lora.gguf"})
+    apart = merged.model_copy(update={"artifact": merged.artifact.model_copy(update={"shared": (beside,)})})
+    text = modelfile([apart], SAMPLING, 2048)
+    assert text is not None
+    assert text.splitlines()[1] == "ADAPTER ./tuned-lora.gguf"
+    assert "ADAPTER" not in (modelfile([merged], SAMPLING, 2048) or "")

@@ -12,10 +12,11 @@ import torch
 
 from quantool import pipeline
 from quantool.config.schema import Config
-from quantool.errors import ConfigError, SourceError
+from quantool.errors import ConfigError, DependencyError, SourceError
 from quantool.methods._llama_cpp import lora
 from quantool.records import Source
 from quantool.runtime.progress import Progress
+from quantool.runtime.toolchain import Toolchain
 from quantool.source.resolve import resolve
 
 QUIET = Progress(quiet=True)
@@ -104,6 +105,12 @@ def test_a_method_that_makes_no_adapter_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="merge: false, but fp8 makes no file of an adapter") as refused:
         pipeline.plan(config(tmp_path, method="fp8"), QUIET)
     assert "gguf does" in refused.value.hint
+
+
+def test_a_toolchain_of_an_older_quantool_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DependencyError, match=r"own has no convert_lora_to_gguf\.py") as refused:
+        lora.script_of(Toolchain(tmp_path, None, "own"))
+    assert "quantool toolchain install" in refused.value.hint
 
 
 def test_nothing_to_keep_apart(tmp_path: Path) -> None:
