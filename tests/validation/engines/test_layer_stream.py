@@ -301,7 +301,7 @@ print(peak() - before)
 
 
 def test_memory_holds_two_layers(tmp_path: Path) -> None:
-    """Twenty layers of 29 MB in bfloat16; the process grows by less than six of them, the whole model by all."""
+    """Twenty layers of 29 MB in bfloat16; the process grows by less than three of them, the whole model by all."""
     from transformers import LlamaConfig
 
     layers, width, inner = 20, 1024, 3456
@@ -341,6 +341,6 @@ def test_memory_holds_two_layers(tmp_path: Path) -> None:
     size = 2 * sum(
         tensor.numel() for name, tensors in files.items() if name[0] == "0" for tensor in tensors.values()
     )
-    assert grown[True] < 6 * size, (grown, size)
+    assert grown[True] < 3 * size, (grown, size)
     assert grown[False] > 15 * size
     assert (tmp_path / "a.True.npy").read_bytes() == (tmp_path / "a.False.npy").read_bytes()
