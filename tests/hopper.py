@@ -236,7 +236,7 @@ def traced(job: Path) -> None:
         inner = settings.pop("bar", None)
         bar = Marked(inner) if inner else None
         try:
-            return call(work, request, **settings, **({"bar": bar} if bar else {}))
+            return call(work, request, bar=bar, **settings)
         finally:
             entry = {
                 "work": process.name_of(work), "log": settings["log"].stem, "begin": started - began,
