@@ -20,7 +20,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream, torchrun
-from quantool.methods._compressed.fit.choose import WHOLE, Fitted, Room, choose, request_of
+from quantool.methods._compressed.fit.choose import WHOLE, FitScope, LayerChoice, choose, request_of
 from quantool.methods._compressed.fit.measure import measure
 from quantool.methods._compressed.layers import layers_of
 from quantool.methods._compressed.mappings import decoder_of
@@ -79,8 +79,8 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
     located = layers_of(source)
     with checkpoint_folder(job) as part:
         chosen: dict[str, Any] = {}
-        if task.room is not None:
-            task, chosen = _choose(task, task.room, job, options, source, key, progress)
+        if task.scope is not None:
+            task, chosen = _choose(task, task.scope, job, options, source, key, progress)
         result = _recalled(task, job, options, part)
         if result is None:
             work, request = _work(task, job, options, source, part, progress)
@@ -104,7 +104,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
 
 
 def _choose(
-    task: LevelTask, room: Room, job: Job, options: Any, source: Source, key: str, progress: Progress
+    task: LevelTask, scope: FitScope, job: Job, options: Any, source: Source, key: str, progress: Progress
 ) -> tuple[LevelTask, dict[str, Any]]:
     """Measure what each group of layers costs, where that is not known yet, and choose; the details to record of it."""
     costs, located = job.workspace.work / f"fit-{key[:16]}.jsonl", layers_of(source)
@@ -116,14 +116,14 @@ def _choose(
         "device": devices(job.config.device).kind,
         "seed": job.plan.seed,
         "costs": str(costs),
-        **request_of(room),
+        **request_of(scope),
     }
     log = job.workspace.logs / f"{job.output.id.replace('/', '-')}-measure.log"
     with progress.bar(f"measure layers for {job.output.id}", "measurements") as bar:
         found = process.call(
             measure, request, log=log, bar=bar, variables=devices(job.config.device).variables()
         )
-    choice = choose(room, costs)
+    choice = choose(scope, costs)
     made = _fitted(task, located, choice)
     kinds = {layer.name: task.level for layer in made.selection.layers}
     kinds |= {name: scheme.preset for name, scheme in choice.others.items()}
@@ -210,7 +210,7 @@ def _processes(config: Config, source: Source, progress: Progress) -> int:
     return count
 
 
-def _fitted(task: LevelTask, located: Mapping[str, TensorHeader], choice: Fitted) -> LevelTask:
+def _fitted(task: LevelTask, located: Mapping[str, TensorHeader], choice: LayerChoice) -> LevelTask:
     """The level with what measuring chose: layers left whole are ignored by name, and so are targets with two schemes."""
     whole, chosen = set(choice.whole), task.selection
     layers = tuple(layer for layer in chosen.layers if layer.name not in whole)

@@ -25,7 +25,7 @@ from quantool.methods._artifacts.files import companions
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
 from quantool.methods._compressed.fit.budget import Fit
-from quantool.methods._compressed.fit.choose import Room, refuse_combination, room_of
+from quantool.methods._compressed.fit.choose import FitScope, refuse_combination, scope_of
 from quantool.methods._compressed.fit.measure import KEPT_BYTES
 from quantool.methods._compressed.layers import joined_lines, layers_of
 from quantool.methods._compressed.mappings import check, decoder_of
@@ -134,7 +134,7 @@ class LevelTask:
     """Tensors of a multi-token-prediction head, which calibration does not see."""
     kept: tuple[str, ...] = ()
     """Patterns of the head's modules that are not quantized."""
-    room: Room | None = None
+    scope: FitScope | None = None
     """What may be chosen, where layers are chosen by measuring."""
     others: Mapping[str, WeightScheme] = field(default_factory=dict)
     """Layers, by the names of their weights, that measuring gave another scheme than the level's."""
@@ -142,7 +142,7 @@ class LevelTask:
     @property
     def id(self) -> str:
         """``awq/W4A16``; one level can be made in both layouts, and with layers chosen by measuring."""
-        kind = "-fit" if self.room is not None else "-autoawq" if self.autoawq else ""
+        kind = "-fit" if self.scope is not None else "-autoawq" if self.autoawq else ""
         return f"{self.recipe.method}/{self.level}{kind}"
 
     def tensors(self, located: Mapping[str, TensorHeader]) -> list[Stored]:
@@ -193,8 +193,8 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     if autoawq:
         _check_autoawq(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
-    room = None if options.fit is None else room_of(options.fit, level, scheme, selection, located)
-    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept, room)
+    scope = None if options.fit is None else scope_of(options.fit, level, scheme, selection, located)
+    return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept, scope)
 
 
 def _check_loadable(level: str, scheme: WeightScheme, located: Mapping[str, TensorHeader]) -> None:
@@ -268,7 +268,7 @@ def outline(
         levels = ", ".join(task.level for task in tasks)
         raise ConfigError(f"quantization_config.group_size means nothing to {levels}", hint="drop it")
     calibrated = any(task.calibrated for task in tasks)
-    measured = any(task.room is not None for task in tasks)
+    asking = [task for task in tasks if task.calibrated or task.scope is not None]
     if "calibrate_all_experts" in options.model_fields_set and not calibrated:
         raise ConfigError(
             "quantization_config.calibrate_all_experts means nothing without calibration", hint="drop it"
@@ -277,12 +277,8 @@ def outline(
     if registries:
         modules = sorted({name.rpartition(".")[0] for name in located})
         check(options.mappings, decoder_of(source.facts.architecture), modules, registries)
-    if (calibrated or measured) and corpus.calibration_corpus(config) is None:
-        levels = ", ".join(
-            f"{task.level}{' with fit' if task.room else ''}"
-            for task in tasks
-            if task.calibrated or task.room
-        )
+    if asking and corpus.calibration_corpus(config) is None:
+        levels = ", ".join(task.level + " with fit" * (task.scope is not None) for task in asking)
         raise ConfigError(
             f"{recipe.method} {levels} needs calibration text, and the configuration names none",
             hint="set dataset_path (a .txt, .jsonl or .parquet file) or dataset_id",
@@ -339,11 +335,13 @@ def _output(
 ) -> OutputPlan:
     source, repo_id = request.source, request.repo_id
     tensors = task.tensors(located)
-    data = task.room.data if task.room is not None else sum(tensor.bytes for tensor in tensors)
+    data = task.scope.data if task.scope is not None else sum(tensor.bytes for tensor in tensors)
     hashed = all(file.sha256 for file in source.files)  # before that it has another key
-    name = repo_name(source.name, task.recipe, task.level, autoawq=task.autoawq, fitted=task.room is not None)
+    name = repo_name(
+        source.name, task.recipe, task.level, autoawq=task.autoawq, fitted=task.scope is not None
+    )
     work = cost.operations(task.recipe.algorithm, request.config, source) if task.calibrated else 0.0
-    work += 0.0 if task.room is None else task.room.operations(source.facts.parameters)
+    work += 0.0 if task.scope is None else task.scope.operations(source.facts.parameters)
     return OutputPlan(
         id=task.id,
         method=task.recipe.method,
@@ -372,9 +370,9 @@ def _files(
     files = companions(source)
     shards = _streamed(located, task) if not task.calibrated else split(tensors)
     weights = {name: file_size(stored) for name, stored in shards.items()}
-    if task.room is not None:  # which shard grows is known when the layers are chosen
+    if task.scope is not None:  # which shard grows is known when the layers are chosen
         largest = max(weights, key=lambda name: weights[name])
-        weights[largest] += task.room.data - sum(tensor.bytes for tensor in tensors)
+        weights[largest] += task.scope.data - sum(tensor.bytes for tensor in tensors)
     files += [PlannedFile(name=name, bytes=size) for name, size in weights.items()]
     if len(shards) > 1:
         files.append(PlannedFile(name=INDEX, bytes=len(index_bytes(shards))))
@@ -401,13 +399,13 @@ def _peak_ram(
         made = cost.ram(
             task.recipe.algorithm, config, source, sum(tensor.bytes for tensor in located.values())
         )
-    if task.room is None:
+    if task.scope is None:
         return made
     return max(made, 2 * GIB + 4 * source.facts.parameters + KEPT_BYTES)
 
 
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
-    depends = CALIBRATED if task.calibrated or task.room is not None else STREAMED
+    depends = CALIBRATED if task.calibrated or task.scope is not None else STREAMED
     parts = (task.recipe.method, task.level, source.sampling)
     return key_of(depends, source, *parts, config=config, options=options)

@@ -62,7 +62,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Room:
+class FitScope:
     """What the plan knows of a fitted checkpoint: ``data`` are the bytes that its tensors may take."""
 
     candidates: Candidates
@@ -89,13 +89,13 @@ def refuse_combination(task: Task, *, autoawq: bool) -> None:
         )
 
 
-def room_of(
+def scope_of(
     budget: Budget,
     level: str,
     scheme: WeightScheme,
     selection: Selection,
     located: Mapping[str, TensorHeader],
-) -> Room:
+) -> FitScope:
     """Decide what may be chosen; ConfigError for a budget that cannot be met, and for a mixture of experts."""
     if any(".experts." in layer.name for layer in selection.layers):
         raise ConfigError(
@@ -110,7 +110,7 @@ def room_of(
         _headers(located, selection, scheme),
     )  # fmt: skip
     fixed = smallest - sum(candidates.bytes(group, level) for group in candidates.groups)
-    return Room(candidates, data, fixed)
+    return FitScope(candidates, data, fixed)
 
 
 def _bytes(stored: Any) -> int:
@@ -127,7 +127,7 @@ def _headers(located: Mapping[str, TensorHeader], selection: Selection, scheme: 
 
 
 @dataclass(frozen=True)
-class Fitted:
+class LayerChoice:
     """The choice. ``others``: layers (names of weights) with another scheme than the level's; ``whole``: left as they are."""
 
     others: Mapping[str, WeightScheme]
@@ -136,29 +136,31 @@ class Fitted:
     """Measured costs added up, nats a token."""
 
 
-def choose(room: Room, costs: Path) -> Fitted:
+def choose(scope: FitScope, costs: Path) -> LayerChoice:
     """The least sum of costs under the budget."""
-    choices = room.candidates.choices(costs_of(costs))
-    types = allocate(choices, room.data - room.fixed)
-    own = next(iter(room.candidates.schemes))
+    choices = scope.candidates.choices(costs_of(costs))
+    types = allocate(choices, scope.data - scope.fixed)
+    own = next(iter(scope.candidates.schemes))
     others = {
-        layer.name: room.candidates.schemes[kind]
+        layer.name: scope.candidates.schemes[kind]
         for group, kind in types.items()
         if kind not in (own, WHOLE)
-        for layer in room.candidates.groups[group]
+        for layer in scope.candidates.groups[group]
     }
     whole = tuple(
         layer.name
         for group, kind in types.items()
         if kind == WHOLE
-        for layer in room.candidates.groups[group]
+        for layer in scope.candidates.groups[group]
     )
-    return Fitted(others, whole, cost_of(choices, types))
+    return LayerChoice(others, whole, cost_of(choices, types))
 
 
-def request_of(room: Room) -> dict[str, Any]:
+def request_of(scope: FitScope) -> dict[str, Any]:
     """What the measuring worker is told of the candidates."""
     return {
-        "groups": {name: [layer.name for layer in layers] for name, layers in room.candidates.groups.items()},
-        "schemes": {name: asdict(scheme) for name, scheme in room.candidates.schemes.items()},
+        "groups": {
+            name: [layer.name for layer in layers] for name, layers in scope.candidates.groups.items()
+        },
+        "schemes": {name: asdict(scheme) for name, scheme in scope.candidates.schemes.items()},
     }

@@ -53,4 +53,5 @@ def _grid(values: Tensor, scheme: WeightScheme) -> Tensor:
         zero = (-(2 ** (scheme.bits - 1)) - low / scale).round()
     least, most = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     integers = (values / scale + zero).round().clamp(least, most)
-    return (integers - zero) * scale
+    back: Tensor = (integers - zero) * scale
+    return back

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from quantool.errors import ConfigError, QuantoolError
 from quantool.formats.safetensors import TensorHeader, check_index
 from quantool.methods._compressed.fit.budget import Budget, bytes_of
-from quantool.methods._compressed.fit.choose import WHOLE, Candidates, choose, room_of
+from quantool.methods._compressed.fit.choose import WHOLE, Candidates, choose, scope_of
 from quantool.methods._compressed.fit.measure import costs_of
 from quantool.methods._compressed.fit.rounding import rounded
 from quantool.methods._compressed.schemes import (
@@ -186,7 +186,7 @@ def test_the_dearest_layers_get_more_bits_under_the_budget(
     largest = sum(tensor.end - tensor.start for tensor in located.values())
     elements = sum(tensor.elements for tensor in located.values())
     allowed = smallest + share * (largest - smallest)
-    room = room_of(Budget(bpw=8 * allowed / elements), level, scheme, selection, located)
+    room = scope_of(Budget(bpw=8 * allowed / elements), level, scheme, selection, located)
     costs = {
         (group, name): 0.01 * (number + 1) / (10 if name == "W8A16" else 1)
         for number, group in enumerate(room.candidates.groups)
