@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
+from quantool.formats.tensor_types import stock_level
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, lora
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, level_plan, lora
+from quantool.methods._llama_cpp.fit.choose import choice_key, choose, write_types
+from quantool.methods._llama_cpp.fit.planned import Fitted, planned
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
+from quantool.methods._llama_cpp.level_plan import dry_runs
 from quantool.methods._llama_cpp.mtp import head_pattern, require_types, with_head
-from quantool.methods._llama_cpp.quantize import rehearse
+from quantool.methods._llama_cpp.options import LevelOptions
 from quantool.plugins.contract import Job, Outline, Request, method
 from quantool.plugins.keys import Depends, key_of
 from quantool.records import (
@@ -26,11 +27,9 @@ from quantool.records import (
     PlannedFile,
     Source,
     StagePlan,
-    fingerprint,
 )
-from quantool.runtime import machine, process, toolchain
+from quantool.runtime import machine, toolchain
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import write_text
 from quantool.source.tensor_headers import headers as source_headers
 
 GGUF = Depends(
@@ -38,52 +37,16 @@ GGUF = Depends(
     without=("threads", "base_type", "imatrix", "llama_cpp_path", "max_shard_size"),
 )
 """A level; the options left out count by the key of the base, that of the matrix, and where files are split."""
-MAX_BUFFER = 8 << 30  # llama.cpp 0c1e570, src/llama-quant.cpp: LLAMA_QUANT_MAX_BUF_SIZE
 LOGITS_WINDOWS = 4
 CORES = 4
 """For each level that is quantized at once."""
 BY_LEVEL = "level"
 IMATRIX_RAM = 400 << 20
 """Of the libraries, and of the activations of a batch."""
-WORK = {
-    "IQ4": 5e3, "IQ": 1e5, "TQ": 1e3, **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K"), 2.5e3), "Q6_K": 2e3, "": 200.0,
-}  # fmt: skip
-"""By the start of a level: operations for each weight, as the seconds of llama.cpp 0c1e570 compare with products."""
 
 
-class Options(base_file.GgufOptions):
+class Options(LevelOptions):
     """``quantization_config`` of the method gguf."""
-
-    base_type: Literal["auto", "f16", "bf16", "f32"] = Field(
-        "auto",
-        description="Type of the file that levels are made from; auto: f16, or bf16 where f16 overflows.",
-    )
-    imatrix: bool | Path = Field(
-        False,
-        description="true: compute an importance matrix from the calibration text; a path: use that file.",
-    )
-    tensor_types: dict[str, str] = Field({}, description="Tensor name (regular expression) to ggml type.")
-    output_tensor_type: str | None = Field(None, description="ggml type of output.weight.")
-    token_embedding_type: str | None = Field(None, description="ggml type of token_embd.weight.")
-    mtp_type: str = Field(
-        "q8_0",
-        description="ggml type of a multi-token-prediction head, which few bits ruin; level: what the level gives it.",
-    )
-    pure: bool = Field(False, description="No mixtures: every tensor gets the level's own type.")
-    leave_output_tensor: bool = Field(False, description="Keep output.weight as it is in the base.")
-    keep_split: bool = Field(
-        False, description="Split where the base was split at max_shard_size: same tensors, smaller files."
-    )
-    allow_requantize: bool = Field(False, description="Accept a base that is quantized already.")
-    threads: int = Field(0, ge=0, description="Threads; 0 for all cores.")
-
-    def settings(self) -> dict[str, Any]:
-        """What changes the bytes of a level, as ``_llama_cpp.quantize`` takes it (threads do not)."""
-        names = (
-            "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor",
-            "keep_split", "allow_requantize", "threads",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
 
 def levels() -> dict[str, str]:
@@ -98,13 +61,19 @@ def outline(request: Request, options: Options) -> Outline:
     kind, note = base_file.choose_type(source, options.base_type)
     rehearsal = dry_run.rehearse(source, options, kind)
     _validate_names(rehearsal, options)
-    levelled = {level: _with_head(source, options, level) for level in request.levels}
-    runs = _dry_runs(rehearsal, levelled)
+    levelled = {
+        level: _with_head(source, options, level).model_copy(update={"fit": ()}) for level in request.levels
+    }
+    runs = dry_runs(
+        rehearsal,
+        {level: own.settings() for level, own in levelled.items()},
+        imatrix=bool(options.imatrix),
+    )
     _require_matrix(request.levels, runs, options)
     _require_head_types(rehearsal, request, options)
     stem = base_file.file_stem(source, options, str(rehearsal.keys["general.size_label"]))
     repo = request.repo_id.rpartition("/")[2] if request.repo_id else f"{source.name}-GGUF"
-    extra = _matrix_bytes(request, options, stem)
+    extra = imatrix.metadata_bytes(options.imatrix, request.config, stem)
     outputs = []
     for level, run in zip(request.levels, runs, strict=True):
         if options.keep_split:
@@ -123,8 +92,8 @@ def outline(request: Request, options: Options) -> Outline:
                 repo_id=request.repo_id,
                 files=tuple(PlannedFile(name=n, bytes=b) for n, b in zip(names, sizes, strict=True)),
                 bits_per_weight=dry_run.bits_per_weight(rehearsal, run["types"]),
-                peak_ram=_quantize_ram(rehearsal, run["types"]),
-                operations=_operations(level) * rehearsal.elements(),
+                peak_ram=level_plan.quantize_ram(rehearsal, run["types"]),
+                operations=level_plan.operations(level) * rehearsal.elements(),
                 gates=request.gates(level),
                 done=_is_done(request, levelled[level], kind, level, names),
                 needs=("base", "imatrix") if options.imatrix else ("base",),
@@ -136,15 +105,27 @@ def outline(request: Request, options: Options) -> Outline:
         for name, level in toolchain.levels().items()
         if name in request.levels and level.description.startswith("alias")
     ]
+    fitted = _fitted(request, options, rehearsal, kind, (stem, repo))
+    types = {output.id: run["types"] for output, run in zip(outputs, runs, strict=True)} | {**fitted.types}
     return Outline(
-        tuple(outputs),
-        (*_stages(request, rehearsal, options, kind), *_splitting(outputs, options)),
+        (*outputs, *fitted.outputs),
+        (*_stages(request, rehearsal, options, kind), *fitted.stages, *_splitting(outputs, options)),
         tuple(filter(None, (note, *dry_run.notes(rehearsal, source), *aliases, *coverage))),
-        {
-            output.id: account.lines(source, rehearsal, run["types"])
-            for output, run in zip(outputs, runs, strict=True)
-        },
+        {name: account.lines(source, rehearsal, own) for name, own in types.items()},
     )
+
+
+def _fitted(
+    request: Request, options: Options, rehearsal: dry_run.Rehearsal, kind: str, names: tuple[str, str]
+) -> Fitted:
+    """The files whose types are chosen; ``names`` are the stem of their names and their folder."""
+    if not options.fit:
+        return Fitted((), (), {})
+
+    def done(own: LevelOptions, level: str, files: list[str]) -> bool:
+        return _is_done(request, own, kind, level, files)
+
+    return planned(request, _with_head(request.source, options, "Q4_K_M"), rehearsal, names, done)
 
 
 def _splitting(outputs: list[OutputPlan], options: Options) -> list[StagePlan]:
@@ -159,37 +140,46 @@ def _splitting(outputs: list[OutputPlan], options: Options) -> list[StagePlan]:
     return [StagePlan(name="gguf/split", writes=max(needs.values()), peak_ram=100 << 20, done=done)]
 
 
-def _level_key(source: Source, options: Options, kind: str, level: str, matrix: str, names: list[str]) -> str:
-    """The key of a level; ``matrix`` is that of the importance matrix."""
+def _level_key(
+    source: Source,
+    options: LevelOptions,
+    kind: str,
+    level: str,
+    matrix: str,
+    names: list[str],
+    text: str = "",
+) -> str:
+    """The key of a level; ``matrix`` is that of the importance matrix, ``text`` the hash of what types are chosen by."""
     return key_of(
-        GGUF, source, base_file.base_key(source, options, kind), toolchain.levels()[level].ftype, level, matrix, names,
-        options.split_bytes() if len(names) > 1 and not options.keep_split else 0,
+        GGUF, source, base_file.base_key(source, options, kind), toolchain.levels()[stock_level(level)].ftype, level, matrix,
+        names, options.split_bytes() if len(names) > 1 and not options.keep_split else 0,
+        *([choice_key(options, text)] if options.fit else ()),
         options=options,
     )  # fmt: skip
 
 
-def _is_done(request: Request, options: Options, kind: str, level: str, names: list[str]) -> bool:
+def _is_done(request: Request, options: LevelOptions, kind: str, level: str, names: list[str]) -> bool:
     source, workspace = request.source, request.workspace
     matrix = _known_matrix(request, options, kind)
-    if matrix is None:
+    text = imatrix.known_text(request.config, source, workspace) if _searches(options) else ""
+    if matrix is None or text is None:
         return False
-    key = _level_key(source, options, kind, level, matrix, names)
+    key = _level_key(source, options, kind, level, matrix, names, text)
     return workspace.recall(f"gguf/{level}", key) is not None
 
 
-def _known_matrix(request: Request, options: Options, kind: str) -> str | None:
+def _searches(options: LevelOptions) -> bool:
+    """Whether an output's types are chosen by measuring."""
+    return any(target.recipe is None for target in options.fit)
+
+
+def _known_matrix(request: Request, options: LevelOptions, kind: str) -> str | None:
     """Key of the importance matrix as far as earlier work tells; None while the weights have not been hashed."""
     source = request.source
     if not all(file.sha256 for file in source.files):
         return None
     base_key = base_file.base_key(source, options, kind)
     return imatrix.known_key(options.imatrix, request.config, source, base_key, request.workspace)
-
-
-def _matrix_bytes(request: Request, options: Options, stem: str) -> int:
-    if isinstance(options.imatrix, Path):
-        return imatrix.key_bytes(stem, read_matrix(options.imatrix).label)
-    return imatrix.key_bytes(stem, imatrix.label(request.config)) if options.imatrix else 0
 
 
 def _validate(options: Options) -> None:
@@ -236,31 +226,6 @@ def _with_head(source: Source, options: Options, level: str) -> Options:
     return options.model_copy(update={"tensor_types": types})
 
 
-def _dry_runs(rehearsal: dry_run.Rehearsal, levelled: Mapping[str, Options]) -> list[dict[str, Any]]:
-    """llama.cpp's decision for each level with its options; kept beside the rehearsal."""
-    known = toolchain.levels()
-    runs = [
-        {
-            "ftype": known[name].ftype,
-            "copy": name == "COPY",
-            "settings": options.settings() | {"keep_split": False},
-            "imatrix": {"path": None, "label": ""} if options.imatrix else None,
-        }
-        for name, options in levelled.items()
-    ]
-    kept = rehearsal.folder / f"runs-{fingerprint(runs, toolchain.installed_version())[:16]}.json"
-    with dry_run.locked(rehearsal.folder):
-        if not kept.is_file():
-            result = process.call(
-                rehearse,
-                {"base": str(rehearsal.header), "runs": runs},
-                log=rehearsal.folder / "quantizer.log",
-            )
-            write_text(kept, json.dumps(result["runs"]))
-    found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
-    return found
-
-
 def _require_matrix(names: tuple[str, ...], runs: list[dict[str, Any]], options: Options) -> None:
     missing = [name for name, run in zip(names, runs, strict=True) if run["needs_imatrix"]]
     if missing and not options.imatrix:
@@ -275,24 +240,10 @@ def _require_head_types(rehearsal: dry_run.Rehearsal, request: Request, options:
     pattern = head_pattern(request.source, source_headers(request.source))
     if pattern is None or _head_type(options) is not None:
         return
-    without = options.model_copy(update={"imatrix": False})
-    runs = _dry_runs(rehearsal, dict.fromkeys(request.levels, without))
+    runs = dry_runs(rehearsal, dict.fromkeys(request.levels, options.settings()), imatrix=False)
     for level, run in zip(request.levels, runs, strict=True):
         head = [name for name in run["types"] if re.search(pattern, name)]
         require_types(level, head, needs_matrix=run["needs_imatrix"])
-
-
-def _quantize_ram(rehearsal: dry_run.Rehearsal, types: dict[str, str]) -> int:
-    """One slab of the largest tensor as stored, as float32 and as quantized, and the library."""
-    largest = max(
-        2 * t.bytes + t.bytes + dry_run.tensor_bytes(t, types[name]) for name, t in rehearsal.tensors.items()
-    )
-    return min(largest, MAX_BUFFER) + (200 << 20)
-
-
-def _operations(level: str) -> float:
-    """What quantizing a weight costs, in multiplications and additions of a matrix product (they are far quicker)."""
-    return next((cost for start, cost in WORK.items() if level.startswith(start)), WORK[""])
 
 
 def _stages(
@@ -365,14 +316,17 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
     source, output, workspace = job.plan.source, job.output, job.workspace
     kind, note = base_file.choose_type(source, options.base_type)
-    level = toolchain.levels()[output.level]
+    level = toolchain.levels()[stock_level(output.level)]
     matrix, matrix_key = imatrix.matrix(job, options, options.imatrix, kind, progress)
     names = [file.name for file in output.files]
-    key = _level_key(source, options, kind, output.level, matrix_key, names)
+    text = str(imatrix.calibration_ids(job, progress)[1]["sha256"]) if _searches(options) else ""
+    key = _level_key(source, options, kind, output.level, matrix_key, names, text)
     if (kept := workspace.recall(output.id, key)) is not None:
         return Artifact.model_validate(kept)
-    base, _ = base_file.base(job, options, kind, progress)
+    base, base_key = base_file.base(job, options, kind, progress)
     started = time.monotonic()
+    file = job.folder / matrix[0].name if matrix else None
+    chosen = choose(job, options, base, (base_key, matrix_key), file, progress) if options.fit else None
     sizes = [file.bytes for file in output.files]
     need_disk(workspace, sum(sizes) + level_files.temporary(sizes, keep_split=options.keep_split))
     log = workspace.logs / f"quantize-{output.level}.log"
@@ -380,18 +334,24 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         "base": str(base),
         "ftype": level.ftype,
         "copy": level.name == "COPY",
-        "settings": options.settings(),
-        "imatrix": {"path": str(job.folder / matrix[0].name), "label": matrix[1]} if matrix else None,
+        "settings": options.settings() | ({"tensor_types": chosen.tensor_types} if chosen else {}),
+        "imatrix": {"path": str(file), "label": matrix[1]} if matrix else None,
     }
     remarks = level_files.write_level(job, request, key, options.split_bytes(), log, progress)
     if matrix and (seen := expert_tokens(read_matrix(job.folder / matrix[0].name))):
         remarks["expert_tokens"] = seen
+    recipe = write_types(job, names[0], chosen) if chosen else None
     return finished(
         job,
         key,
         names,
         started,
-        {"base": kind, "note": note, **remarks},
-        shared=(*([matrix[0]] if matrix else []), *lora.placed(job, base)),
+        {"base": kind, "note": note, **remarks, **(recipe.details if recipe else {})},
+        bits_per_weight=recipe.bits_per_weight if recipe else None,
+        shared=(
+            *([matrix[0]] if matrix else []),
+            *([recipe.file] if recipe else []),
+            *lora.placed(job, base),
+        ),
         made_from=str(base.relative_to(workspace.root)),
     )

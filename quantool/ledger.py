@@ -24,6 +24,8 @@ TEXT, VISION, AUDIO, SPEECH, MTP, HEAD = "text", "vision", "audio", "speech", "m
 """Parts of a checkpoint: the language model, eyes, ears, a voice, a head that drafts further tokens, a classifier's."""
 TOWERS = (VISION, AUDIO, SPEECH)
 """What a checkpoint has beside its language model."""
+CHOSEN = "CHOSEN"
+"""Dtype of a tensor of an artifact whose type a search chooses while the artifact is made; its record has the type."""
 
 
 class Fate(StrEnum):

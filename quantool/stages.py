@@ -14,7 +14,7 @@ from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import OrderedStage, Outcome, RunOrder, marked, read_marks, read_order
 from quantool.config.schema import Config
-from quantool.errors import DependencyError
+from quantool.errors import DependencyError, PublicationError
 from quantool.plugins import find
 from quantool.plugins.contract import Case
 from quantool.preparing import planned_beside_others
@@ -217,10 +217,13 @@ def _is_packed(outputs: Sequence[OutputPlan], workspace: Workspace) -> bool:
     sums = workspace.root / outputs[0].repo / SUMS
     if not sums.is_file():
         return False
+    try:
+        packed = read_packed_folder(sums.parent)
+    except PublicationError:  # damaged, or another version's
+        return False
     lines = {*sums.read_text(encoding="utf-8").splitlines()}
     reports = [judging.saved_report(workspace, output.id) for output in outputs]
     files = [file for report in reports if report is not None for file in report.artifact.files]
-    packed = read_packed_folder(sums.parent)
     verdicts = {report.artifact.output: report.verdict() for report in packed.reports}
     return (
         {f"{file.sha256}  {file.name}" for file in files} <= lines

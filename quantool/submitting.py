@@ -35,6 +35,7 @@ from quantool.publish.package import SUMS
 from quantool.publish.packed_folder import read_packed_folder
 from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import Plan
+from quantool.runtime import gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import WHOLE_RUN, Workspace
 from quantool.stages import StageJob, config_of, done_stages, order_of, require_devices
@@ -87,7 +88,8 @@ def _send(
     alive = _alive(before, scheduler, read_marks(workspace))
     if before is not None and alive and not dry_run:
         _refuse_another(before, config, alive)
-    with progress.whole():
+    node, cluster = scheduler.node(), _cluster_of(config)
+    with progress.whole(), gpus.of_nodes(node.gpus):  # a login node has none
         plan, machine = planned_to_submit(config, workspace, progress, fetch=not dry_run)
         if not dry_run:
             _fetch(config, plan)
@@ -96,7 +98,6 @@ def _send(
     todo = [stage for stage in waiting(graph, done) if stage.name not in alive]
     if not todo:
         return _nothing_to_send(config, workspace, graph, alive)
-    node, cluster = scheduler.node(), _cluster_of(config)
     needed = resources_of(todo, plan, config, node)
     require_time(needed, node.minutes, "cluster.slurm.time" if _own_time(cluster) else "the partition")
     going = {stage.name for stage in todo} | alive.keys()

@@ -227,7 +227,7 @@ def main() -> int:
     if options.publish:
         settings = settings | {
             "quantizations": [
-                entry | {"repo_id": f"tester/{entry['method']}"} for entry in settings["quantizations"]
+                entry | {"repo_id": f"someone/{entry['method']}"} for entry in settings["quantizations"]
             ]
         }
     with contextlib.ExitStack() as stack:

@@ -38,6 +38,7 @@ TEXT = {
     "cal.txt": "What was learned from.\n",
     "held.txt": "What is measured on.\n",
     "other.txt": "Other text.\n",
+    "recipe.txt": "^blk\\.0\\.attn_q\\.weight$=q8_0\n",
 }
 QUANTIZATIONS: list[dict[str, Any]] = [
     {"method": "gguf", "quant_level": "Q4_K_M", "quantization_config": {"pre_tokenizer": "qwen2", "imatrix": True}},
@@ -160,13 +161,13 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "sign", "sign.key", "sign.keyless",  # so is the signature
 }  # fmt: skip
 
-HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False}
+HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False, "fit": {"bpw": 14.0}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "gguf": {
         "base_type": "f32", "imatrix": False, "tensor_types": {"ffn_down": "q8_0"}, "output_tensor_type": "q6_K",
         "token_embedding_type": "q6_K", "pure": True, "leave_output_tensor": True, "keep_split": True,
         "allow_requantize": True, "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
-        "max_shard_size": "1M", "llama_cpp_path": "checkout", "mtp_type": "q5_0",
+        "max_shard_size": "1M", "llama_cpp_path": "checkout", "mtp_type": "q5_0", "fit": [{"recipe": "recipe.txt"}],
     },
     "fp16": {
         "format": "safetensors", "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
@@ -257,7 +258,7 @@ def one_rehearsal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_validate_names", lambda *_: None)
     types = {name: tensor.type for name, tensor in rehearsal().tensors.items()}
     run = {"types": types, "needs_imatrix": False}
-    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, levelled, *_: [run] * len(levelled))
+    monkeypatch.setattr(gguf, "dry_runs", lambda _rehearsal, levelled, **_: [run] * len(levelled))
 
 
 @cache

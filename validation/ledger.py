@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from pydantic import JsonValue
+
 from quantool.errors import SourceError
 from quantool.formats.safetensors import read_headers as read_safetensors
 from quantool.formats.safetensors import some
-from quantool.ledger import ArtifactTensor, Fate, Ledger, TensorLine, names
+from quantool.ledger import CHOSEN, ArtifactTensor, Fate, Ledger, TensorLine, names
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
 from quantool.records import Finding
@@ -57,12 +59,18 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         return [BUILD.fail("tensors", without_folders(error.message, case.artifact)), files]
     except ValueError as error:
         return [BUILD.fail("tensors", f"quantization_config of config.json: {error}"), files]
-    return [_judge_tensors(ledger, held), _judge_values(case, ledger, held), files]
+    return [_judge_tensors(ledger, held, case.details), _judge_values(case, ledger, held), files]
 
 
-def _judge_tensors(ledger: Ledger, held: Mapping[str, HeldTensor]) -> Finding:
-    """Names, dtypes and shapes are those of the ledger, no more and no fewer."""
-    promised = {tensor.name: (tensor, line) for line in ledger.tensors for tensor in line.stored()}
+def _judge_tensors(
+    ledger: Ledger, held: Mapping[str, HeldTensor], details: Mapping[str, JsonValue]
+) -> Finding:
+    """Names, dtypes and shapes are those of the ledger (of the recipe where types were chosen), no more and no fewer."""
+    promised = {
+        tensor.name: (_with_type(tensor, details), line)
+        for line in ledger.tensors
+        for tensor in line.stored()
+    }
     lost = [_origin(name, line) for name, (_, line) in promised.items() if name not in held]
     changed = [
         f"{name} is {held[name].dtype} {[*held[name].shape]}, not {tensor.dtype} {[*tensor.shape]}"
@@ -74,6 +82,14 @@ def _judge_tensors(ledger: Ledger, held: Mapping[str, HeldTensor]) -> Finding:
     problems = [f"missing: {some(lost)}"] * bool(lost) + changed[:4]
     problems += [f"not accounted for: {some(more)}"] * bool(more)
     return BUILD.fact("tensors", ledger.statement(), "; ".join(problems))
+
+
+def _with_type(tensor: ArtifactTensor, details: Mapping[str, JsonValue]) -> ArtifactTensor:
+    """The tensor with the type that a search chose for it, where the plan left it open."""
+    recipe = details.get("recipe")
+    if tensor.dtype != CHOSEN or not isinstance(recipe, dict):
+        return tensor
+    return tensor.model_copy(update={"dtype": str(recipe.get(tensor.name, CHOSEN)).upper()})
 
 
 def _origin(name: str, line: TensorLine) -> str:

@@ -20,7 +20,7 @@ from quantool.methods._artifacts.files import (
     relative_files,
 )
 from quantool.methods._compressed import autoawq, calibrate, stream, torchrun
-from quantool.methods._compressed.fit.choose import Fitted, Room, choose, request_of
+from quantool.methods._compressed.fit.choose import WHOLE, Fitted, Room, choose, request_of
 from quantool.methods._compressed.fit.measure import measure
 from quantool.methods._compressed.layers import layers_of
 from quantool.methods._compressed.mappings import decoder_of
@@ -125,18 +125,16 @@ def _choose(
         )
     choice = choose(room, costs)
     made = _fitted(task, located, choice)
-    kinds = {layer.name: task.level for layer in made.selection.layers} | {
-        name: scheme.preset for name, scheme in choice.others.items()
+    kinds = {layer.name: task.level for layer in made.selection.layers}
+    kinds |= {name: scheme.preset for name, scheme in choice.others.items()}
+    kinds |= dict.fromkeys(choice.whole, WHOLE)
+    details = {
+        "fit": options.fit.describe(),
+        "schemes": {name.removesuffix(SUFFIX): kinds[name] for name in located if name in kinds},
+        "predicted": choice.cost,
+        "measured": {key: found[key] for key in ("tokens", "positions")},
     }
-    fit = {
-        "budget": options.fit.model_dump(mode="json", exclude_none=True),
-        "types": {name.removesuffix(SUFFIX): kind for name, kind in kinds.items()},
-        "whole": [name.removesuffix(SUFFIX) for name in choice.whole],
-        "expected_kld": choice.cost,
-        "tokens": found["tokens"],
-        "positions": found["positions"],
-    }
-    return made, {"fit": fit}
+    return made, details
 
 
 def _recalled(task: LevelTask, job: Job, options: Any, part: Path) -> dict[str, Any] | None:

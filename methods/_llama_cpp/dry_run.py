@@ -251,6 +251,11 @@ def tensor_bytes(tensor: ConvertedTensor, type_name: str) -> int:
     return math.prod(tensor.shape) // kind.block * kind.size
 
 
+def padded_bytes(tensor: ConvertedTensor, type_name: str) -> int:
+    """Bytes of a tensor in a file, the padding behind it counted."""
+    return padded(tensor_bytes(tensor, type_name))
+
+
 def conversion_ram(rehearsal: Rehearsal) -> int:
     """Peak memory of the conversion: what is prepared ahead of the writer, and the libraries."""
     largest = max(rehearsal.tensors.values(), key=lambda tensor: tensor.bytes)

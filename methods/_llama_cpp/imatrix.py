@@ -58,6 +58,19 @@ def key_bytes(stem: str, text: str) -> int:
     return size + sum(8 + len(f"quantize.imatrix.{key}") + 4 + 4 for key in ("entries_count", "chunks_count"))
 
 
+def metadata_bytes(wanted: bool | Path, config: Config, stem: str) -> int:
+    """``key_bytes`` of what a level will carry; ``wanted`` is the option ``imatrix``."""
+    if isinstance(wanted, Path):
+        return key_bytes(stem, read_matrix(wanted).label)
+    return key_bytes(stem, label(config)) if wanted else 0
+
+
+def known_text(config: Config, source: Source, workspace: Workspace) -> str | None:
+    """The hash of the calibration ids, when an earlier run left them."""
+    ids = workspace.recall("imatrix-ids", text_key(config, source))
+    return None if ids is None else str(ids["sha256"])
+
+
 def known_key(
     wanted: bool | Path, config: Config, source: Source, base_key: str, workspace: Workspace
 ) -> str | None:
@@ -66,8 +79,8 @@ def known_key(
         return ""
     if isinstance(wanted, Path):
         return sha256_of(wanted)
-    ids = workspace.recall("imatrix-ids", _text_key(config, source))
-    return None if ids is None else _matrix_key(config, source, base_key, str(ids["sha256"]))
+    ids = known_text(config, source, workspace)
+    return None if ids is None else _matrix_key(config, source, base_key, ids)
 
 
 def matrix(
@@ -107,10 +120,10 @@ def coverage(request: Request) -> list[str]:
     """A warning when the matrix would see too few tokens for the experts that the model has."""
     limits = [request.gates(level).min_expert_tokens or MIN_EXPERT_TOKENS for level in request.levels]
     model = read_json(request.source.folder / "config.json")
-    return coverage_note(model, tokens_at_most(request.config), max(limits))
+    return coverage_note(model, tokens_at_most(request.config), max(limits, default=MIN_EXPERT_TOKENS))
 
 
-def _text_key(config: Config, source: Source) -> str:
+def text_key(config: Config, source: Source) -> str:
     """The key of the calibration ids: weights do not change them."""
     return key_of(TEXT, source.without_weights(), IMATRIX_CONTEXT, config=config)
 
@@ -120,11 +133,12 @@ def _matrix_key(config: Config, source: Source, base_key: str, ids: str) -> str:
     return key_of(MATRIX, source, base_key, ids, label(config), config=config)
 
 
-def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
-    """Token ids of the calibration text as an array in ``ids``; made again only when text or tokenizer changed."""
+def calibration_ids(job: Job, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """Token ids of the calibration text as an array in a file; made again only when text or tokenizer changed."""
+    ids = job.workspace.work / "imatrix-ids.npy"
     source, workspace, config = job.plan.source, job.workspace, job.config
     limit = _token_limit(config)
-    key = _text_key(config, source)
+    key = text_key(config, source)
 
     def produce() -> tuple[list[Path], dict[str, Any]]:
         request = {
@@ -139,7 +153,7 @@ def _calibration_ids(job: Job, ids: Path, progress: Progress) -> dict[str, Any]:
             result = process.call(imatrix_collect.tokenize, request, log=log, bar=bar)
         return [ids], result
 
-    return workspace.stage("imatrix-ids", key, produce)
+    return ids, workspace.stage("imatrix-ids", key, produce)
 
 
 def _computed(
@@ -147,8 +161,7 @@ def _computed(
 ) -> tuple[dict[str, Any], str]:
     """Collect activations of the calibration text on the base; skipped when both are unchanged."""
     workspace, config = job.workspace, job.config
-    ids = workspace.work / "imatrix-ids.npy"
-    text = _calibration_ids(job, ids, progress)
+    ids, text = calibration_ids(job, progress)
     name = label(config)
     source = job.plan.source
     key = _matrix_key(config, source, base_file.base_key(source, options, kind), text["sha256"])

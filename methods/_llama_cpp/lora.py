@@ -72,6 +72,8 @@ def require_separable(source: Source, prepared: Prepared) -> LoraAdapter:
         if prepared.form
         else f"the adapter changes {whole[0]} as a whole"
         if whole
+        else "DoRA gives rows a length, which a GGUF adapter does not hold"
+        if any(pair.magnitude for pair in adapter.added.values())
         else f"{source.name} is for {source.facts.task.kind}, and engines here add adapters to text generation alone"
         if not source.facts.task.generates
         else "its head for further tokens would draft for the base"

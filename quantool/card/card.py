@@ -21,6 +21,7 @@ from quantool.config.sampling import chosen, listed, recommended
 from quantool.config.schema import Config
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
+from quantool.report.fitted import choice
 from quantool.report.plots import CORPORA
 from quantool.report.pooled import meaning, worst_pooled
 from quantool.report.sections import checks, corpora, folded, not_run, pictures, unchecked
@@ -221,6 +222,13 @@ def _origin(plan: Plan) -> str:
     return "validation.generation" if given else "generation_config.json of the source"
 
 
+def _shared_kind(name: str, reports: Sequence[Report]) -> str:
+    """What a file is that artifacts share."""
+    if name in adapters(reports):
+        return "adapter"
+    return "importance matrix" if name.endswith(".gguf") else "types of its tensors"
+
+
 def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     facts, versions = plan.source.facts, _versions(plan, outputs, reports)
     lines = [
@@ -232,10 +240,12 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         details = report.artifact.details
         if details.get("base"):
             lines.append(f"- {report.artifact.level}: made from {str(details['base']).upper()}")
+        if chosen := choice(report):
+            lines.append(f"- {report.artifact.level}: {chosen}")
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- {'adapter' if file.name in adapters([report]) else 'importance matrix'}: `{file.name}`, SHA-256 `{file.sha256}`"
+            f"- {_shared_kind(file.name, [report])}: `{file.name}`, SHA-256 `{file.sha256}`"
             for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)

@@ -192,10 +192,10 @@ def _levels(
     path = (*path, "quant_level")
     given = entry.get("quant_level", [])
     listed = given if isinstance(given, list) else [given]
-    if not listed:
+    options = entry.get("quantization_config")
+    if not listed and not (isinstance(options, dict) and options.get("fit")):
         return [Mistake(path, f"missing; the levels of {entry['method']} are {', '.join(known)}")]
     folded = {level.casefold(): level for level in known}
-    options = entry.get("quantization_config")
     form = str(options.get("format")) if isinstance(options, dict) else "None"  # a level can be made in two
     mistakes, spelled = [], []
     for index, level in enumerate(listed):

@@ -14,6 +14,8 @@ from pathlib import Path
 from quantool.errors import ConfigError
 from quantool.records import sha256_of
 
+FITTED = re.compile(r"_FIT[A-Z]?$")
+"""How the level of a file ends whose types were chosen for it: the stock level nearest to it stands before."""
 PATTERN = re.compile(r"\^((?:[\w-]|\\\.)+)\$")
 
 
@@ -61,3 +63,8 @@ def read_recipe(path: Path) -> dict[str, str]:
 def recipe_hash(path: Path) -> str:
     """SHA-256 of a recipe, by which keys know it."""
     return sha256_of(path)
+
+
+def stock_level(level: str) -> str:
+    """The stock level that ``level`` is named after; of a stock level, itself."""
+    return FITTED.sub("", level)

@@ -27,8 +27,10 @@ BYTES = 4e8
 """Bytes a second that are prepared and written."""
 NETWORK = 5e7
 """Bytes a second of a download or an upload."""
-MEMORY, GPU_MEMORY = 2e10, 2e12
+MEMORY = 2e10
 """Bytes of weights that are read a second to generate tokens, times the prompts that are answered at once."""
+GPU_MEMORY = 1e12
+"""The same of a GPU: a third of what recent ones have."""
 TOKEN = 3e-3
 """Seconds that a generated token costs beside its arithmetic."""
 START = 3.0
@@ -136,6 +138,7 @@ def _rate(config: Config, speed: Speed, *, on_gpu: bool) -> float:
 
 
 def _takes_gpu(config: Config, speed: Speed) -> bool:
+    """Whether there is a GPU and the configuration lets work run on it."""
     there = machine.gpus() if speed.gpus is None else speed.gpus
     return there > 0 and devices(config.device).kind != "cpu"
 

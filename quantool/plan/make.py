@@ -174,6 +174,12 @@ def _advice(source: Source, config: Config) -> list[str]:
         )
     if unknown := unknown_files(source):
         notes.append(f"files that are not carried, because nothing is known of them: {some(unknown)}")
+    others = [language for language in source.card.languages if language.partition("-")[0] != "en"]
+    if others and not config.validation.corpora and config.eval_dataset is None:
+        notes.append(
+            f"the held-out text is English, but the model's card names {some(others)}: what these languages lose shows on "
+            "validation.corpora of their own"
+        )
     if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
         notes.append(
             f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,18 @@ TOLERANCE = 0.005
 def is_fitted(report: Report) -> bool:
     """Whether the types of the artifact were chosen by measuring."""
     return bool(report.artifact.details.get(FIT))
+
+
+def choice(report: Report) -> str:
+    """For what its types were chosen, and how many layers got which where these are named; empty for stock levels."""
+    if not is_fitted(report):
+        return ""
+    schemes = report.artifact.details.get("schemes")
+    counts = Counter(schemes.values()) if isinstance(schemes, dict) else {}
+    named = ", ".join(
+        f"{count} {'layer' if count == 1 else 'layers'} {kind}" for kind, count in counts.items()
+    )
+    return f"types chosen by measuring, for {report.artifact.details[FIT]}" + (f": {named}" if named else "")
 
 
 def divergences(report: Report) -> dict[str, float]:

@@ -106,7 +106,12 @@ def living(folder: Path) -> dict[str, Holder]:
 def drop_of_this_machine(path: Path) -> None:
     """Take away a claim of this machine's that a lock of the machine's own proves dead, whatever its name space was."""
     holder = holder_of(path)
-    if holder is not None and holder.space and holder.space.split()[0] == _space().partition(" ")[0]:
+    boot = _space().partition(" ")[0]
+    if (
+        holder is not None
+        and holder.space.partition(" ")[0] == boot
+        and (boot or holder.host == socket.gethostname())
+    ):
         path.unlink(missing_ok=True)
 
 
@@ -138,11 +143,7 @@ def _take(path: Path, own: Holder, *, wait: bool) -> None:
     offer.write_text(json.dumps(asdict(own)), encoding="utf-8")
     try:
         while True:
-            try:
-                os.link(offer, path)
-            except FileExistsError:
-                pass
-            else:
+            if _put(offer, path):
                 return
             holder, beat = holder_of(path), _last_beat(path)
             if holder is None and beat is None:  # released meanwhile
@@ -161,6 +162,20 @@ def _take(path: Path, own: Holder, *, wait: bool) -> None:
             time.sleep(POLL)
     finally:
         offer.unlink(missing_ok=True)
+
+
+def _put(offer: Path, path: Path) -> bool:
+    """Give the file ``offer`` the name ``path`` too, unless something has it: by a hard link, or where there are none, a new file."""
+    with suppress(FileExistsError):
+        try:
+            os.link(offer, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(offer.read_text(encoding="utf-8"))
+        return True
+    return False
 
 
 def _is_beating(path: Path, holder: Holder) -> bool:
@@ -185,8 +200,7 @@ def _evict(path: Path, token: str, own: Holder) -> None:
         path.rename(aside)
         now = holder_of(aside)
         if now is not None and now.token != token:
-            with suppress(FileExistsError):
-                os.link(aside, path)
+            _put(aside, path)
         aside.unlink()
 
 

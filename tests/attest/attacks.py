@@ -131,9 +131,11 @@ def recipe(folder: Path) -> None:
 def figures(folder: Path) -> None:
     """Report and card agree on figures that were never measured."""
     lower_bits(folder)
-    card = (folder / CARD).read_text()
-    bits = next(line for line in card.splitlines() if line.startswith(f"| {LEVEL} |")).split(" | ")[3]
-    (folder / CARD).write_text(card.replace(f" | {bits} | ", " | 4.20 | "))
+    before, heading, table = (folder / CARD).read_text().partition("## Verdicts\n")
+    row = next(line for line in table.splitlines() if line.startswith(f"| {LEVEL} |"))
+    cells = row.split(" | ")
+    changed = " | ".join([*cells[:3], "4.20", *cells[4:]])
+    (folder / CARD).write_text(before + heading + table.replace(row, changed))
 
 
 def praise(folder: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_key_that_is_none_is_found_before_the_run(tmp_path: Path, monkeypatch:
     subprocess.run(["openssl", "genrsa", "-out", rsa, "2048"], check=True, capture_output=True)
     with pytest.raises(ConfigError, match="no elliptic curve key"):
         require_signer(Sign(key=rsa))
-    monkeypatch.setattr(signature.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(DependencyError, match="model-signing"):
         require_signer(Sign(keyless=True))
 
@@ -109,7 +109,8 @@ def test_a_password_comes_from_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = tmp_path / "locked.pem"
-    command = ["openssl", "pkcs8", "-topk8", "-in", keys()[0], "-out", locked, "-passout", "pass:open sesame"]
+    command: list[str | Path] = ["openssl", "pkcs8", "-topk8", "-in", keys()[0], "-out", locked]
+    command += ["-passout", "pass:open sesame"]
     subprocess.run(command, check=True, capture_output=True)
     with pytest.raises(ConfigError, match=r"sign\.key"):
         require_signer(Sign(key=locked))

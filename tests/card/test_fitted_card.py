@@ -51,14 +51,18 @@ def test_sentence_and_table_come_from_records_only(plan: Plan, tmp_path: Path) -
     reports = [
         report("Q8_0", 8_000_000_000, 0.001),
         report("Q4_K_M", 4_500_000_000, 0.03),
-        report("Q4_K_M-fit", 4_490_000_000, 0.018, fit={"size": 4_500_000_000}),
-        report("6GB-fit", 6_000_000_000, 0.02, fit={"size": 6_000_000_000}),
+        report("Q4_K_M-fit", 4_490_000_000, 0.018, fit="size: 4.5GB"),
+        report(
+            "6GB-fit", 6_000_000_000, 0.02, fit="bpw: 6", schemes={"a": "W8A16", "b": "W4A16", "c": "W4A16"}
+        ),
     ]
     text = write_card(plan, plan.outputs, reports, ("plots/size-kld.png",))
     for line in (
         "| 8 GB | `tiny-Q4_K_M-fit.gguf` | `tiny-Q4_K_M-fit.gguf` | - | `tiny-Q4_K_M-fit.gguf` |",
         "`tiny-Q4_K_M-fit.gguf` has 0.60 of the mean KLD of stock levels at its size, on every text.",
         "`tiny-6GB-fit.gguf` is **not better** than stock levels at its size",
+        "- Q4_K_M-fit: types chosen by measuring, for size: 4.5GB\n",
+        "- 6GB-fit: types chosen by measuring, for bpw: 6: 1 layer W8A16, 2 layers W4A16\n",
         "types chosen by measuring on a dotted line of their own](plots/size-kld.png)",
     ):
         assert line in text
@@ -68,11 +72,11 @@ def test_sentence_and_table_come_from_records_only(plan: Plan, tmp_path: Path) -
     assert write_card(read_back, read_back.outputs, again, ("plots/size-kld.png",)) == text
 
 
-@pytest.mark.parametrize("change", [{"kld": 0.04}, {"size": 5_200_000_000}, {"fit": {}}])
+@pytest.mark.parametrize("change", [{"kld": 0.04}, {"size": 5_200_000_000}, {"fit": ""}])
 def test_another_record_is_another_sentence(plan: Plan, change: dict[str, Any]) -> None:
     """Nothing of the sentence stands in the card by itself."""
     stock = [report("Q8_0", 8_000_000_000, 0.001), report("Q4_K_M", 4_500_000_000, 0.03)]
-    given: dict[str, Any] = {"size": 4_490_000_000, "kld": 0.018, "fit": {"bpw": 4.5}}
+    given: dict[str, Any] = {"size": 4_490_000_000, "kld": 0.018, "fit": "bpw: 4.5"}
     before = write_card(plan, plan.outputs, [*stock, report("Q4_K_M-fit", **given)])
     after = write_card(plan, plan.outputs, [*stock, report("Q4_K_M-fit", **given | change)])
     sentence = "`tiny-Q4_K_M-fit.gguf` has 0.60 of the mean KLD"

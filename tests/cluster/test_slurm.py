@@ -21,6 +21,7 @@ from quantool.cluster.scheduler import StageOrder
 from quantool.cluster.slurm import SlurmScheduler, limit_minutes
 from quantool.config.cluster import Cluster
 from quantool.errors import ConfigError
+from quantool.runtime import gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
@@ -192,6 +193,25 @@ def test_without_slurm(
 def test_bad_input(config_file: Write, quantool: Callable[..., Any], overrides: list[str], told: str) -> None:
     ended = quantool("submit", config_file(), *(word for each in overrides for word in ("--set", each)))
     assert (ended.code in (2, 3), told in ended.err) == (True, True), ended.err
+
+
+def test_gpus_are_the_nodes_and_not_the_login_nodes(
+    config_file: Write,
+    quantool: Callable[..., Any],
+    site: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    here = gpus.capabilities()
+    real_plan = submitting.planned_to_submit
+
+    def planned(*given: Any, **named: Any) -> Any:
+        seen.append(len(gpus.capabilities()))
+        return real_plan(*given, **named)
+
+    monkeypatch.setattr(submitting, "planned_to_submit", planned)
+    assert quantool("submit", config_file(), "--dry-run", "--set", "cluster={slurm: {}}", "-q").code == 0
+    assert (seen, gpus.capabilities()) == ([4], here)
 
 
 def test_a_plugin(config_file: Write, quantool: Callable[..., Any], plugin: Path) -> None:

@@ -31,6 +31,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "mistral3": (CAST, "mistral3 cannot be judged", "language model"),
     "vision promised": (CAST, "config.json has a section for vision, but no tensor", "fetch the rest"),
     "drafting head promised": (CAST, r"promises 1 layer of multi-token .* neither model\.layers\.2\.eh_proj", r"drop: \[mtp\]"),
+    "relative encoder": (CAST, "max_position_embeddings is None", "a model of type t5 keeps it elsewhere"),
     "audio": (CAST, "audio cannot be judged", "language model"),
     "eyes and ears": (CAST, "vision .*, audio .*, which nothing here judges", r"drop: \[vision, audio\]"),
     "voice": (CAST, "voice cannot be judged", "language model"),

@@ -178,6 +178,17 @@ def test_of_many_watchers_of_a_dead_holder_one_at_a_time_has_the_claim(tmp_path:
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("error", [PermissionError(1, "no links"), OSError(95, "not supported")])
+def test_a_file_system_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_of_many_watchers_of_a_dead_holder_one_at_a_time_has_the_claim(tmp_path)
+
+
 # --- in an output folder
 
 

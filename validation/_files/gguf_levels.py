@@ -13,6 +13,7 @@ from typing import Any
 
 from quantool.formats.gguf_header import SHARD
 from quantool.formats.safetensors import some
+from quantool.formats.tensor_types import pattern, stock_level
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
@@ -86,9 +87,12 @@ def judge_level(case: Case, header: Header, build: FindingBuilder) -> list[Findi
 
 def named_levels(case: Case, known: Sequence[str]) -> list[tuple[str, str]]:
     """Levels that the plan or the case's name and the file's name end with: where, and which."""
-    stem = SHARD.sub(r"\g<stem>", case.artifact.name).removesuffix(".gguf")
+    stem = stock_level(SHARD.sub(r"\g<stem>", case.artifact.name).removesuffix(".gguf"))
     found = []
-    for where, text in (("the plan", case.name.removesuffix(".gguf")), ("the file's name", stem)):
+    for where, text in (
+        ("the plan", stock_level(case.name.removesuffix(".gguf"))),
+        ("the file's name", stem),
+    ):
         matches = [
             name for name in (*known, *ALIASES) if re.search(rf"(?:^|[-./]){name}$", text, re.IGNORECASE)
         ]
@@ -98,6 +102,11 @@ def named_levels(case: Case, known: Sequence[str]) -> list[tuple[str, str]]:
 
 def options_of(case: Case) -> Mapping[str, Any]:
     """The method's options: the plan's, else all that the configuration says."""
+    recipe = case.details.get("recipe")
+    if isinstance(recipe, dict):  # it says more than any option: the type of each tensor
+        options = case.output.options if case.output is not None else {}
+        types = {pattern(name): str(kind) for name, kind in recipe.items()}
+        return {**options, "tensor_types": types, "token_embedding_type": None, "output_tensor_type": None}
     if case.output is not None:
         return case.output.options
     found: dict[str, Any] = dict(case.config.quantization_config or {})
@@ -251,10 +260,11 @@ def judge_plan(case: Case, header: Header, names: Sequence[str], build: FindingB
         f"{name} is planned and not there" if name not in found else f"{name} is there and not planned"
         for name in sorted(planned.keys() ^ found.keys())
     ]
+    chosen = case.output.bits_per_weight is None  # its types came later: the plan has a budget
     problems += [
         f"{name} has {found[name]} bytes, {planned[name]} were planned"
         for name in sorted(planned.keys() & found.keys())
-        if planned[name] != found[name]
+        if (planned[name] < found[name] if chosen else planned[name] != found[name])
     ]
     bits = (
         8

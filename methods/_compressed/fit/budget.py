@@ -45,6 +45,10 @@ class Budget(BaseModel):
             bytes_of(self.size)
         return self
 
+    def describe(self) -> str:
+        """As a user wrote it, for records: ``size: 24GB``."""
+        return f"size: {self.size}" if self.size is not None else f"bpw: {self.bpw:g}"
+
     def data(self, parameters: int, overhead: int) -> int:
         """Bytes that the tensors may take; ``overhead`` is what the files hold beside them."""
         if self.size is not None:

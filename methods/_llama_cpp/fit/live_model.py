@@ -47,6 +47,7 @@ class LiveModel:
 
     path: Path
     handle: Any
+    log: LlamaLog
     library: Any
     importance: Importance
     places: dict[str, GgufTensor]
@@ -180,13 +181,13 @@ def live_model(path: Path, importance: Importance) -> Iterator[LiveModel]:
     places = {tensor.name: tensor for header in headers for tensor in header.tensors}
     holders = {tensor.name: header for header in headers for tensor in header.tensors}
     with LlamaLog() as log, load_gguf(path, log, writable=True) as handle:
-        model = LiveModel(path, handle, library, importance, places, holders)
-        model.pointers.update(_matrices(model, log))
+        model = LiveModel(path, handle, log, library, importance, places, holders)
+        model.pointers.update(_matrices(model))
         log.brief = True
         yield model
 
 
-def _matrices(model: LiveModel, log: LlamaLog) -> dict[str, Any]:
+def _matrices(model: LiveModel) -> dict[str, Any]:
     """Where the matrices' structures lie, as a graph names them while it is computed once on a few tokens."""
     import llama_cpp
 
@@ -203,7 +204,7 @@ def _matrices(model: LiveModel, log: LlamaLog) -> dict[str, Any]:
         return False
 
     callback = llama_cpp.ggml_backend_sched_eval_callback(visit)
-    with forward(model.handle, log, sequences=1, context=32, callback=callback) as run:
+    with forward(model, sequences=1, context=32, rows=1, callback=callback) as run:
         run(np.zeros((1, 32), np.int32), range(31, 32))
     return found
 
@@ -238,9 +239,9 @@ class Forward:
 
 @contextmanager
 def forward(
-    handle: Any, log: LlamaLog, *, sequences: int, context: int, callback: Any = None
+    model: LiveModel, *, sequences: int, context: int, rows: int, callback: Any = None
 ) -> Iterator[Forward]:
-    """Room for ``sequences`` windows of ``context`` tokens at once; freed afterwards."""
+    """Room for ``sequences`` windows of ``context`` tokens at once, ``rows`` of each with logits; freed afterwards."""
     import llama_cpp as api
 
     parameters = api.llama_context_default_params()
@@ -248,18 +249,19 @@ def forward(
     parameters.n_batch = sequences * context
     parameters.n_ubatch = max(32, min(512, sequences * context))
     parameters.n_seq_max = sequences
+    parameters.n_outputs_max = sequences * rows
     parameters.n_threads = parameters.n_threads_batch = os.cpu_count() or 1
     if callback is not None:
         parameters.cb_eval = callback
     with ExitStack() as stack:
-        made = api.llama_init_from_model(handle, parameters)
+        made = api.llama_init_from_model(model.handle, parameters)
         if not made:
-            log.require_room()
-            raise QuantizationError(f"llama.cpp cannot make a context: {log.reason()}")
+            model.log.require_room()
+            raise QuantizationError(f"llama.cpp cannot make a context: {model.log.reason()}")
         stack.callback(api.llama_free, made)
         batch = api.llama_batch_init(sequences * context, 0, 1)
         stack.callback(api.llama_batch_free, batch)
-        yield Forward(handle, made, batch)
+        yield Forward(model.handle, made, batch)
 
 
 def _quantizer() -> Any:

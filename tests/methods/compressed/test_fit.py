@@ -227,27 +227,26 @@ def test_made_measured_and_resumed(
     """A folder with whole layers under its budget; what was measured before a run died is not measured again."""
     options = {"fit": {"bpw": 13.0}}
     artifact = made(llama, tmp_path, "fp8", "FP8_DYNAMIC", quantization_config=options)
-    fit = artifact.details["fit"]
+    details = artifact.details
+    assert details["fit"] == "bpw: 13"
     stored = check_index(artifact.folder)
-    assert fit["whole"]
-    assert set(fit["types"].values()) == {"FP8_DYNAMIC"}
-    for module in fit["whole"]:
-        assert stored[f"{module}.weight"].dtype == "BF16"
-    for module in fit["types"]:
-        assert stored[f"{module}.weight"].dtype == "F8_E4M3"
+    whole = [name for name, kind in details["schemes"].items() if kind == WHOLE]
+    assert 0 < len(whole) < len(details["schemes"]) == 14
+    for module, kind in details["schemes"].items():
+        assert stored[f"{module}.weight"].dtype == ("BF16" if kind == WHOLE else "F8_E4M3")
     assert 12.5 < artifact.bits_per_weight <= 13.0
     config = json.loads((artifact.folder / "config.json").read_text())["quantization_config"]
-    assert set(config["ignore"]) == {"lm_head", *fit["whole"]}
+    assert set(config["ignore"]) == {"lm_head", *whole}
     assert {finding.verdict for finding in served(artifact.folder)} == {"PASS"}
     (costs,) = (tmp_path / ".quantool" / "work").glob("fit-*.jsonl")
-    whole = costs.read_text().splitlines(keepends=True)
-    first = json.loads(whole[0]) | {"cost": 7.0}  # would not come out of measuring
-    costs.write_text(json.dumps(first) + "\n" + "".join(whole[1:-1]) + whole[-1][:20])
+    lines = costs.read_text().splitlines(keepends=True)
+    first = json.loads(lines[0]) | {"cost": 7.0}  # would not come out of measuring
+    costs.write_text(json.dumps(first) + "\n" + "".join(lines[1:-1]) + lines[-1][:20])
     for record in (tmp_path / ".quantool").rglob("*FP8_DYNAMIC-fit*.json"):
         record.unlink()
     again = made(llama, tmp_path, "fp8", "FP8_DYNAMIC", quantization_config=options)
     found = costs_of(costs)
     assert found[first["group"], "FP8_DYNAMIC"] == 7.0
-    assert len(found) == len(whole)
-    kept = {name.rpartition(".")[0] for name in again.details["fit"]["whole"]}
+    assert len(found) == len(lines)
+    kept = {name.rpartition(".")[0] for name, kind in again.details["schemes"].items() if kind == WHOLE}
     assert first["group"].rpartition(".")[0] in kept

@@ -17,8 +17,8 @@ def collector() -> Collector:
     return found
 
 
-def weight(matrices: int = 1) -> activations._Tensor:
-    return activations._Tensor(ne=(ctypes.c_int64 * 4)(2, 8, matrices, 1))
+def weight(matrices: int = 1) -> activations.GgmlTensor:
+    return activations.GgmlTensor(ne=(ctypes.c_int64 * 4)(2, 8, matrices, 1))
 
 
 def test_rows_count_for_their_experts() -> None:
@@ -54,6 +54,8 @@ def test_blocks_go_to_their_matrices() -> None:
     squares = torch.tensor(
         [[[[1.0]] * 16, [[2.0]] * 16, [[3.0]] * 16, [[4.0]] * 16]]
     )  # four blocks, two matrices
-    found._add_dense("blk.0.x.weight", activations._Tensor(ne=(ctypes.c_int64 * 4)(1, 8, 2, 1)), squares, 64)
+    found._add_dense(
+        "blk.0.x.weight", activations.GgmlTensor(ne=(ctypes.c_int64 * 4)(1, 8, 2, 1)), squares, 64
+    )
     assert found.sums["blk.0.x.weight"].tolist() == [[64.0], [96.0]]
     assert found.counts["blk.0.x.weight"].tolist() == [32]

@@ -73,6 +73,13 @@ def test_the_alpha_by_which_llama_cpp_scales(tmp_path: Path, settings: dict[str,
             },
             r"changes lm_head\.weight as a whole",
         ),
+        (
+            {
+                "use_dora": True,
+                "more": {name.replace("weight", "lora_magnitude_vector"): torch.ones(64) for name in QUERY},
+            },
+            "DoRA gives rows a length",
+        ),
         ({"structure": "drafting layer"}, "head for further tokens"),
         ({"structure": "embedding"}, "for embedding"),
     ],
