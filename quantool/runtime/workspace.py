@@ -114,16 +114,12 @@ class Workspace:
 
     @contextmanager
     def alone(self, names: Iterable[str]) -> Iterator[None]:
-        """Let nobody else produce these results meanwhile: no thread of this run, no process where the folder is shared.
-
-        It waits for one who does.
-        """
-        wanted = sorted(set(names))  # in order, or two would wait for each other
+        """Let no other thread, nor another process where the folder is shared, produce these results; waits for one that does."""
         with ExitStack() as stack:
-            for name in wanted:
+            for name in sorted(set(names)):  # in order, or two would wait for each other
                 stack.enter_context(self._turns.setdefault(name, threading.RLock()))
-            for name in wanted if self._shared else ():
-                stack.enter_context(claimed(self._claim(f"result {name}"), wait=True))
+                if self._shared:
+                    stack.enter_context(claimed(self._claim(f"result {name}"), wait=True))
             yield
 
     @contextmanager
@@ -213,8 +209,7 @@ class Workspace:
         self, name: str, key: str, produce: Callable[[], tuple[Iterable[Path], dict[str, Any]]]
     ) -> dict[str, Any]:
         """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
-        result = self.recall(name, key)
-        if result is not None:
+        if (result := self.recall(name, key)) is not None:
             return result
         with self.alone([name]):
             result = self.recall(name, key)

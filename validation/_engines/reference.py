@@ -30,7 +30,7 @@ from quantool.validation._engines.hidden_states import save_states
 from quantool.validation._engines.layer_files import Unstreamable
 from quantool.validation._engines.layer_stream import LayerStream
 from quantool.validation._engines.memory import BatchSize
-from quantool.validation._engines.spans import Span, drop_parts, folder_of, in_shares, spans_of
+from quantool.validation._engines.spans import Span, drop_parts, growing_file, in_shares, places_of, spans_of
 from quantool.validation._engines.windows import Windows, scored, windows
 
 if TYPE_CHECKING:
@@ -103,27 +103,26 @@ def _computed(
     case: Case, texts: Sequence[Windows], keys: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """Compute the hidden states of ``texts``, kept under ``keys``; a run that was broken off goes on behind its last span."""
-    source = case.source
     files = [_file(case, text.corpus) for text in texts]
     every = spans_of([text.count for text in texts], case.settings.context)
-    growing = [folder_of(file) / f"{key[:16]}{file.suffix}" for file, key in zip(files, keys, strict=True)]
-    for place in growing:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    growing = [growing_file(file, key) for file, key in zip(files, keys, strict=True)]
     # Of the worker's account of the model nothing is kept: with nothing missing it makes the last span again.
-    missing = [
-        span for span in every if not (_part(span, files, keys).is_file() and growing[span.text].is_file())
-    ] or every[-1:]
+    known = [
+        span.part(files[span.text], keys[span.text]).is_file() and growing[span.text].is_file()
+        for span in every
+    ]
+    missing = [span for span, done in zip(every, known, strict=True) if not done] or every[-1:]
 
     def request(share: Sequence[Span]) -> dict[str, Any]:
         return {
-            "folder": str(source.folder),
-            "dtype": TORCH_DTYPES.get(source.facts.dtype, "bfloat16"),
-            "trust_remote_code": source.trust_remote_code,
+            "folder": str(case.source.folder),
+            "dtype": TORCH_DTYPES.get(case.source.facts.dtype, "bfloat16"),
+            "trust_remote_code": case.source.trust_remote_code,
             "device": devices(case.config.device).kind,
             "windows": [str(text.path) for text in texts],
             "spans": [astuple(span) for span in share],
             "states": [str(place) for place in growing],
-            "outputs": [str(_part(span, files, keys)) for span in share],
+            "outputs": [str(span.part(files[span.text], keys[span.text])) for span in share],
         }
 
     log = case.workspace.logs / "reference.log"
@@ -134,12 +133,7 @@ def _computed(
         with written(file) as part:
             place.replace(part)
     drop_parts(files)
-    ways = dict.fromkeys(head["execution"] for head in heads)
-    return heads[0] | {"execution": ", ".join(ways)}
-
-
-def _part(span: Span, files: Sequence[Path], keys: Sequence[str]) -> Path:
-    return span.part(files[span.text], keys[span.text])
+    return heads[0] | {"execution": ", ".join(dict.fromkeys(head["execution"] for head in heads))}
 
 
 def _file(case: Case, corpus: Corpus) -> Path:
@@ -165,7 +159,7 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
                     f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries"
                 )
         advance = adding(report, sum(text.size for text in texts))
-        waiting = list(zip(texts, outputs, _places(request), strict=True))
+        waiting = list(zip(texts, outputs, places_of(request), strict=True))
 
         def save_all() -> None:
             loaded.prepare([ids for ids, *_ in waiting], advance, keep_logits=False)
@@ -182,16 +176,6 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
         loaded.size.with_room(texts[0].shape[1], save_all)
         computed = str(model.dtype).removeprefix("torch.")
         return {"head": plan.fields(), "arithmetic": computed, "execution": loaded.execution}
-
-
-def _places(request: dict[str, Any]) -> list[tuple[Path, int, int] | None]:
-    """For each of the ``spans`` its file, how many windows that has, and the first of them; None: the output itself."""
-    import numpy as np
-
-    if "states" not in request:
-        return [None] * len(request["outputs"])
-    totals = [len(np.load(path, mmap_mode="r")) for path in request["windows"]]
-    return [(Path(request["states"][text]), totals[text], first) for text, first, _ in request["spans"]]
 
 
 def texts_of(request: dict[str, Any]) -> list[NDArray[np.int32]]:
