@@ -10,7 +10,7 @@ from typing import Any
 
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
-from quantool.formats.tensor_types import stock_level
+from quantool.gates import stock_level
 from quantool.methods._artifacts.files import finished, need_disk
 from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, level_plan, lora
 from quantool.methods._llama_cpp.fit.choose import choice_key, choose, write_types
