@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field
 
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
-from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
@@ -30,9 +29,8 @@ from quantool.methods._compressed.fit.measure import KEPT_BYTES
 from quantool.methods._compressed.layers import joined_lines, layers_of
 from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
+from quantool.methods._compressed.refusals import check_autoawq, check_loadable, check_source
 from quantool.methods._compressed.schemes import (
-    FLOATS,
-    HEAD,
     Pattern,
     Selection,
     WeightScheme,
@@ -49,7 +47,6 @@ from quantool.records import OutputPlan, PlannedFile, Source
 from quantool.runtime.gpus import capabilities, devices
 from quantool.source.experts import coverage_note
 from quantool.source.mtp import head_tensors
-from quantool.source.shapes import check_config_shapes
 from quantool.source.tensor_headers import headers
 from quantool.texts import corpus, inputs
 
@@ -173,7 +170,7 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     """Decide one level; raises what makes it impossible."""
     located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
-    _check_source(source, located)
+    check_source(source, located)
     wanted = getattr(options, "kv_cache", None)
     heads = (source.facts.kv_heads, 1, 1)
     cache: tuple[int, ...] = () if wanted is None else heads if wanted == "fp8_head" else (1,)
@@ -182,7 +179,7 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
-    _check_loadable(level, scheme, located)
+    check_loadable(level, scheme, located)
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
         raise SourceError(
             f"kv_cache: {wanted} needs attention layers with a k_proj, and this checkpoint has none"
@@ -191,59 +188,10 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     if options.fit is not None:
         refuse_combination(source.facts.task, autoawq=autoawq)
     if autoawq:
-        _check_autoawq(level, scheme, selection, source)
+        check_autoawq(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
     scope = None if options.fit is None else scope_of(options.fit, level, scheme, selection, located)
     return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept, scope)
-
-
-def _check_loadable(level: str, scheme: WeightScheme, located: Mapping[str, TensorHeader]) -> None:
-    """SourceError for whole integers beside experts: transformers joins experts of FP8 or of packed integers alone."""
-    if scheme.stored == "I8" and (experts := [name for name in located if ".experts." in name]):
-        raise SourceError(
-            f"{level} cannot be judged: transformers {version('transformers')} joins no experts ({experts[0]} …) of a "
-            "model whose weights are 8-bit integers",
-            hint="fp8 (FP8_DYNAMIC) takes as much room; awq W8A16 keeps 8-bit integers, with activations as they are",
-        )
-
-
-def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
-    if not source.facts.task.generates:
-        raise ConfigError(
-            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
-            hint="leave format out: transformers and vLLM read compressed-tensors",
-        )
-    if scheme.bits != 4:
-        raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
-    if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
-        raise ConfigError(
-            "format: autoawq keeps the output head in full precision",
-            hint="put lm_head into quantization_config.ignore",
-        )
-    odd = [layer.name for layer in selection.layers if layer.shape[0] % PER_WORD]
-    if odd:
-        raise ConfigError(
-            f"format: autoawq packs eight outputs a word, which {', '.join(odd[:3])} cannot",
-            hint="put them into quantization_config.ignore",
-        )
-
-
-def _check_source(source: Source, located: Mapping[str, TensorHeader]) -> None:
-    if not source.facts.architecture.endswith("ForCausalLM") and source.facts.task.generates:
-        raise SourceError(
-            f"architecture {source.facts.architecture} is not supported",
-            hint="text models (…ForCausalLM), embedding models, classifiers and rerankers are; of others the method gguf"
-            " makes a text-only file, with drop: [vision]",
-        )
-    odd = [
-        tensor for tensor in located.values() if tensor.name.endswith("weight") and tensor.dtype not in FLOATS
-    ]
-    if odd:
-        raise SourceError(
-            f"the checkpoint is already quantized: {odd[0].name} is {odd[0].dtype}",
-            hint="start from the bf16 one",
-        )
-    check_config_shapes(source, located)
 
 
 def outline(
