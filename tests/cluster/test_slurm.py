@@ -260,7 +260,9 @@ def lasting(folder: Path) -> dict[str, bytes]:
     """The files of a packed folder that are the same in every run: not those that say how long it took."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {
-        path.name: path.read_bytes() for path in files if path.name not in ("quantool.json", "SHA256SUMS")
+        path.name: path.read_bytes()
+        for path in files
+        if path.name not in ("quantool.json", "SHA256SUMS", "provenance.json")
     }
 
 
