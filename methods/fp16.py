@@ -15,9 +15,9 @@ from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account as safetensors_account
 from quantool.methods._artifacts.files import (
     checkpoint_folder,
+    companions,
     copy_companions,
     finished,
-    is_companion,
     need_disk,
     relative_files,
 )
@@ -100,7 +100,7 @@ def _outline_gguf(
         done=stage.done
         and request.workspace.recall(f"fp16/{level}", _gguf_key(source, options, kind, names)) is not None,
     )
-    return output, stage, dry_run.notes(rehearsal), gguf_account.lines(source, rehearsal, types)
+    return output, stage, dry_run.notes(rehearsal, source), gguf_account.lines(source, rehearsal, types)
 
 
 def _gguf_key(source: Source, options: Options, kind: str, names: list[str]) -> str:
@@ -130,9 +130,7 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
         PlannedFile(name=name, bytes=len(encode_in_order(tensors)[0]) + data[name])
         for name, tensors in shards.items()
     ]
-    files += [
-        PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
-    ]
+    files += companions(source)
     return OutputPlan(
         id=f"fp16/{level}-safetensors",
         method="fp16",
@@ -151,7 +149,7 @@ def _outline_safetensors(request: Request, options: Options, level: str) -> Outp
 
 
 def _tensors_key(source: Source, level: str) -> str:
-    return key_of(TENSORS, source, level)
+    return key_of(TENSORS, source, level, source.sampling)
 
 
 @method("fp16", options=Options, levels=levels, outline=outline, depends=base_file.BASE | TENSORS)

@@ -19,8 +19,10 @@ RECIPE = _compressed.Recipe("fp8", "FP8", "rtn", FP8)
 class Options(_compressed.CompressedOptions):
     """``quantization_config`` of the method fp8."""
 
-    kv_cache: Literal["fp8"] | None = Field(
-        None, description="fp8: calibrated scales for the attention cache too; needs calibration text."
+    kv_cache: Literal["fp8", "fp8_head"] | None = Field(
+        None,
+        description="fp8: calibrated scales for the attention cache too, one a layer; fp8_head: one for each head of "
+        "keys, which vLLM takes with Flash Attention. Needs calibration text.",
     )
     workers: int | None = Field(
         None,

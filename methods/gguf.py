@@ -10,9 +10,9 @@ from typing import Any
 
 from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
-from quantool.formats.tensor_types import stock_level
+from quantool.gates import stock_level
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, level_plan
+from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, level_plan, lora
 from quantool.methods._llama_cpp.fit.choose import choice_key, choose, write_types
 from quantool.methods._llama_cpp.fit.planned import Fitted, planned
 from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
@@ -110,7 +110,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         (*outputs, *fitted.outputs),
         (*_stages(request, rehearsal, options, kind), *fitted.stages, *_splitting(outputs, options)),
-        tuple(filter(None, (note, *dry_run.notes(rehearsal), *aliases, *coverage))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal, source), *aliases, *coverage))),
         {name: account.lines(source, rehearsal, own) for name, own in types.items()},
     )
 
@@ -281,8 +281,6 @@ def levels_at_once(waiting: int, cores: int, free: int, peak: int) -> int:
 
 def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     """Make base and matrix, then say how many levels may be quantized at the same time; split ones are not."""
-    if any(len(job.output.files) > 1 for job in jobs):
-        return 1
     first = jobs[0]
     source, workspace = first.plan.source, first.workspace
     kind, _ = base_file.choose_type(source, options.base_type)
@@ -294,9 +292,11 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
         for job in jobs
     }
     waiting = [job.output for job in jobs if workspace.recall(job.output.id, keys[job.output.id]) is None]
-    if len(waiting) < 2:
+    if not waiting:
         return 1
     base_file.base(first, options, kind, progress)
+    if len(waiting) < 2 or any(len(job.output.files) > 1 for job in jobs):
+        return 1
     need_disk(workspace, sum(file.bytes for output in waiting for file in output.files))
     peak = max(output.peak_ram for output in waiting)
     return levels_at_once(len(waiting), machine.cores(), machine.free_ram(), peak)
@@ -310,6 +310,7 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     needs=("llama_cpp", "gguf"),
     depends=GGUF | base_file.BASE | imatrix.TEXT | imatrix.MATRIX,
     at_once=at_once,
+    adapters=True,
 )
 def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
     """Make one level: to a temporary file, loaded once, then renamed."""
@@ -347,6 +348,10 @@ def quantize(job: Job, options: Options, progress: Progress) -> Artifact:
         started,
         {"base": kind, "note": note, **remarks, **(recipe.details if recipe else {})},
         bits_per_weight=recipe.bits_per_weight if recipe else None,
-        shared=(*([matrix[0]] if matrix else []), *([recipe.file] if recipe else [])),
+        shared=(
+            *([matrix[0]] if matrix else []),
+            *([recipe.file] if recipe else []),
+            *lora.placed(job, base),
+        ),
         made_from=str(base.relative_to(workspace.root)),
     )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quantool.console import complain, interrupt, publication_line, reported, show_error, show_run
-from quantool.errors import ConfigError, GateError, QuantoolError, nearest
+from quantool.attest import commands as releases
+from quantool.console import complain, end_run, interrupt, publication_line, reported, show_error
+from quantool.errors import ConfigError, GateError, nearest
 
 if TYPE_CHECKING:
     from quantool.config.schema import Config
@@ -28,8 +29,24 @@ app = typer.Typer(
 )
 chain = typer.Typer(help="The parts of llama.cpp that no Python package installs.", no_args_is_help=True)
 app.add_typer(chain, name="toolchain")
+app.command()(reported(releases.verify))
+app.command()(reported(releases.diff))
 
-COMMANDS = ("run", "plan", "validate", "publish", "methods", "schema", "doctor", "toolchain")
+COMMANDS = (
+    "run",
+    "submit",
+    "status",
+    "plan",
+    "validate",
+    "publish",
+    "verify",
+    "diff",
+    "stage",
+    "methods",
+    "schema",
+    "doctor",
+    "toolchain",
+)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -100,18 +117,66 @@ def run(
     loaded, progress = _load(config, overrides, quiet=quiet)
     with progress.whole():
         result = pipeline.run(loaded, progress, allow_regression=allow_regression, rehash=rehash)
-    show_run(result, progress, as_json=as_json)
-    errors: list[QuantoolError] = list(result.refused)
-    if result.failed:
-        failed = GateError(
-            f"{len(result.failed)} of {len(result.reports)} artifacts did not pass",
-            hint=f"findings: {loaded.output_path / 'report.md'}; thresholds: validation.gates",
-        )
-        errors.insert(0, failed)
-    for error in errors[1:]:
-        show_error(error)
-    if errors:
-        raise errors[0]
+    end_run(result, progress, loaded.output_path, as_json=as_json)
+
+
+@app.command()
+@reported
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent; nothing is fetched or sent.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Send the stages of a run to the cluster that CONFIG names; what is done or on its way is not sent again."""
+    from quantool import submitting
+
+    loaded, progress = _load(config, overrides, quiet=quiet)
+    typer.echo(submitting.submit(loaded, progress, dry_run=dry_run))
+
+
+@app.command()
+@reported
+def status(
+    output: Annotated[
+        Path, typer.Argument(help="The output folder of a run, here or on a cluster.", show_default=False)
+    ],
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait", help="Wait for the end; then publish what passed, if the configuration says so."
+        ),
+    ] = False,
+    allow_regression: AllowRegression = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the stages of a run: waiting, running (time left), done, failed."""
+    from quantool import submitting
+    from quantool.runtime.progress import Progress
+
+    progress = Progress(quiet=quiet)
+    if not wait:
+        typer.echo(submitting.shown(output, as_json=as_json))
+        return
+    result = submitting.wait(output, progress, allow_regression=allow_regression)
+    end_run(result, progress, output, as_json=as_json)
+
+
+@app.command(hidden=True)
+@reported
+def stage(
+    output: Annotated[Path, typer.Argument(help="The output folder.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="As `quantool status` has it.", show_default=False)],
+    quiet: Quiet = False,
+) -> None:
+    """Do one stage of what was ordered in OUTPUT, as a job of a cluster does."""
+    from quantool.runtime.progress import Progress
+    from quantool.stages import do_stage
+
+    do_stage(output.absolute(), name, Progress(quiet=quiet))
 
 
 @app.command()
@@ -168,6 +233,7 @@ def plan(
 ) -> None:
     """Say what a run would do: files with exact sizes, disk, memory, what is done already."""
     from quantool import pipeline
+    from quantool.preparing import require_room
     from quantool.report.table import planned, terminal_width
 
     loaded, progress = _load(config, overrides, quiet=quiet)
@@ -180,7 +246,7 @@ def plan(
         typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
     else:
         typer.echo(planned(made, machine, terminal_width()))
-    pipeline.require_room(loaded, made, machine)
+    require_room(loaded, made, machine)
 
 
 @app.command()

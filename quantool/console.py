@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
-from quantool.errors import INTERRUPTED, DependencyError, QuantoolError
+from quantool.errors import INTERRUPTED, DependencyError, GateError, QuantoolError
 
 if TYPE_CHECKING:
     from quantool.pipeline import RunResult
@@ -71,6 +72,22 @@ def publication_line(made: Publication) -> str:
     sent = f"{len(made.sent)} of {len(made.files)} files sent" if made.sent else "nothing was new"
     tag = f", tagged {made.tag}" if made.tag else ""
     return f"{made.url}: {sent}, all compared{tag}"
+
+
+def end_run(result: RunResult, progress: Progress, output: Path, *, as_json: bool) -> None:
+    """Print what a run in the folder ``output`` ended with; raise the first of what went wrong."""
+    show_run(result, progress, as_json=as_json)
+    errors: list[QuantoolError] = list(result.refused)
+    if result.failed:
+        failed = GateError(
+            f"{len(result.failed)} of {len(result.reports)} artifacts did not pass",
+            hint=f"findings: {output / 'report.md'}; thresholds: validation.gates",
+        )
+        errors.insert(0, failed)
+    for error in errors[1:]:
+        show_error(error)
+    if errors:
+        raise errors[0]
 
 
 def show_run(result: RunResult, progress: Progress, *, as_json: bool) -> None:

@@ -16,6 +16,7 @@ They hold for models of 1 B parameters and more: smaller ones lose more at every
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from quantool.errors import ConfigError, nearest
@@ -24,6 +25,9 @@ from quantool.tasks import TaskKind
 
 ALL_LEVELS = "*"
 """The entry of ``validation.gates`` that stands for every level."""
+
+FITTED = re.compile(r"_FIT[A-Z]?$", re.IGNORECASE)
+"""How the level of a file ends whose types were chosen for it: the stock level nearest to it stands before."""
 
 MIN_EXPERT_TOKENS = 32
 """Calibration tokens below which an expert is named in a warning; a limit only where ``min_expert_tokens`` is set."""
@@ -164,5 +168,11 @@ def over(lower: Gates, upper: Gates) -> Gates:
     return lower.model_copy(update={name: getattr(upper, name) for name in upper.model_fields_set})
 
 
+def stock_level(level: str) -> str:
+    """The level that a fitted file is named after; of any other level, itself."""
+    return FITTED.sub("", level)
+
+
 def _canonical(level: str) -> str:
+    level = stock_level(level)
     return _ALIASES.get(level.upper(), level.upper())

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from quantool.cluster.marks import marked_in_run
 from quantool.config.schema import Config
 from quantool.plan import effort
 from quantool.plan.depends import depends_of
 from quantool.plugins import find
-from quantool.plugins.contract import Case, Check
+from quantool.plugins.contract import Case, Check, left_file
 from quantool.plugins.keys import PACKED, own_files
 from quantool.publish import preupload
-from quantool.records import Artifact, Finding, Report, sha256_of
+from quantool.publish.package import SUMS
+from quantool.records import Artifact, Finding, Gates, OutputPlan, Plan, Report, sha256_of
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace, write_text
 from quantool.tasks import Task
@@ -42,7 +46,8 @@ def judge(cases: Sequence[Case], artifacts: Sequence[Artifact], progress: Progre
                 shared[check.name] = (time.monotonic() - started) / len(waiting)
     reports = []
     for case, artifact, known in zip(cases, artifacts, kept, strict=True):
-        with progress.step(effort.judge_step(case.name)):
+        name = effort.judge_step(case.name)
+        with marked_in_run(case.workspace, name), progress.step(name):
             results = {
                 check.name: known[check.name]
                 or _judged(check, case, artifact, shared.get(check.name, 0.0), progress)
@@ -61,6 +66,65 @@ def kept_report(case: Case, artifact: Artifact) -> Report | None:
     }
     found = {name: result for name, result in results.items() if result is not None}
     return _report(case, artifact, found) if len(found) == len(results) else None
+
+
+def saved_report(workspace: Workspace, output: str) -> Report | None:
+    """The report that was written last about the artifact that an output's record has now; None where there is none."""
+    try:
+        artifact = Artifact.model_validate_json(record_path(workspace, "artifact", output).read_bytes())
+        report = Report.model_validate_json(record_path(workspace, "report", output).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    if report.artifact.files != artifact.files:
+        return None
+    return report.model_copy(
+        update={"artifact": artifact.model_copy(update={"folder": workspace.root / artifact.folder.name})}
+    )
+
+
+def case_of(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, workspace: Workspace) -> Case:
+    """What checks are handed of an output's artifact."""
+    base = workspace.root / artifact.made_from if artifact.made_from else None
+    own = [other for other in plan.outputs if other.repo == output.repo]
+    return Case(
+        loaded_file(artifact, output.engine),
+        output.engine,
+        output.id,
+        plan.source,
+        config,
+        output.gates,
+        workspace,
+        output,
+        base if base is not None and base.is_file() else None,
+        (*artifact.files, *artifact.shared),
+        tuple(file.name for other in own for file in other.files),
+        artifact.details,
+    )
+
+
+def case_of_source(config: Config, plan: Plan, workspace: Workspace) -> Case:
+    """The checkpoint in the place of an artifact: for what checks ask of it alone."""
+    return Case(plan.source.folder, "transformers", "reference", plan.source, config, Gates(), workspace)
+
+
+def loaded_file(artifact: Artifact, engine: str) -> Path:
+    """What the engine is given: a GGUF file (the first shard), or the folder."""
+    return artifact.folder / artifact.files[0].name if engine == "llama.cpp" else artifact.folder
+
+
+def drop_sums(artifacts: Sequence[Artifact]) -> None:
+    """Remove the SHA256SUMS of an earlier run that records other bytes than were made now; ``pack`` writes it anew.
+
+    Left there, the new files would be judged damaged.
+    """
+    for artifact in artifacts:
+        sums = artifact.folder / SUMS
+        recorded = set(sums.read_text(encoding="utf-8").splitlines()) if sums.is_file() else None
+        if (
+            recorded is not None
+            and not {f"{file.sha256}  {file.name}" for file in artifact.files} <= recorded
+        ):
+            sums.unlink(missing_ok=True)
 
 
 def record_path(workspace: Workspace, kind: str, name: str) -> Path:
@@ -113,9 +177,11 @@ def _judged(
         getattr(case.settings, check.name, True) is not None
     ):  # one with an own section does nothing without it
         progress.activity(check.name)
+    left = left_file(case.workspace, case.name, check.name)
+    left.unlink(missing_ok=True)
     findings = [finding.model_dump(mode="json") for finding in check.judge(case, progress)]
     result = {"findings": findings, "seconds": time.monotonic() - started + prepared}
-    files = [artifact.folder / file.name for file in artifact.files]
+    files = [*(artifact.folder / file.name for file in artifact.files), *([left] if left.is_file() else [])]
     case.workspace.keep(_stage(check, case), findings_key(check, case, artifact), files, result)
     return result
 

@@ -42,11 +42,13 @@ class Prepared(Record):
     adapter: Origin | None = None
     merged: str = ""
     """What the adapter added, for people."""
+    apart: bool = False
+    """The adapter stays a file of its own in what is made (``merge: false``); merged, it is the reference."""
 
     def identity(self) -> list[JsonValue]:
         """What the prepared weights follow from."""
         adapter = self.adapter.identity() if self.adapter is not None else None
-        return [self.form, self.origin.identity(), adapter]
+        return [self.form, self.origin.identity(), adapter, *["apart"] * self.apart]
 
     def described(self) -> str:
         """One sentence for plan, report and card."""
@@ -56,9 +58,8 @@ class Prepared(Record):
         if self.adapter is not None:
             names = (self.adapter, self.origin)
             adapter, base = (f"{o.model_id}@{o.commit}" if o.commit else Path(o.model_id).name for o in names)
-            found.append(
-                f"adapter {adapter} ({self.merged}) merged into {base}: the reference is the merged model"
-            )
+            how = "beside" if self.apart else "merged into"
+            found.append(f"adapter {adapter} ({self.merged}) {how} {base}: the reference is the merged model")
         return "; ".join(found)
 
 

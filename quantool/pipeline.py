@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from quantool import judging
-from quantool.card.user_template import read_card_template
+from quantool.attest.signature import require_signer
+from quantool.attest.since import earlier_releases
+from quantool.cluster.graph import Kind, RunStage, graph_of
+from quantool.cluster.marks import forget_marks, mark_done, save_order
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
-from quantool.making import make_all, make_one
+from quantool.making import lanes_of, make_all, make_one
 from quantool.plan import effort
-from quantool.plan import make as planning
-from quantool.plan.disk import check_disk, check_ram
 from quantool.plugins.contract import Case
+from quantool.preparing import checked_plan, planned
 from quantool.publish import preupload
-from quantool.publish.package import SUMS, pack
+from quantool.publish.package import pack
 from quantool.publish.permissions import preflight
 from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import (
@@ -31,20 +33,21 @@ from quantool.records import (
     Plan,
     Publication,
     Report,
-    Source,
     Verdict,
     sha256_of,
 )
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
+from quantool.runtime.parallel import in_threads
 from quantool.runtime.progress import Progress
-from quantool.runtime.workspace import Workspace, write_text
+from quantool.runtime.workspace import Workspace
 from quantool.source.prepare import forget as forget_prepared
 from quantool.source.prepare import prepare, to_fetch
 from quantool.source.prepare import recall as recall_prepared
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import forget_scan, recall_scan, scan_source
+from quantool.stages import order_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def plan_here(config: Config, progress: Progress) -> tuple[Plan, MachineState]:
         source = resolve(config, weights=False, progress=progress)
     source = recall_scan(recall_prepared(source, workspace), workspace)
     with progress.step("work out files, sizes and memory"):
-        return _checked_plan(config, source, workspace, downloads=to_fetch(source))
+        return checked_plan(config, source, workspace, downloads=to_fetch(source))
 
 
 def run(
@@ -93,26 +96,33 @@ def run(
     """
     workspace = Workspace(config.output_path, bounded=config.disk_bounded)
     judging.checks_of(config)  # one that cannot be loaded is found now, not hours later
+    require_signer(config.sign)
     if config.push_to_hub:
-        preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
+        ask_hub(config)
     with workspace.lock():
         if rehash:
             forget_prepared(workspace)
             forget_scan(workspace)
-        plan, machine = _planned(config, workspace, progress)
+        plan, machine = planned(config, workspace, progress)
         if rehash:
             for output in plan.outputs:
                 _drop_damaged(workspace, output, progress)
+        graph = graph_of(plan, config)
+        save_order(workspace, order_of(config, plan, graph, machine.seconds))
+        forget_marks(workspace, [stage.name for stage in graph])
+        _mark(workspace, graph, Kind.SOURCE)
         progress.expect(effort.steps(plan, config, {*machine.done}))
         if config.disk_bounded:
             reports = _one_by_one(config, plan, workspace, progress, allow_regression=allow_regression)
         else:
             reports = _all_at_once(config, plan, workspace, progress)
+        _mark(workspace, graph, Kind.SHARE, Kind.REFERENCE, Kind.BASE)
         effort.learn_making(plan, config, workspace.seconds, {*machine.done})
         effort.learn_checking(plan, config, reports)
         with progress.step(effort.PACK):
-            packed = pack(plan, reports, workspace)
+            packed = pack(plan, reports, workspace, earlier=earlier_releases(config, plan, progress))
         write_report(reports, workspace.root, [each.folder for each in packed], not_run(config, reports))
+        _mark(workspace, graph, Kind.PACK)
         result = RunResult(plan, reports)
         if not config.push_to_hub:
             return result
@@ -122,14 +132,36 @@ def run(
         return replace(result, publications=done, refused=refused)
 
 
+def ask_hub(config: Config) -> None:
+    """Raise PublicationError for repositories that cannot be written to, before anything is made."""
+    preflight({wanted.repo_id or "": private_of(config) for wanted in config.requested()}, config.publish)
+
+
+def _mark(workspace: Workspace, graph: Sequence[RunStage], *kinds: Kind) -> None:
+    mark_done(workspace, [stage.name for stage in graph if stage.kind in kinds])
+
+
 def _all_at_once(config: Config, plan: Plan, workspace: Workspace, progress: Progress) -> tuple[Report, ...]:
-    artifacts = make_all(config, plan, workspace, progress)
-    _drop_sums(artifacts)
-    cases = [
-        _case(config, plan, output, artifact, workspace)
-        for output, artifact in zip(plan.outputs, artifacts, strict=True)
-    ]
-    return judging.judge(cases, artifacts, progress)
+    """Make, then judge; what torch makes on a GPU beside what llama.cpp makes, where this machine has room for both."""
+
+    def made_and_judged(outputs: Sequence[OutputPlan]) -> tuple[Report, ...]:
+        artifacts = make_all(config, plan, outputs, workspace, progress)
+        judging.drop_sums(artifacts)
+        cases = [
+            judging.case_of(config, plan, output, artifact, workspace)
+            for output, artifact in zip(outputs, artifacts, strict=True)
+        ]
+        return judging.judge(cases, artifacts, progress)
+
+    lanes = lanes_of(config, plan)
+    if len(lanes) == 1:
+        return made_and_judged(plan.outputs)
+    names = [effort.make_step(output) for output in plan.outputs]
+    names += [effort.COMPARE, *(effort.judge_step(output.id) for output in plan.outputs)]
+    with progress.together(names):
+        done = in_threads([partial(made_and_judged, lane) for lane in lanes])
+    reports = {report.artifact.output: report for lane in done for report in lane}
+    return tuple(reports[output.id] for output in plan.outputs)
 
 
 def _one_by_one(
@@ -144,14 +176,14 @@ def _one_by_one(
     for output in plan.outputs:
         target = preupload.Target(output.repo_id or "", private_of(config), config.publish)
         artifact = make_one(config, plan, output, workspace, progress)
-        case = _case(config, plan, output, artifact, workspace)
+        case = judging.case_of(config, plan, output, artifact, workspace)
         if gone := preupload.missing(artifact):
             known = judging.kept_report(case, artifact)
             goes_out = known is not None and (allow_regression or known.verdict() is Verdict.PASS)
             if known is None or (goes_out and not preupload.is_whole(workspace, target, artifact, progress)):
                 preupload.forget(workspace, target.repo_id, artifact.folder, gone)
                 artifact = make_one(config, plan, output, workspace, progress)
-        _drop_sums([artifact])
+        judging.drop_sums([artifact])
         (report,) = judging.judge([case], [artifact], progress)
         if allow_regression or report.verdict() is Verdict.PASS:
             preupload.ship(workspace, target, artifact, progress)
@@ -165,75 +197,8 @@ def make(config: Config, progress: Progress) -> tuple[Artifact, ...]:
     """The artifacts alone, not judged and not to be published: what a benchmark of the methods needs."""
     workspace = Workspace(config.output_path)
     with workspace.lock():
-        plan, _ = _planned(config, workspace, progress)
-        return tuple(make_all(config, plan, workspace, progress))
-
-
-def _planned(config: Config, workspace: Workspace, progress: Progress) -> tuple[Plan, MachineState]:
-    """The plan, with the source fetched and looked at; what a plan refuses is refused before weights are fetched."""
-    with progress.step(f"read {config.model_id}"):
-        source = resolve(config, weights=False, progress=progress)
-        if missing := to_fetch(source):
-            require_room(config, *_checked_plan(config, source, workspace, downloads=missing))
-        if source.commit is not None or missing:
-            source = resolve(config, weights=True, progress=progress)
-        source = overlay(source, workspace.work / "source")
-    with progress.step("work out files, sizes and memory"):
-        known = recall_scan(recall_prepared(source, workspace), workspace)
-        plan, machine = _checked_plan(config, known, workspace)
-    require_room(config, plan, machine)
-    source = prepare(source, workspace, progress)
-    with progress.step("scan weights"):
-        source = scan_source(source, workspace, progress)
-    plan, machine = _checked_plan(config, source, workspace)
-    warned = _warned(workspace)
-    for note in plan.warnings:
-        if note not in warned:
-            progress.warn(note)
-    write_text(workspace.root / "plan.json", plan.model_dump_json(indent=1))
-    return plan, machine
-
-
-def require_room(config: Config, plan: Plan, machine: MachineState) -> None:
-    """DependencyError when disk or memory of this machine do not hold what the plan needs."""
-    check_disk(machine, config.output_path)
-    check_ram(plan, machine, config)
-
-
-def _warned(workspace: Workspace) -> frozenset[str]:
-    """What an earlier run of this folder has warned of: once is enough, and ``plan.json`` keeps it."""
-    try:
-        saved = json.loads((workspace.root / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return frozenset()
-    notes = saved.get("warnings") if isinstance(saved, dict) else None
-    return (
-        frozenset(note for note in notes if isinstance(note, str)) if isinstance(notes, list) else frozenset()
-    )
-
-
-def _checked_plan(
-    config: Config, source: Source, workspace: Workspace, *, downloads: int = 0
-) -> tuple[Plan, MachineState]:
-    """The plan of a configuration whose card template is one; ConfigError with file and line when it is none."""
-    if config.card.template is not None:
-        read_card_template(config.card.template)
-    return planning.plan_here(config, source, workspace, downloads=downloads)
-
-
-def _drop_sums(artifacts: Sequence[Artifact]) -> None:
-    """Remove the SHA256SUMS of an earlier run that records other bytes than were made now; ``pack`` writes it anew.
-
-    Left there, the new files would be judged damaged.
-    """
-    for artifact in artifacts:
-        sums = artifact.folder / SUMS
-        recorded = set(sums.read_text(encoding="utf-8").splitlines()) if sums.is_file() else None
-        if (
-            recorded is not None
-            and not {f"{file.sha256}  {file.name}" for file in artifact.files} <= recorded
-        ):
-            sums.unlink()
+        plan, _ = planned(config, workspace, progress)
+        return tuple(make_all(config, plan, plan.outputs, workspace, progress))
 
 
 def _drop_damaged(workspace: Workspace, output: OutputPlan, progress: Progress) -> None:
@@ -251,25 +216,6 @@ def _drop_damaged(workspace: Workspace, output: OutputPlan, progress: Progress) 
         if path.is_file() and sha256_of(path) != file.sha256:
             progress.warn(f"{path} is not what was made: its bytes changed; made again")
             path.unlink()
-
-
-def _case(config: Config, plan: Plan, output: OutputPlan, artifact: Artifact, workspace: Workspace) -> Case:
-    base = workspace.root / artifact.made_from if artifact.made_from else None
-    own = [other for other in plan.outputs if other.repo == output.repo]
-    return Case(
-        _loaded(artifact, output.engine),
-        output.engine,
-        output.id,
-        plan.source,
-        config,
-        output.gates,
-        workspace,
-        output,
-        base if base is not None and base.is_file() else None,
-        (*artifact.files, *artifact.shared),
-        tuple(file.name for other in own for file in other.files),
-        artifact.details,
-    )
 
 
 def validate(
@@ -294,9 +240,9 @@ def validate(
             source = scan_source(source, workspace, progress)
         cases = [
             Case(
-                _loaded(artifact, engine),
+                judging.loaded_file(artifact, engine),
                 engine,
-                f"given/{_loaded(artifact, engine).name}",
+                f"given/{judging.loaded_file(artifact, engine).name}",
                 source,
                 config,
                 gates,
@@ -312,8 +258,3 @@ def validate(
         draw(reports, workspace.root, title, workspace)
         write_report(reports, workspace.root, [workspace.root], not_run(config, reports))
         return reports
-
-
-def _loaded(artifact: Artifact, engine: str) -> Path:
-    """What the engine is given: a GGUF file (the first shard), or the folder."""
-    return artifact.folder / artifact.files[0].name if engine == "llama.cpp" else artifact.folder

@@ -92,6 +92,8 @@ class Source(Record):
     card: ModelCard
     generation: dict[str, JsonValue] = Field(default={})
     """generation_config.json."""
+    sampling: dict[str, float] = Field(default={})
+    """What the user recommends otherwise than ``generation``: written into every artifact."""
     trust_remote_code: bool = False
     tokenizer: Path | None = None
     """Folder of the tokenizer files where ``tokenizer_name`` gives others than ``folder`` has (``source.overlay``)."""
@@ -99,6 +101,8 @@ class Source(Record):
     """What deserves a warning and stops nothing."""
     max_abs: float | None = None
     """Largest magnitude among the weights; None while nobody has read them."""
+    absent: tuple[str, ...] = ()
+    """Parts that the weights lack and the user has dropped, so that config.json in ``folder`` promises them no more."""
     prepared: Prepared | None = None
     """How ``folder`` came about, where it is not what the user has."""
 
@@ -228,6 +232,8 @@ class MachineState(Record):
     """Where torch and llama.cpp compute."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """By stage, the time that it is expected to need here."""
+    untimed: dict[str, str] = Field(default_factory=dict)
+    """The checks whose time is not among these, with the reason."""
     ram: int = 0
     """Bytes of memory that this machine has; 0: not looked at."""
 

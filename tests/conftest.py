@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -26,9 +27,18 @@ FIRST = ("tests/e2e", "tests/methods", "tests/validation")
 """Folders whose tests take minutes: begun last, they would keep one of pytest-xdist's processes busy alone."""
 
 
+PROCESSES = 4
+"""Of pytest-xdist, at most (Makefile)."""
+
+
 def pytest_configure() -> None:
-    """The room of the session is made before pytest-xdist starts the processes that share it."""
+    """The room of the session is made before pytest-xdist starts the processes that share it.
+
+    So are their threads divided: a product of the tests' small matrices that waits for a second core, which another
+    process has, takes five to ten times as long as on one.
+    """
     making.room()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // PROCESSES)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

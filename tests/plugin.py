@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -155,6 +156,13 @@ def stderr(_request: dict[str, Any], _report: Report) -> dict[str, Any]:
     print("complained", file=sys.stderr, flush=True)
     os.write(1, b"below python\n")
     return dict(os.environ)
+
+
+def registered(request: dict[str, Any], _report: Report) -> dict[str, Any]:
+    """A worker that has something done at its end, and prints half a line last."""
+    atexit.register(Path(request["path"]).write_text, "done")
+    atexit.register(sys.stdout.write, "last words")
+    return {}
 
 
 def loaded(_request: dict[str, Any], _report: Report) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from quantool import gates
+from quantool.config.cluster import Cluster
 from quantool.config.schema import Config
 from quantool.formats.safetensors import check_index
 from quantool.judging import findings_key
@@ -37,6 +38,7 @@ TEXT = {
     "cal.txt": "What was learned from.\n",
     "held.txt": "What is measured on.\n",
     "other.txt": "Other text.\n",
+    "recipe.txt": "^blk\\.0\\.attn_q\\.weight$=q8_0\n",
 }
 QUANTIZATIONS: list[dict[str, Any]] = [
     {"method": "gguf", "quant_level": "Q4_K_M", "quantization_config": {"pre_tokenizer": "qwen2", "imatrix": True}},
@@ -51,7 +53,7 @@ BASELINE: dict[str, Any] = {
     "model_id": str(CHAT),
     "quantizations": QUANTIZATIONS,
     "dataset_path": "cal.txt",
-    "validation": {"lm_eval": {"tasks": ["a"]}, "needle": {"haystack": "held.txt"}},
+    "validation": {"lm_eval": {"tasks": ["a"]}, "needle": {"haystack": "held.txt"}, "long": {}},
 }
 CORPORA = {"validation": {"corpora": [{"name": "a", "path": "held.txt"}, {"name": "b", "dataset": "o/d"}]}}
 FLAT = {
@@ -70,6 +72,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model_id": ({"model_id": "renamed"}, {}),
     "tokenizer_name": ({"tokenizer_name": "tokenizer"}, {}),
     "adapter": ({"adapter": "adapter"}, {}),
+    "merge": ({"merge": False}, {"adapter": "adapter"}),
     "trust_remote_code": ({"trust_remote_code": True}, {}),
     "drop": ({"drop": ["vision"]}, {}),
     "method": ({"method": "fp16", "quant_level": "F16"}, FLAT),
@@ -127,9 +130,17 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "validation.lm_eval.num_fewshot": ({"validation": {"lm_eval": {"num_fewshot": 2}}}, {}),
     "validation.lm_eval.limit": ({"validation": {"lm_eval": {"limit": 99}}}, {}),
     "validation.lm_eval.max_drop": ({"validation": {"lm_eval": {"max_drop": 0.5}}}, {}),
+    "validation.lm_eval.apply_chat_template": ({"validation": {"lm_eval": {"apply_chat_template": False}}}, {}),
+    "validation.lm_eval.fewshot_as_multiturn": ({"validation": {"lm_eval": {"fewshot_as_multiturn": False}}}, {}),
     "validation.needle": ({"validation": {"needle": None}}, {}),
     "validation.needle.lengths": ({"validation": {"needle": {"lengths": [200]}}}, {}),
     "validation.needle.depths": ({"validation": {"needle": {"depths": [0.5]}}}, {}),
+    "validation.long": ({"validation": {"long": None}}, {}),
+    "validation.long.lengths": ({"validation": {"long": {"lengths": [1024]}}}, {}),
+    "validation.long.kv": ({"validation": {"long": {"kv": ["q5_0"]}}}, {}),
+    "validation.long.windows": ({"validation": {"long": {"windows": 2}}}, {}),
+    "validation.long.max_cache_kld": ({"validation": {"long": {"max_cache_kld": 0.5}}}, {}),
+    "validation.long.needle": ({"validation": {"long": {"needle": False}}}, {}),
     "validation.needle.haystack": ({"validation": {"needle": {"haystack": "other.txt"}}}, {}),
     "validation.gates": ({"validation": {"gates": {"F16": {"max_mean_kld": 0.5}}}}, {}),
     **{
@@ -147,6 +158,7 @@ CHANGE_NO_BYTE_AND_NO_VERDICT = {
     "publish", "publish.mode", "publish.revision", "publish.tag", "publish.collection", "publish.commit_message",
     "publish.connect_timeout", "publish.read_timeout",
     "card", "card.template",  # the card is written anew at every run
+    "sign", "sign.key", "sign.keyless",  # so is the signature
 }  # fmt: skip
 
 HEADS_AND_EXPERTS = {"mtp": "quantize", "calibrate_all_experts": False, "fit": {"bpw": 14.0}}
@@ -155,7 +167,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "base_type": "f32", "imatrix": False, "tensor_types": {"ffn_down": "q8_0"}, "output_tensor_type": "q6_K",
         "token_embedding_type": "q6_K", "pure": True, "leave_output_tensor": True, "keep_split": True,
         "allow_requantize": True, "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
-        "max_shard_size": "1M", "llama_cpp_path": "checkout", "mtp_type": "q5_0",
+        "max_shard_size": "1M", "llama_cpp_path": "checkout", "mtp_type": "q5_0", "fit": [{"recipe": "recipe.txt"}],
     },
     "fp16": {
         "format": "safetensors", "pre_tokenizer": "llama-bpe", "add_space_prefix": True, "model_name": "other",
@@ -197,6 +209,7 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from models(part)
 
 
+CHANGE_NO_BYTE_AND_NO_VERDICT |= {"cluster", *dotted(Cluster, "cluster.")}  # where stages are done
 FIELDS = tuple(dict.fromkeys(dotted(Config)))
 
 
@@ -245,7 +258,7 @@ def one_rehearsal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_validate_names", lambda *_: None)
     types = {name: tensor.type for name, tensor in rehearsal().tensors.items()}
     run = {"types": types, "needs_imatrix": False}
-    monkeypatch.setattr(gguf, "_dry_runs", lambda _rehearsal, levelled, *_: [run] * len(levelled))
+    monkeypatch.setattr(gguf, "dry_runs", lambda _rehearsal, levelled, **_: [run] * len(levelled))
 
 
 @cache
@@ -256,9 +269,13 @@ def rehearsal(real: Any = dry_run.rehearse) -> dry_run.Rehearsal:
 
 
 @cache
-def source_of(model: str, tokenizer: str | None, adapter: str | None = None, *, trusted: bool) -> Source:
+def source_of(
+    model: str, tokenizer: str | None, adapter: str | None = None, *, merge: bool = True, trusted: bool
+) -> Source:
     """The source with its weights hashed; kept, because every change of a field asks for it."""
-    config = Config(model_id=model, tokenizer_name=tokenizer, adapter=adapter, trust_remote_code=trusted)
+    config = Config(
+        model_id=model, tokenizer_name=tokenizer, adapter=adapter, merge=merge, trust_remote_code=trusted
+    )
     source = resolve(config, weights=False, progress=Progress(quiet=True))
     weights = fingerprint(source.prepared and source.prepared.identity())
     files = tuple(file.model_copy(update={"sha256": file.sha256 or weights}) for file in source.files)
@@ -280,7 +297,7 @@ def keys(settings: dict[str, Any], folder: Path) -> dict[str, str]:
     """The keys of every artifact, of what they share, and of every check on one artifact of each engine."""
     config = Config.model_validate(settings)
     named = (config.model_id, config.tokenizer_name, config.adapter)
-    source = source_of(*named, trusted=config.trust_remote_code)
+    source = source_of(*named, merge=config.merge, trusted=config.trust_remote_code)
     workspace = Noting(folder / "out")
     for wanted in config.requested():
         method = find.find_method(wanted.method)
@@ -396,7 +413,7 @@ def test_a_gate_of_another_level_changes_nothing(here: Path) -> None:
     before = unchanged(json.dumps(BASELINE), here)
     settings = merged(BASELINE, {"validation": {"gates": {"FP8_DYNAMIC": {"max_mean_kld": 0.5}}}})
     changed = moved(before, keys(settings, here))
-    gated = ("perplexity", "behaviour", "classification", "embedding", "experts")
+    gated = ("perplexity", "behaviour", "classification", "embedding", "experts", "long")
     assert changed == {f"{check} of fp8/FP8_DYNAMIC" for check in gated}
 
 
@@ -440,7 +457,10 @@ def test_another_external_server_is_seen(here: Path, monkeypatch: pytest.MonkeyP
         binary.chmod(0o755)
         monkeypatch.setenv("PATH", str(binary.parent))
         seen.append(keys(BASELINE, here))
-    assert moved(*seen) == {"chat_template of gguf/Q4_K_M", "chat_template of fp8/FP8_DYNAMIC"}
+    outputs = ("gguf/Q4_K_M", "fp8/FP8_DYNAMIC")
+    assert moved(*seen) == {
+        f"{check} of {output}" for check in ("chat_template", "ollama") for output in outputs
+    }
 
 
 def test_packing_does_not_lose_what_was_measured(tmp_path: Path) -> None:

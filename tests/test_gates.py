@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quantool.errors import ConfigError
-from quantool.gates import default_gates, over, resolve
+from quantool.gates import default_gates, over, resolve, stock_level
 from quantool.plugins import find
 from quantool.records import Gates
 
@@ -203,3 +203,8 @@ def test_gates_read_back_switch_nothing_off() -> None:
     gates = Gates(max_mean_kld=0.1)
     again = Gates.model_validate_json(gates.model_dump_json())
     assert over(default_gates("Q8_0"), again) == over(default_gates("Q8_0"), gates)
+
+
+def test_a_fitted_file_has_the_limits_of_the_level_that_it_is_named_after() -> None:
+    assert default_gates("Q4_K_M_FITB") == default_gates("Q4_K_M")
+    assert stock_level("Q4_K_M") == "Q4_K_M"

@@ -15,10 +15,11 @@ import pytest
 from quantool import pipeline
 from quantool.config.load import load
 from quantool.errors import QuantizationError
+from quantool.making import lanes_of
 from quantool.methods import gguf
 from quantool.plugins import find
 from quantool.plugins.contract import Job
-from quantool.runtime import machine
+from quantool.runtime import gpus, machine
 from quantool.runtime.progress import Progress
 
 Change = Callable[[Callable[[Job], None], int], None]
@@ -123,6 +124,99 @@ def test_lines_name_all_that_is_made(
     assert steps[0] == "[4/9] make fake/Q8_0"  # what both need
     assert sorted(steps[1:3]) == ["[4-5/9] make fake/Q4_K_M", "[4-5/9] make fake/Q8_0"]
     assert steps[3] == "[6/9] compare with the reference"
+
+
+def test_lanes_are_made_and_judged_beside_each_other(
+    config_file: Callable[..., Path],
+    beside: Change,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = threading.Barrier(2)
+
+    def meet(_job: Job) -> None:
+        both.wait(WAIT)
+
+    beside(meet, 1)
+    monkeypatch.setattr(pipeline, "lanes_of", lambda _config, plan: [[output] for output in plan.outputs])
+    progress = Progress()
+    with progress.whole():
+        result = pipeline.run(load(config_file(), (), find).config, progress)
+    assert [report.artifact.output for report in result.reports] == ["fake/Q8_0", "fake/Q4_K_M"]
+    assert all(report.findings for report in result.reports)
+    steps = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert sorted(steps[:-1]) == sorted(
+        f"[4-8/9] {step}"
+        for step in (
+            "make fake/Q8_0",
+            "make fake/Q4_K_M",
+            "compare with the reference",
+            "judge fake/Q8_0",
+            "judge fake/Q4_K_M",
+        )
+    )
+    assert steps[-1] == "[9/9] pack"
+
+
+def test_a_lane_that_fails_lets_the_other_be_judged(
+    config_file: Callable[..., Path], beside: Change, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def before(job: Job) -> None:
+        if job.output.level == "Q8_0":
+            raise QuantizationError("Q8_0 cannot be made")
+
+    beside(before, 1)
+    monkeypatch.setattr(pipeline, "lanes_of", lambda _config, plan: [[output] for output in plan.outputs])
+    with pytest.raises(QuantizationError, match="Q8_0 cannot be made"):
+        pipeline.run(load(config_file(), (), find).config, Progress(quiet=True))
+    assert [path.name for path in (tmp_path / "out" / "records").glob("*.report.json")] == [
+        "fake-Q4_K_M.report.json"
+    ]
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "free", "gpus_have", "lanes"),
+    [
+        ("cuda", 16, 64 * GIB, [80 * GIB], 2),
+        ("auto", 16, 64 * GIB, [80 * GIB, 80 * GIB], 2),
+        ("cpu", 16, 64 * GIB, [80 * GIB], 1),
+        ("auto", 16, 64 * GIB, [], 1),
+        ("cuda", 4, 64 * GIB, [80 * GIB], 1),  # busy with llama.cpp alone
+        ("cuda", 16, 5 * GIB, [80 * GIB], 1),  # 2 + 4 are needed
+        ("cuda", 16, 64 * GIB, [80 * GIB, 32 * GIB], 1),  # four times 8 GiB, and the caches
+    ],
+)
+def test_lanes_where_there_is_room_for_both(
+    device: str,
+    cores: int,
+    free: int,
+    gpus_have: list[int],
+    lanes: int,
+    config_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load(config_file(), (), find).config
+    plan = pipeline.plan(config, Progress(quiet=True))
+    gguf_output, other = plan.outputs
+    outputs = (
+        gguf_output.model_copy(update={"peak_ram": 2 * GIB}),
+        other.model_copy(update={"peak_ram": 4 * GIB, "engine": "transformers"}),
+    )
+    weights = plan.source.files[0].model_copy(update={"name": "model.safetensors", "bytes": 8 * GIB})
+    plan = plan.model_copy(
+        update={"outputs": outputs, "source": plan.source.model_copy(update={"files": (weights,)})}
+    )
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    monkeypatch.setattr(machine, "free_ram", lambda: free)
+    monkeypatch.setattr(gpus, "memory", lambda: gpus_have)
+    chosen = lanes_of(config.model_copy(update={"device": device}), plan)
+    assert len(chosen) == lanes
+    assert sorted(output.id for lane in chosen for output in lane) == sorted(output.id for output in outputs)
+    alone = plan.model_copy(update={"outputs": outputs[1:]})
+    assert lanes_of(config.model_copy(update={"device": device}), alone) == [[outputs[1]]]
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,15 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
     return asked * PROMPT_TOKENS, asked * config.validation.behaviour.max_new_tokens
 
 
+def compare(case: Case, progress: Progress, /) -> None:
+    """Ask the reference."""
+    if case.source.facts.chat_template is not None and (prompts := prompts_of(case)).prompts:
+        ask_reference(case, questions_of(case, prompts), progress)
+
+
 @check(
     NAME,
+    compare=compare,
     depends=TOKENIZER
     | ANSWERS
     | REFERENCE_ANSWERS

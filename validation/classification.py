@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from quantool.errors import SourceError
 from quantool.formats.gguf_header import read_shards
 from quantool.formats.json_file import read_json
-from quantool.gates import over
 from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Gates
 from quantool.runtime.progress import Progress
@@ -19,16 +18,14 @@ from quantool.source.task import labels_of
 from quantool.tasks import TaskKind
 from quantool.validation._findings.builder import FindingBuilder, without_folders
 from quantool.validation._findings.limits import Gate, gated
+from quantool.validation._pooled.by_corpus import VectorCheck
 from quantool.validation._pooled.comparison import kendall, logit_error, mean, permutation, same_label
 from quantool.validation._pooled.probe import DOCUMENTS
-from quantool.validation._pooled.tokens import judge_ids
 from quantool.validation._pooled.vectors import (
     VECTORS,
     ArtifactVectors,
-    ReferenceVectors,
-    artifact_vectors,
+    compare_vectors,
     prepare_reference,
-    reference_vectors,
     require_task,
 )
 
@@ -44,6 +41,7 @@ HEAD = "cls."
 @check(
     NAME,
     prepare=prepare_reference,
+    compare=compare_vectors,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,
@@ -51,12 +49,7 @@ HEAD = "cls."
 )
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Labels and head as the source has them; logits, and labels or order beside the reference's."""
-    known = reference_vectors(case, progress)
-    made = artifact_vectors(case, known, progress)
-    findings = [*_judge_head(case, made[0])]
-    for reference, vectors in zip(known, made, strict=True):
-        findings += _judge_corpus(case, reference, vectors)
-    return findings
+    return CHECK.judge(case, progress)
 
 
 def _judge_head(case: Case, made: ArtifactVectors) -> Iterator[Finding]:
@@ -97,22 +90,11 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{shown}, … ({len(labels)})" if len(labels) > 8 else shown or "none"
 
 
-def _judge_corpus(case: Case, reference: ReferenceVectors, made: ArtifactVectors) -> list[Finding]:
-    corpus = reference.corpus
-    loaded = made.load()
-    if loaded is None:
-        reason = made.failure or f"llama.cpp gives no scores of this file, whose pooling is {made.pooling}"
-        return [BUILD.fail("logit_error", reason, corpus=corpus.name)]
-    (texts, theirs), (own, ours) = reference.load(), loaded
-    found = [judge_ids(BUILD, texts, own, corpus.name)]
-    if theirs.shape != ours.shape:
-        widths = f"{ours.shape[1]} logits, the reference has {theirs.shape[1]}"
-        return [*found, BUILD.fail("logit_error", widths, corpus=corpus.name)]
-    gates = case.gates if corpus.gates is None else over(case.gates, corpus.gates)
-    ranks = case.source.facts.task.kind is TaskKind.RERANKING
-    findings = [gated(gate, corpus.name, NAME) for gate in _limited(theirs, ours, gates, ranks=ranks)]
-    cause = _cause(theirs, ours, case.source.facts.task.labels)
-    return [*found, *(_because(finding, cause) for finding in findings)]
+def _compare(case: Case, corpus: str, gates: Gates, theirs: Vectors, ours: Vectors) -> Iterator[Finding]:
+    task = case.source.facts.task
+    cause = _cause(theirs, ours, task.labels)
+    for gate in _limited(theirs, ours, gates, ranks=task.kind is TaskKind.RERANKING):
+        yield _because(gated(gate, corpus, NAME), cause)
 
 
 def _limited(theirs: Vectors, ours: Vectors, gates: Gates, *, ranks: bool) -> Iterator[Gate]:
@@ -141,3 +123,8 @@ def _because(finding: Finding, cause: str) -> Finding:
     if not (cause and finding.verdict.fails):
         return finding
     return finding.model_copy(update={"detail": f"{finding.detail}; {cause}"})
+
+
+CHECK = VectorCheck(
+    BUILD, "logit_error", "scores", "{ours} logits, the reference has {theirs}", _judge_head, _compare
+)

@@ -7,11 +7,11 @@ transformers by the folder's own ``modules.json``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from quantool.errors import SourceError
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import some
-from quantool.gates import over
 from quantool.plugins.contract import Case, check
 from quantool.records import Finding, Gates
 from quantool.runtime.progress import Progress
@@ -20,17 +20,18 @@ from quantool.tasks import Task, TaskKind
 from quantool.validation._findings.builder import FindingBuilder, without_folders
 from quantool.validation._findings.limits import Gate, gated
 from quantool.validation._findings.statistics import Estimate
+from quantool.validation._pooled.by_corpus import VectorCheck
 from quantool.validation._pooled.comparison import NEIGHBOURS, cosines, mean, recall
-from quantool.validation._pooled.tokens import judge_ids
 from quantool.validation._pooled.vectors import (
     VECTORS,
     ArtifactVectors,
-    ReferenceVectors,
-    artifact_vectors,
+    compare_vectors,
     prepare_reference,
-    reference_vectors,
     require_task,
 )
+
+if TYPE_CHECKING:
+    from quantool.validation._pooled.comparison import Vectors
 
 NAME = "embedding"
 BUILD = FindingBuilder(NAME)
@@ -41,6 +42,7 @@ LOWEST = 0.01
 @check(
     NAME,
     prepare=prepare_reference,
+    compare=compare_vectors,
     require=require_task,
     depends=VECTORS,
     loads_reference=True,
@@ -48,42 +50,17 @@ LOWEST = 0.01
 )
 def judge(case: Case, progress: Progress) -> Sequence[Finding]:
     """Pooling and normalization as the source has them; cosine and nearest neighbours beside the reference's."""
-    known = reference_vectors(case, progress)
-    made = artifact_vectors(case, known, progress)
-    findings = [*_judge_settings(case, made[0])]
-    for reference, vectors in zip(known, made, strict=True):
-        findings += _judge_corpus(case, reference, vectors)
-    return findings
+    return CHECK.judge(case, progress)
 
 
-def _judge_corpus(case: Case, reference: ReferenceVectors, made: ArtifactVectors) -> list[Finding]:
-    corpus = reference.corpus
-    loaded = made.load()
-    if loaded is None:
-        reason = (
-            made.failure or f"llama.cpp gives no embeddings of this file, whose pooling is {made.pooling}"
-        )
-        return [BUILD.fail("cosine", reason, corpus=corpus.name)]
-    (texts, theirs), (own, ours) = reference.load(), loaded
-    found = [judge_ids(BUILD, texts, own, corpus.name)]
-    if theirs.shape != ours.shape:
-        widths = f"vectors of {ours.shape[1]} numbers, the reference's have {theirs.shape[1]}"
-        return [*found, BUILD.fail("cosine", widths, corpus=corpus.name)]
-    gates = case.gates if corpus.gates is None else over(case.gates, corpus.gates)
+def _compare(case: Case, corpus: str, gates: Gates, theirs: Vectors, ours: Vectors) -> Iterator[Finding]:
+    del case
     every = cosines(theirs, ours)
-    lowest = sorted(every)[int(LOWEST * len(every))]
-    return [
-        *found,
-        *(
-            gated(gate, corpus.name, NAME)
-            for gate in _limited(mean(every), mean(recall(theirs, ours)), gates)
-        ),
-        gated(
-            Gate("cosine_1", Estimate(float(lowest), 0.0), None, -1, "1st percentile of the cosine"),
-            corpus.name,
-            NAME,
-        ),
-    ]
+    for gate in _limited(mean(every), mean(recall(theirs, ours)), gates):
+        yield gated(gate, corpus, NAME)
+    lowest = float(sorted(every)[int(LOWEST * len(every))])
+    text = "1st percentile of the cosine"
+    yield gated(Gate("cosine_1", Estimate(lowest, 0.0), None, -1, text), corpus, NAME)
 
 
 def _limited(cosine: Estimate, kept: Estimate, gates: Gates) -> Iterator[Gate]:
@@ -151,3 +128,13 @@ def _same(case: Case, name: str) -> bool:
 
 def _modules(case: Case) -> str:
     return " ".join(module["type"] for module in read_modules(case.artifact))
+
+
+CHECK = VectorCheck(
+    BUILD,
+    "cosine",
+    "embeddings",
+    "vectors of {ours} numbers, the reference's have {theirs}",
+    _judge_settings,
+    _compare,
+)

@@ -6,7 +6,8 @@ whose values were lost though their names are there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pydantic import JsonValue
 
@@ -24,6 +25,7 @@ from quantool.validation._files.gguf_levels import options_of
 from quantool.validation._files.modules import promise
 from quantool.validation._files.tensor_values import (
     HeldTensor,
+    constant_parts,
     gguf_tensors,
     is_constant,
     of_safetensors,
@@ -34,6 +36,9 @@ from quantool.validation._findings.builder import FindingBuilder, without_folder
 BUILD = FindingBuilder("ledger")
 WEIGHTS = ("weight", "weight_packed", "qweight", "bias")
 """Last parts of the names of what holds weights; beside them stand scales, zero points and shapes."""
+EXPERTS = re.compile(r"_exps\.|\.experts\.[a-z]")
+"""In the name of a tensor that holds all experts of a layer, along its first axis."""
+SHOWN = 4
 
 
 @check("ledger", depends=Depends(fields=("drop",)))
@@ -98,30 +103,51 @@ def _same(found: HeldTensor, promised: ArtifactTensor) -> bool:
 
 
 def _judge_values(case: Case, ledger: Ledger, held: Mapping[str, HeldTensor]) -> Finding:
-    """No tensor is one value throughout that in the source is not, and no scale is zero throughout."""
+    """No tensor, and no expert of one, is one value throughout that in the source is not, and no scale is zero throughout."""
     found = [(tensor, line) for line in ledger.tensors for tensor in line.stored() if tensor.name in held]
-    source = None
+    suspects = [
+        (tensor, line, expert, constant)
+        for tensor, line in found
+        if line.fate.is_in and held[tensor.name].bytes
+        for expert, constant in _constants(held[tensor.name], alone=len(line.to) == 1)
+    ]
+    source = _source_tensors(case) if suspects else {}
     problems = []
-    for tensor, line in found:
-        data = held[tensor.name]
-        if not line.fate.is_in or not data.bytes:
-            continue
-        is_weight = tensor.name.rpartition(".")[2] in WEIGHTS or len(line.to) == 1
-        constant = is_constant(data) if is_weight or data.is_float else None
-        if constant is None or (constant != 0 and not is_weight):
-            continue
-        if source is None:
-            source = of_safetensors(
-                case.source.folder,
-                read_safetensors(
-                    [case.source.folder / file.name for file in case.source.files if _is_weights(file.name)]
-                ).values(),
-            )
+    for tensor, line, expert, constant in suspects:
         origins = [source[name] for name in _origins(tensor.name, line)]
+        if expert is not None:
+            origins = _of_expert(origins, expert, tensor.shape[0])
         if any(is_constant(origin) is None for origin in origins):
             what = "zero" if constant == 0 else "one value"
-            problems.append(f"{_origin(tensor.name, line)} is {what} throughout, the source's is not")
-    return BUILD.fact("values", f"{len(found)} tensors looked into", "; ".join(problems[:4]))
+            which = "" if expert is None else f": expert {expert}"
+            problems.append(f"{_origin(tensor.name, line)}{which} is {what} throughout, the source's is not")
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return BUILD.fact("values", f"{len(found)} tensors looked into", "; ".join(problems[:SHOWN]) + more)
+
+
+def _constants(data: HeldTensor, *, alone: bool) -> Iterator[tuple[int | None, int]]:
+    """Whether a tensor is one value throughout (None, and that of ``is_constant``), else which of its experts are.
+
+    ``alone``: it is all that became of a tensor, with no scale beside it.
+    """
+    is_weight = data.name.rpartition(".")[2] in WEIGHTS or alone
+    constant = is_constant(data) if is_weight or data.is_float else None
+    if constant is not None and (constant == 0 or is_weight):
+        yield None, constant
+    elif constant is None and is_weight and EXPERTS.search(data.name) and len(data.shape) > 1:
+        yield from constant_parts(data).items()
+
+
+def _source_tensors(case: Case) -> dict[str, HeldTensor]:
+    files = [case.source.folder / file.name for file in case.source.files if _is_weights(file.name)]
+    return of_safetensors(case.source.folder, read_safetensors(files).values())
+
+
+def _of_expert(origins: Sequence[HeldTensor], expert: int, count: int) -> list[HeldTensor]:
+    """What one of ``count`` experts was made of: of as many tensors its own, of others its part."""
+    if len(origins) == count:
+        return [origins[expert]]
+    return [origin.part(expert) if origin.shape[0] == count else origin for origin in origins]
 
 
 def _is_weights(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on reference and artifact.
 
-Both answer the same documents through ``lm_eval_adapter``: prompts without a chat template, as lm-eval has them by default, in
-token ids of the source's tokenizer. Tasks are judged by the answers to each document (``paired``), a group by the
+Both answer the same documents through ``lm_eval_adapter``: prompts through the source's chat template where it has one
+(``apply_chat_template``), in token ids of its tokenizer. Tasks are judged by the answers to each document (``paired``), a group by the
 documents of all its tasks together. Only when ``validation.lm_eval`` is configured.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 from quantool.config.schema import Config, LmEval
 from quantool.errors import ConfigError, DependencyError
@@ -62,10 +63,14 @@ QUESTIONS = Depends(
 
 def require(config: Config, source: Source) -> None:
     """Refuse what could not be judged hours later: lm-eval is not installed, or has no such task."""
-    del source
     settings = config.validation.lm_eval
     if settings is None:
         return
+    if settings.apply_chat_template and source.facts.chat_template is None:
+        raise ConfigError(
+            f"validation.lm_eval.apply_chat_template is true, but {source.name} has no chat template",
+            hint="leave it out: then prompts are plain text",
+        )
     if importlib.util.find_spec(NEED) is None:
         raise DependencyError(f"validation.lm_eval needs {NEED}", hint=f"pip install 'quantool[{EXTRA}]'")
     if settings.include_path is not None and not settings.include_path.is_dir():
@@ -91,8 +96,26 @@ def _look_up(tasks: tuple[str, ...], include_path: Path | None) -> None:
         )
 
 
+def compare(case: Case, progress: Progress, /) -> None:
+    """Ask the reference."""
+    if (settings := case.settings.lm_eval) is not None:
+        ask_reference(case, _questions(case, settings), progress)
+
+
+def fetch(config: Config, source: Source, /) -> None:
+    """Bring the documents of the tasks into the cache."""
+    settings = config.validation.lm_eval
+    if settings is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="quantool-") as folder:
+        request = _request(config, settings, source)
+        process.call(lm_eval_worker.fetch_tasks, request, log=Path(folder) / "log", failure=ConfigError)
+
+
 @check(
     NAME,
+    compare=compare,
+    fetch=fetch,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(("validation.lm_eval",), inputs=(_documents,)),
     loads_reference=True,
@@ -124,19 +147,31 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
         for before, after in zip(theirs["series"][name], ours["series"][name], strict=True)
     ]
     notes = dict.fromkeys([*theirs["notes"], *ours["notes"]])
+    if questions.request["chat"]:
+        notes["asked through the chat template"] = None
     return _findings(pairs, settings.max_drop, list(notes))
 
 
-def _questions(case: Case, settings: LmEval) -> Questions:
-    folder, cache_dir = settings.include_path, case.config.dataset_cache_dir
-    request = {
+def _request(config: Config, settings: LmEval, source: Source) -> dict[str, Any]:
+    """What the worker is told of the tasks and of how the model is asked."""
+    folder, cache_dir = settings.include_path, config.dataset_cache_dir
+    chat = settings.apply_chat_template
+    if chat is None:
+        chat = source.facts.chat_template is not None
+    return {
         "tasks": settings.tasks,
         "include_path": str(folder) if folder else None,
         "num_fewshot": settings.num_fewshot,
         "limit": settings.limit,
-        "context": case.source.facts.context,
+        "chat": chat,
+        "multiturn": chat and settings.fewshot_as_multiturn,
+        "context": source.facts.context,
         "cache_dir": str(cache_dir) if cache_dir else None,
     }
+
+
+def _questions(case: Case, settings: LmEval) -> Questions:
+    request = _request(case.config, settings, case.source)
     return Questions(NAME, lm_eval_worker.ask, request, case.key(QUESTIONS))
 
 

@@ -13,7 +13,7 @@ from quantool.config.schema import Config, Corpus
 from quantool.errors import ConfigError
 from quantool.plugins.contract import Case, check
 from quantool.plugins.keys import Depends
-from quantool.records import Finding, Source, Verdict
+from quantool.records import Finding, Source
 from quantool.runtime.progress import Progress
 from quantool.tasks import TaskKind
 from quantool.texts import corpus, inputs
@@ -21,16 +21,14 @@ from quantool.validation._cache.keys import ANSWERS, REFERENCE_ANSWERS
 from quantool.validation._cache.questions import Questions, ask_artifact, ask_reference
 from quantool.validation._engines.head import Unsound
 from quantool.validation._findings.builder import FindingBuilder
-from quantool.validation._findings.paired import FEWEST, mcnemar, verdicts
+from quantool.validation._findings.paired import FEWEST
 from quantool.validation._tasks import needle_worker
+from quantool.validation._tasks.needle_grid import compare, nothing_found
 from quantool.validation._tasks.needle_worker import Hidden
 
 NAME = "needle"
 METRIC = "retrieval"
 BUILD = FindingBuilder(NAME)
-CELLS = {(True, True): "both", (True, False): "LOST", (False, True): "gained", (False, False): "none"}
-"""What stands in the grid, by whether the reference and the artifact found the sentence."""
-ANSWER_SHOWN = 60  # characters
 QUESTIONS = Depends(fields=("validation.needle", "seed"))
 """The questions; the haystack counts by what it holds."""
 
@@ -66,8 +64,15 @@ def computes(config: Config, source: Source, /) -> tuple[int, int]:
     return cells * sum(settings.lengths), cells * len(settings.lengths) * needle_worker.ANSWER
 
 
+def ask_source(case: Case, progress: Progress, /) -> None:
+    """Ask the reference."""
+    if case.settings.needle is not None:
+        ask_reference(case, _questions(case), progress)
+
+
 @check(
     NAME,
+    compare=ask_source,
     require=require,
     depends=QUESTIONS | ANSWERS | REFERENCE_ANSWERS | Depends(inputs=(inputs.haystack,)),
     computes=computes,
@@ -83,16 +88,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     theirs = ask_reference(case, questions, progress)
     before = [Hidden(**cell) for cell in theirs["cells"]]
     if not any(cell.found for cell in before):
-        form = (
-            "in chat form" if theirs["chat"] else "as the beginning of the sentence (it has no chat template)"
-        )
-        return [
-            BUILD.skip(
-                METRIC,
-                f"the reference finds none of {len(before)} hidden sentences, asked {form}, so a loss could not be "
-                f"seen; its first answer: {before[0].answer[:ANSWER_SHOWN]!r}",
-            )
-        ]
+        return [BUILD.skip(METRIC, nothing_found(before, chat=theirs["chat"]))]
     try:
         ours = ask_artifact(case, questions, progress)
     except Unsound as reason:
@@ -121,58 +117,3 @@ def _questions(case: Case) -> Questions:
     }
     known = corpus.identity(haystack)
     return Questions(NAME, needle_worker.ask, request, known and case.key(QUESTIONS, known))
-
-
-def compare(reference: Sequence[Hidden], artifact: Sequence[Hidden]) -> Finding:
-    """The finding on two grids of the same cells, in the same order."""
-    difference = mcnemar([cell.found for cell in reference], [cell.found for cell in artifact])
-    (verdict,) = verdicts([difference], 0.0)
-    conclusion = {
-        Verdict.REGRESSION: "; lost beyond chance",
-        Verdict.ANOMALOUS: "; more than the reference beyond chance, so the comparison is probably broken",
-    }.get(verdict, "")
-    summary = (
-        f"finds {sum(cell.found for cell in artifact)} of {len(artifact)} hidden sentences, the reference "
-        f"{sum(cell.found for cell in reference)}; {difference.text}{conclusion}"
-    )
-    lines = [
-        summary,
-        *_grid(reference, artifact),
-        *_lost(reference, artifact),
-    ]
-    repeats = max(cell.repeats for cell in artifact)
-    if repeats > 1:
-        lines.append(f"the text was too short and stands up to {repeats} times in a prompt")
-    return Finding(
-        check=NAME,
-        metric=METRIC,
-        verdict=verdict,
-        measured=difference.measured,
-        reference=difference.reference,
-        error=difference.error,
-        detail="\n".join(lines),
-    )
-
-
-def _grid(reference: Sequence[Hidden], artifact: Sequence[Hidden]) -> list[str]:
-    """A table: a row for each depth, a column for each length in tokens, what ``CELLS`` says in them."""
-    found = {
-        (theirs.depth, theirs.length): CELLS[theirs.found, ours.found]
-        for theirs, ours in zip(reference, artifact, strict=True)
-    }
-    lengths, depths = sorted({length for _, length in found}), sorted({depth for depth, _ in found})
-    head = "  depth" + "".join(f"{length:>9}" for length in lengths)
-    rows = [
-        f"{100 * depth:5.0f} %" + "".join(f"{found[depth, length]:>9}" for length in lengths)
-        for depth in depths
-    ]
-    return [head, *rows]
-
-
-def _lost(reference: Sequence[Hidden], artifact: Sequence[Hidden]) -> list[str]:
-    """What the artifact said in the first cell that it lost."""
-    for theirs, ours in zip(reference, artifact, strict=True):
-        if theirs.found and not ours.found:
-            place = f"{100 * ours.depth:.0f} % of {ours.length} tokens"
-            return [f"at {place} {ours.value} is asked for, the answer: {ours.answer[:ANSWER_SHOWN]!r}"]
-    return []

@@ -20,7 +20,7 @@ from quantool.validation._findings.limits import Gate, gated, shown
 from quantool.validation._findings.statistics import Scores, summarize
 from quantool.validation._score import conversion_loss
 from quantool.validation._score.score_files import SCORES
-from quantool.validation._score.scores import ArtifactScores, compute, kept_scores, require
+from quantool.validation._score.scores import ArtifactScores, compute, compute_base, kept_scores, require
 
 NAME = "perplexity"
 BUILD = FindingBuilder(NAME)
@@ -58,9 +58,15 @@ def prepare(cases: Sequence[Case], progress: Progress) -> None:
     compute(cases, references(cases[0], corpora(cases[0].config), progress), progress)
 
 
+def compare(case: Case, progress: Progress, /) -> None:
+    """Score the reference, and the base of the case."""
+    compute_base(case, references(case, corpora(case.config), progress), progress)
+
+
 @check(
     NAME,
     prepare=prepare,
+    compare=compare,
     writes=writes,
     computes=computes,
     loads_reference=True,

@@ -97,7 +97,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
             for name, tensor in headers.items()
             if part_of(name, case.source.facts.layers) is None
         }
-        findings.append(_judge_cache(promised, layers_run))
+        findings.append(_judge_cache(promised, layers_run, case.source.facts.kv_heads))
     if not any(finding.verdict is Verdict.REGRESSION for finding in findings):
         facts = case.source.facts
         findings.append(_judge_splits(served, Heads(facts.heads, facts.kv_heads)))
@@ -280,8 +280,11 @@ def _judge_kernels(served: Sequence[Served]) -> Finding:
     return _finding("kernel", ", ".join(name.partition(" (")[0] for name in names) or None, problems, kernels)
 
 
-def _judge_cache(promised: Promise, headers: dict[str, TensorHeader]) -> Finding:
-    """The attention cache's numbers are FP8, and every layer has its scales; ``headers`` are those of the model's layers."""
+def _judge_cache(promised: Promise, headers: dict[str, TensorHeader], heads: int) -> Finding:
+    """The attention cache's numbers are FP8, and every layer has its scales, one or one for each of the ``heads`` of keys.
+
+    ``headers`` are those of the model's layers.
+    """
     cache = promised.cache
     if cache is None:
         raise AssertionError
@@ -296,6 +299,15 @@ def _judge_cache(promised: Promise, headers: dict[str, TensorHeader]) -> Finding
     bare = [
         place for place in sorted(places) if not {f"{place}.k_scale", f"{place}.v_scale"} <= headers.keys()
     ]
+    count = heads if cache.strategy == "attn_head" else 1
+    odd = [
+        tensor.name
+        for place in sorted(places)
+        for part in "kv"
+        if (tensor := headers.get(f"{place}.{part}_scale")) is not None and tensor.elements != count
+    ]
+    if odd:
+        problems.append(f"not {count} numbers, as scales by {cache.strategy} have: {some(odd)}")
     if bare and not cache.dynamic:
         problems.append(f"no k_scale and v_scale in {some(bare)}: vLLM would take 1")
     return _finding("kv_cache", f"{len(places) - len(bare)} of {len(places)} layers", problems)

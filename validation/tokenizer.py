@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -97,7 +97,7 @@ def judge(case: Case, progress: Progress, /) -> Sequence[Finding]:
     del progress  # a few seconds
     heads = _heads(case)
     texts = [*BEGINNINGS, *PROBES, *(text for head in heads.values() for text in head)]
-    request = {"texts": [asdict(text) for text in texts], "around": [asdict(text) for text in AROUND]}
+    request = {"texts": [vars(text) for text in texts], "around": [vars(text) for text in AROUND]}
     reference = by_source(case, NAME, hf_tokenizer.encode, request)
     try:
         compared, vocabulary = _compare(case, request, reference)

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from quantool.config.sampling import GENERATION, generation_file
 from quantool.errors import DependencyError, SourceError
 from quantool.formats.safetensors import INDEX, check_index
 from quantool.plugins.contract import Job
-from quantool.records import Artifact, FileRecord, Source, file_record
+from quantool.records import Artifact, FileRecord, PlannedFile, Source, file_record
 from quantool.runtime.workspace import PART, Workspace, written
 
 
@@ -25,7 +26,9 @@ def checkpoint_folder(job: Job) -> Iterator[Path]:
     files that an earlier record of the output names and, so that the weights are clear, weights that any record names.
     Raises DependencyError when the disk is full, SourceError when weights of nobody known lie there.
     """
-    part = job.workspace.work / f".checkpoint{PART}"
+    part = (
+        job.workspace.work / f".{job.output.id.replace('/', '-')}{PART}"
+    )  # outputs are made side by side on a cluster
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -72,13 +75,23 @@ def is_companion(name: str) -> bool:
     return name != "config.json" and not name.endswith((".safetensors", INDEX, ".md"))
 
 
+def companions(source: Source) -> list[PlannedFile]:
+    """What ``copy_companions`` brings."""
+    sizes = {file.name: file.bytes for file in source.files if is_companion(file.name)}
+    if (own := generation_file(source)) is not None:
+        sizes[GENERATION] = len(own)
+    return [PlannedFile(name=name, bytes=size) for name, size in sizes.items()]
+
+
 def copy_companions(source: Source, folder: Path) -> None:
-    """Bring what a loader needs beside weights and config.json."""
+    """Bring what a loader needs beside weights and config.json, and the sampling that the user recommends."""
     for file in source.files:
         if is_companion(file.name):
             target = folder / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / file.name, target)
+    if (own := generation_file(source)) is not None:
+        (folder / GENERATION).write_bytes(own)
 
 
 def relative_files(folder: Path) -> list[str]:

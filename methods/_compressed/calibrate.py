@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError, SourceError
 from quantool.methods._compressed.experts import counted_routing
+from quantool.methods._compressed.ranks import connected, gathered, rank, ranks, share
 from quantool.methods._compressed.torch_setup import (
     choose_device,
     peak_memory,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SHARD = "5GB"
 MISMATCH = "AWQ needs to match"
 """In what llmcompressor says of mappings that join layers with experts and layers without."""
-KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+KV_CACHE = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
 
 
 @preloaded("llmcompressor")
@@ -47,8 +48,10 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     ``device``, ``seed``, ``dtypes`` (safetensors' dtype by name of the tensors to be written), ``fused`` (whether the
     files hold the experts of a layer in one tensor). Writes
     weights, index, config.json and recipe.yaml. Result: ``device``, ``arithmetic`` (dtype of the products), ``peak_rss``, ``peak_cuda`` (bytes),
-    ``samples``, ``tokens``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether all
-    tokens went through all of them nevertheless). Progress is counted in decoder layers.
+    ``samples``, ``tokens``, ``processes``, ``expert_tokens`` (by module: tokens routed to each expert), ``all_experts`` (whether
+    all tokens went through all of them nevertheless). Progress is counted in decoder layers.
+
+    Of several processes (``ranks``) each calls this; the first one writes, and its result is that of all.
     """
     device = choose_device(request["device"])
     import torch
@@ -61,7 +64,9 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(request["source"], trust_remote_code=trust)
     samples = calibration_samples(request, tokenizer)
     try:
-        outcome = _run(request, samples, tokenizer, report)
+        with connected(request.get("processes", 1)):
+            outcome = _run(request, share(samples), tokenizer, report)
+            peaks = gathered(peak_memory())
     except torch.OutOfMemoryError as error:
         raise DependencyError(
             f"CUDA ran out of memory: {str(error).splitlines()[0]}",
@@ -85,14 +90,14 @@ def quantize(request: dict[str, Any], report: Report) -> dict[str, Any]:
             f"llmcompressor's own AWQ mappings do not fit this checkpoint: {error}",
             hint="name smooth_layer and balance_layers in quantization_config.mappings",
         ) from error
-    tokens = sum(len(sample) for sample in samples)
     return {
         "device": device,
         "samples": len(samples),
-        "tokens": tokens,
+        "tokens": sum(len(sample) for sample in samples),
+        "processes": len(peaks),
         "all_experts": request["options"]["calibrate_all_experts"],
         **outcome,
-        **peak_memory(),
+        **{name: max(peak[name] for peak in peaks) for name in peaks[0]},
     }
 
 
@@ -170,14 +175,16 @@ def _run(
     if used != stored:
         _round_scales(model, stored)
     model.save_pretrained(output, save_compressed=True, max_shard_size=SHARD)
-    if used != stored:
-        _narrow(output, request["dtypes"])
-    # The source's own file is published, or none; transformers writes one even where there was none.
-    (output / "generation_config.json").unlink(missing_ok=True)
-    write_config(Path(request["source"]), output)
+    if rank() == 0:
+        if used != stored:
+            _narrow(output, request["dtypes"])
+        # The source's own file is published, or none; transformers writes one even where there was none.
+        (output / "generation_config.json").unlink(missing_ok=True)
+        write_config(Path(request["source"]), output)
+    counted = gathered({name: counter.tokens for name, counter in routed.items()})
     return {
         "arithmetic": str(used).removeprefix("torch."),
-        "expert_tokens": {name: counter.tokens.tolist() for name, counter in routed.items()},
+        "expert_tokens": {name: sum(each[name] for each in counted).tolist() for name in routed},
     }
 
 
@@ -210,11 +217,13 @@ def _load(request: dict[str, Any]) -> PreTrainedModel:
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.utils import load_context
 
-    # load_context reads single experts from the files, and fills in random ones where a layer's lie in one tensor.
-    reading = nullcontext() if request["fused"] else load_context()
+    kind = getattr(transformers, request["loader"])
+    # load_context reads single experts from the files, and fills in random ones where a layer's lie in one tensor; of several
+    # processes it lets one read and the others share its memory, if it knows the class.
+    reading = nullcontext() if request["fused"] else load_context(*([kind] if ranks() > 1 else []))
     try:
         with reading:
-            model: PreTrainedModel = getattr(transformers, request["loader"]).from_pretrained(
+            model: PreTrainedModel = kind.from_pretrained(
                 request["source"], dtype="auto", trust_remote_code=request["config"]["trust_remote_code"]
             )
     except (ValueError, KeyError) as error:
@@ -270,7 +279,8 @@ def _recipe(request: dict[str, Any], model: PreTrainedModel) -> list[Modifier]:
             )
         )
     else:
-        cache = KV_CACHE if options.get("kv_cache") else None
+        strategy = {"fp8": "tensor", "fp8_head": "attn_head"}.get(options.get("kv_cache") or "")
+        cache = KV_CACHE | {"strategy": strategy} if strategy else None
         recipe.append(QuantizationModifier(config_groups=groups, ignore=ignore, kv_cache_scheme=cache))
     return recipe
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from quantool.config.schema import Config
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import arrange
 from quantool.methods._artifacts.files import (
@@ -18,7 +19,7 @@ from quantool.methods._artifacts.files import (
     is_companion,
     relative_files,
 )
-from quantool.methods._compressed import autoawq, calibrate, stream
+from quantool.methods._compressed import autoawq, calibrate, stream, torchrun
 from quantool.methods._compressed.fit.choose import WHOLE, FitScope, LayerChoice, choose, request_of
 from quantool.methods._compressed.fit.measure import measure
 from quantool.methods._compressed.layers import layers_of
@@ -39,7 +40,7 @@ from quantool.plugins.contract import Draft, Job, Method, method
 from quantool.records import Artifact, Source
 from quantool.runtime import process
 from quantool.runtime.gpus import devices
-from quantool.runtime.progress import Progress
+from quantool.runtime.progress import Progress, amount
 from quantool.runtime.worker import Work
 from quantool.source.mtp import head_tensors
 from quantool.source.resolve import overlay
@@ -82,7 +83,7 @@ def make(recipe: Recipe, job: Job, options: Any, progress: Progress) -> Artifact
             task, chosen = _choose(task, task.scope, job, options, source, key, progress)
         result = _recalled(task, job, options, part)
         if result is None:
-            work, request = _work(task, job, options, source, part)
+            work, request = _work(task, job, options, source, part, progress)
             with progress.bar(f"quantize {output.id}", "layers" if task.calibrated else "B") as bar:
                 variables = devices(config.device).variables()
                 result = process.call(work, request, log=log, bar=bar, variables=variables)
@@ -155,7 +156,9 @@ def _recalled(task: LevelTask, job: Job, options: Any, part: Path) -> dict[str, 
     return {key: artifact.details[key] for key in artifact.details.keys() - {"layers", "ignored"}}
 
 
-def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -> tuple[Work, dict[str, Any]]:
+def _work(
+    task: LevelTask, job: Job, options: Any, source: Source, part: Path, progress: Progress
+) -> tuple[Work, dict[str, Any]]:
     """The worker that makes the weights and its request."""
     request: dict[str, Any] = {
         "source": str(source.folder),
@@ -169,9 +172,12 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
     located = layers_of(source)
     if task.calibrated:
         plain = replace(task, autoawq=False)  # that layout is converted from this one
-        return calibrate.quantize, request | {
+        fused = located.keys() != headers(source).keys()
+        count = 1 if fused else _processes(job.config, source, progress)
+        return torchrun.quantize if count > 1 else calibrate.quantize, request | {
+            "processes": count,
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
-            "fused": located.keys() != headers(source).keys(),
+            "fused": fused,
             "config": job.config.model_dump(mode="json"),
             "algorithm": task.recipe.algorithm,
             "architecture": decoder_of(source.facts.architecture),
@@ -186,6 +192,22 @@ def _work(task: LevelTask, job: Job, options: Any, source: Source, part: Path) -
         "head": list(head_tensors(located, source.facts.layers)),
         "workers": workers(options, located),
     }
+
+
+def _processes(config: Config, source: Source, progress: Progress) -> int:
+    """How many share the calibration samples: one for each GPU, if memory that processes share holds the weights."""
+    count = min(len(devices(config.device).each()), config.sample_size)
+    if count == 1:
+        return 1
+    weights = sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
+    room = shutil.disk_usage(torchrun.SHARED_MEMORY).total
+    if room < weights + torchrun.SPARE:
+        progress.warn(
+            f"calibration uses one of {count} GPUs: {torchrun.SHARED_MEMORY} has {amount(room, 'B')}, and the weights that "
+            f"their processes share take {amount(weights, 'B')}"
+        )
+        return 1
+    return count
 
 
 def _fitted(task: LevelTask, located: Mapping[str, TensorHeader], choice: LayerChoice) -> LevelTask:

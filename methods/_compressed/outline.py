@@ -21,7 +21,7 @@ from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, fil
 from quantool.gates import MIN_EXPERT_TOKENS
 from quantool.ledger import TensorLine
 from quantool.methods._artifacts import account
-from quantool.methods._artifacts.files import is_companion
+from quantool.methods._artifacts.files import companions
 from quantool.methods._compressed import autoawq as _autoawq
 from quantool.methods._compressed import cost
 from quantool.methods._compressed.fit.budget import Fit
@@ -128,8 +128,8 @@ class LevelTask:
     selection: Selection
     calibrated: bool
     autoawq: bool = False
-    kv_cache: bool = False
-    """FP8 scales for the attention cache, one k_scale and v_scale a layer."""
+    kv_cache: tuple[int, ...] = ()
+    """Shape of a k_scale and v_scale of each layer, for an attention cache in FP8; empty: there are none."""
     carried: tuple[str, ...] = ()
     """Tensors of a multi-token-prediction head, which calibration does not see."""
     kept: tuple[str, ...] = ()
@@ -157,7 +157,7 @@ class LevelTask:
             for name, tensor in located.items():
                 if name.endswith(".k_proj.weight") and name not in self.carried:
                     module = name.removesuffix(".k_proj.weight")
-                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, (1,)) for part in "kv"]
+                    stored += [Stored(f"{module}.{part}_scale", tensor.dtype, self.kv_cache) for part in "kv"]
         return stored
 
 
@@ -174,14 +174,19 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     located = layers_of(source)
     scheme = recipe.schemes[level].grouped(getattr(options, "group_size", 128))
     _check_source(source, located)
-    cache = getattr(options, "kv_cache", None) is not None
-    calibrated = scheme.calibrated or cache
+    wanted = getattr(options, "kv_cache", None)
+    heads = (source.facts.kv_heads, 1, 1)
+    cache: tuple[int, ...] = () if wanted is None else heads if wanted == "fp8_head" else (1,)
+    calibrated = scheme.calibrated or bool(cache)
     kept = kept_patterns(source, located, options.mtp, calibrated=calibrated)
     selection = select(located, options.targets, options.ignore, tied=source.facts.tied_embeddings, kept=kept)
     check_shapes(selection, scheme)
     check_fusion(selection, scheme)
+    _check_loadable(level, scheme, located)
     if cache and not any(name.endswith(".k_proj.weight") for name in located):
-        raise SourceError("kv_cache: fp8 needs attention layers with a k_proj, and this checkpoint has none")
+        raise SourceError(
+            f"kv_cache: {wanted} needs attention layers with a k_proj, and this checkpoint has none"
+        )
     autoawq = getattr(options, "format", None) == "autoawq"
     if options.fit is not None:
         refuse_combination(source.facts.task, autoawq=autoawq)
@@ -190,6 +195,16 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     head = head_tensors(located, source.facts.layers) if calibrated else ()
     scope = None if options.fit is None else scope_of(options.fit, level, scheme, selection, located)
     return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept, scope)
+
+
+def _check_loadable(level: str, scheme: WeightScheme, located: Mapping[str, TensorHeader]) -> None:
+    """SourceError for whole integers beside experts: transformers joins experts of FP8 or of packed integers alone."""
+    if scheme.stored == "I8" and (experts := [name for name in located if ".experts." in name]):
+        raise SourceError(
+            f"{level} cannot be judged: transformers {version('transformers')} joins no experts ({experts[0]} …) of a "
+            "model whose weights are 8-bit integers",
+            hint="fp8 (FP8_DYNAMIC) takes as much room; awq W8A16 keeps 8-bit integers, with activations as they are",
+        )
 
 
 def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
@@ -352,9 +367,7 @@ def _files(
 
     config.json grows by about 1.3 kB; recipe.yaml of calibrated levels is not counted.
     """
-    files = [
-        PlannedFile(name=file.name, bytes=file.bytes) for file in source.files if is_companion(file.name)
-    ]
+    files = companions(source)
     shards = _streamed(located, task) if not task.calibrated else split(tensors)
     weights = {name: file_size(stored) for name, stored in shards.items()}
     if task.scope is not None:  # which shard grows is known when the layers are chosen
@@ -394,4 +407,5 @@ def _peak_ram(
 def task_key(task: LevelTask, config: Config, options: Any, source: Source) -> str:
     """The key of a level."""
     depends = CALIBRATED if task.calibrated or task.scope is not None else STREAMED
-    return key_of(depends, source, task.recipe.method, task.level, config=config, options=options)
+    parts = (task.recipe.method, task.level, source.sampling)
+    return key_of(depends, source, *parts, config=config, options=options)

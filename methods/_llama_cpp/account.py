@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from quantool.formats.safetensors import TensorHeader
 from quantool.ledger import MTP, ArtifactTensor, Fate, TensorLine
+from quantool.methods._llama_cpp import lora
 from quantool.methods._llama_cpp.dry_run import Rehearsal
 from quantool.records import Source
 from quantool.source.parts import BESIDE_VECTORS, Parts
@@ -35,7 +36,8 @@ def lines(source: Source, rehearsal: Rehearsal, types: Mapping[str, str]) -> tup
         _line(source, parts, tensor, [stored[name] for name in made.get(tensor.name, ())], made_of)
         for tensor in headers(source).values()
     ]
-    return (*found, *_added(stored, made_of))
+    shapes = {name: tensor.shape for name, tensor in rehearsal.tensors.items()}
+    return (*found, *_added(stored, made_of), *lora.lines(source, made_of, shapes))
 
 
 def _line(

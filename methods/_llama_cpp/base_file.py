@@ -10,8 +10,8 @@ from pydantic import Field
 
 from quantool import __version__
 from quantool.errors import ConfigError, QuantizationError
-from quantool.formats.gguf_keys import origin_keys
-from quantool.methods._llama_cpp import convert, quantize
+from quantool.formats.gguf_keys import ADAPTER, SAMPLING_KEYS, origin_keys
+from quantool.methods._llama_cpp import convert, lora, quantize
 from quantool.methods._llama_cpp.pooled import gguf_pooling
 from quantool.plugins.contract import Job, Options, Request
 from quantool.plugins.keys import Depends, key_of
@@ -89,7 +89,7 @@ def file_stem(source: Source, options: GgufOptions, size_label: str) -> str:
 
 
 def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
-    """Authorship keys that override what the converter would guess (0c1e570, gguf-py/gguf/metadata.py)."""
+    """Authorship and sampling keys that override what the converter would take (0c1e570, gguf-py/gguf/metadata.py)."""
     found: dict[str, Any] = {
         "general.name": model_name(source, options),
         "general.quantized_by": f"quantool {__version__}",
@@ -101,7 +101,7 @@ def metadata(source: Source, options: GgufOptions) -> dict[str, Any]:
     if source.commit:
         found["general.source.huggingface.repository"] = source.model_id
         found["general.source.repo_url"] = f"https://huggingface.co/{source.model_id}"
-    return found
+    return found | {SAMPLING_KEYS[name]: value for name, value in source.sampling.items()}
 
 
 def conversion(
@@ -112,6 +112,9 @@ def conversion(
     extra = {"quantool.version": __version__, **origin_keys(source)}
     if tools.commit:
         extra["quantool.llama_cpp.commit"] = tools.commit
+    if lora.apart(source):
+        lora.script_of(tools)  # the plan finds that it is missing
+        extra[ADAPTER] = lora.adapter_file(model_name(source, options))
     return {
         "toolchain": str(tools.folder),
         "type": kind,
@@ -172,7 +175,7 @@ def recipe(source: Source, options: GgufOptions, tools: toolchain.Toolchain, kin
         tools.commit,
         *(sha256_of(Path(__file__).with_name(name)) for name in CODE),
     ]
-    keys = [*sorted(origin_keys(source)), gguf_pooling(source)]
+    keys = [*sorted(origin_keys(source)), gguf_pooling(source), *[ADAPTER] * bool(lora.apart(source))]
     templates = [source.facts.chat_template, source.facts.named_templates]
     return [metadata(source, options), _folder_name(source), keys, templates, chosen, code, kind]
 
@@ -188,7 +191,12 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
         with written(folder) as part, progress.bar(f"convert to {kind.upper()}", "B") as bar:
             part.mkdir()
             request = conversion(source, options, kind, tools, workspace.work / "metadata.json")
-            request |= {"model": str(source.folder), "output": str(part / "base.gguf")}
+            prepared, model = lora.apart(source), source.folder
+            if prepared is not None:
+                model = lora.base_model(source, prepared, workspace.work / "unmerged")
+                beside = part / lora.adapter_file(model_name(source, options))
+                lora.convert(source, prepared, model, beside, tools, workspace.logs / "adapter.log")
+            request |= {"model": str(model), "output": str(part / "base.gguf")}
             result = process.call(
                 convert.convert,
                 request,
@@ -197,7 +205,8 @@ def base(job: Job, options: GgufOptions, kind: str, progress: Progress) -> tuple
             )
             require_loadable(Path(result["files"][0]), workspace.logs / "converter.log")
             names = [Path(file).name for file in result["files"]]
-        return [folder / name for name in names], {"files": names}
+        adapters = folder.glob(lora.adapter_file("*"))
+        return [*(folder / name for name in names), *adapters], {"files": names}
 
     result = workspace.stage(f"base-{kind}", key, produce)
     return folder / result["files"][0], key

@@ -15,6 +15,7 @@ from typing import Any
 
 from quantool.errors import ConfigError, QuantizationError, SourceError, nearest
 from quantool.formats.gguf_header import FIRST, padded, shard_names
+from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import TensorHeader
 from quantool.formats.safetensors_layout import write_skeleton
 from quantool.methods._llama_cpp import convert, convert_ahead, split
@@ -70,9 +71,9 @@ class Rehearsal:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def notes(rehearsal: Rehearsal) -> list[str]:
-    """What the converter decided though nobody asked: the pre-tokenizer, and no space after special tokens."""
-    found = []
+def notes(rehearsal: Rehearsal, source: Source) -> list[str]:
+    """What the converter decided though nobody asked (pre-tokenizer, no space after special tokens), and rounded positions."""
+    found = _rounded_yarn(read_json(source.folder / "config.json"))
     if rehearsal.equal_steps is not None:
         found.append(
             f"pre-tokenizer {rehearsal.equal_steps}: llama.cpp's converter does not know this vocabulary, but the steps in "
@@ -84,6 +85,24 @@ def notes(rehearsal: Rehearsal) -> list[str]:
             "after every special token; a text without a template starts without that space in llama.cpp"
         )
     return found
+
+
+def _rounded_yarn(config: Mapping[str, Any]) -> list[str]:
+    """A note on YaRN without ``truncate``, as gpt-oss has it: llama.cpp rounds its range (ggml.c, ``ggml_rope_yarn_corr_dims``).
+
+    On a random model of two layers that is a divergence of 0.001 to 0.01; with rounded bounds in the reference it is
+    0.000000. vLLM did the same before 0.11.1 (its issue 27722).
+    """
+    inner = config.get("text_config")
+    parts = (config, inner) if isinstance(inner, dict) else (config,)
+    scalings = [part.get(key) for part in parts for key in ("rope_parameters", "rope_scaling")]
+    if not any(isinstance(scaling, dict) and scaling.get("truncate") is False for scaling in scalings):
+        return []
+    text = (
+        "config.json: truncate: false: llama.cpp rounds the range of dimensions that YaRN corrects, the model was trained "
+        "without: positions differ a little in every GGUF of it, which conversion_kld measures"
+    )
+    return [text]
 
 
 def rehearse(source: Source, options: GgufOptions, kind: str) -> Rehearsal:

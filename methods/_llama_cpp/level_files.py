@@ -32,7 +32,8 @@ def write_level(
     if kept:
         return _keep_split(job, request, names, log, progress)
     if len(names) > 1:
-        return _split(job, request, names, job.workspace.work / f"split-{key[:32]}", limit, log, progress)
+        folder = job.workspace.work / f"split-{job.output.level}-{key[:32]}"
+        return _split(job, request, names, folder, limit, log, progress)
     with written(job.folder / names[0]) as part:
         remarks = _quantize(job, request | {"output": str(part)}, log, progress)
         base_file.require_loadable(part, log)
@@ -53,7 +54,7 @@ def _keep_split(
     job: Job, request: dict[str, Any], names: Sequence[str], log: Path, progress: Progress
 ) -> dict[str, Any]:
     """llama.cpp names the shards itself, from a prefix."""
-    folder = job.workspace.work / "shards"
+    folder = job.workspace.work / f"shards-{job.output.level}"
     with written(folder) as part:
         part.mkdir()
         prefix = part / names[0].rpartition("-00001-of-")[0]
@@ -73,7 +74,7 @@ def _split(
     progress: Progress,
 ) -> dict[str, Any]:
     """One file, split when it is whole; the folder tells an interrupted run how far it came."""
-    for other in folder.parent.glob("split-*"):
+    for other in folder.parent.glob(f"split-{job.output.level}-*"):
         if other != folder:
             shutil.rmtree(other)
     whole, record = folder / WHOLE, folder / "remarks.json"

@@ -6,19 +6,19 @@ them: it is given the sections and the records (``user_template.VARIABLES``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from quantool.card.holdings import holdings, left_out_sentence, tags_of, task_of
+from quantool.card.holdings import adapters, expert_coverage, holdings, left_out_sentence, tags_of, task_of
 from quantool.card.how_to_run import usage
 from quantool.card.memory_table import memory_tables, which_file
 from quantool.card.model_index import model_index
 from quantool.card.redact import published, published_config
 from quantool.card.user_template import render_card
-from quantool.config.sampling import listed, recommended
-from quantool.config.schema import Config, Sampling
+from quantool.config.sampling import chosen, listed, recommended
+from quantool.config.schema import Config
 from quantool.plugins import find
 from quantool.records import Finding, OutputPlan, Plan, Report, Source
 from quantool.report.fitted import choice
@@ -78,7 +78,7 @@ def write_card(
             "outputs": [published(output) for output in outputs],
             "reports": [published(report) | {"verdict": str(report.verdict())} for report in reports],
             "plots": list(plots),
-            "sampling": sampling.model_dump(exclude_none=True),
+            "sampling": dict(sampling),
         },
     )
 
@@ -88,9 +88,9 @@ def _sections(
     outputs: Sequence[OutputPlan],
     reports: Sequence[Report],
     plots: Sequence[str],
-    sampling: Sampling,
+    sampling: Mapping[str, float | str],
 ) -> dict[str, str]:
-    known = sampling.model_dump(exclude_none=True)
+    known = chosen(plan.source, Config.model_validate(plan.config))
     left_out = unchecked(reports, not_run(Config.model_validate(plan.config), reports))
     figures = corpora(reports) + "\n" + "\n".join(pictures([name for name in plots if name == CORPORA]))
     parts = {
@@ -192,10 +192,10 @@ def _files(reports: Sequence[Report]) -> str:
         if len(shards) > 1:
             text += f"\n{report.artifact.level} has {len(shards)} parts, all of them needed; engines are given the first.\n"
     if explained := meaning(reports):
-        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        return f"{text}\nFigures of the worst corpus; {explained}. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     return text + (
         "\nFigures of the worst corpus, the one with the largest mean KLD: the mean Kullback-Leibler divergence from the "
-        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`.\n"
+        "bf16 reference in nats, 0 for the same predictions. bpw: bits per weight. SHA-256 of every file: `SHA256SUMS`; `quantool verify` checks a download.\n"
     )
 
 
@@ -222,6 +222,13 @@ def _origin(plan: Plan) -> str:
     return "validation.generation" if given else "generation_config.json of the source"
 
 
+def _shared_kind(name: str, reports: Sequence[Report]) -> str:
+    """What a file is that artifacts share."""
+    if name in adapters(reports):
+        return "adapter"
+    return "importance matrix" if name.endswith(".gguf") else "types of its tensors"
+
+
 def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) -> str:
     facts, versions = plan.source.facts, _versions(plan, outputs, reports)
     lines = [
@@ -238,13 +245,13 @@ def _made(plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report]) 
         if note := details.get("note"):
             lines.append(f"- {note}")
         lines += [
-            f"- {'importance matrix' if file.name.endswith('.gguf') else 'types of its tensors'}: `{file.name}`, SHA-256 "
-            f"`{file.sha256}`"
+            f"- {_shared_kind(file.name, [report])}: `{file.name}`, SHA-256 `{file.sha256}`"
             for file in report.artifact.shared
         ]
     samples = any(report.artifact.details.get("samples") for report in reports)
     if samples or any("imatrix" in output.needs for output in outputs):
         lines.append(f"- calibration: {_calibration(plan)}")
+    lines += expert_coverage(reports)
     lines.append("- plan, findings and thresholds of every check: `quantool.json`")
     return "\n".join(dict.fromkeys(lines)) + "\n"
 

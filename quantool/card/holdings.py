@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from quantool.ledger import TOWERS, Ledger
-from quantool.records import OutputPlan
-from quantool.report.holdings import of_outputs
+from quantool.records import OutputPlan, Report
+from quantool.report.holdings import of_experts, of_outputs
 
 MULTIMODAL = frozenset({
     "image-text-to-text", "video-text-to-text", "audio-text-to-text", "image-to-text", "any-to-any", "visual-question-answering",
@@ -15,6 +15,14 @@ MULTIMODAL = frozenset({
 })  # fmt: skip
 """Tasks and tags of the Hub that promise what a text-only file lacks."""
 TEXT_ONLY = "text-only"
+ADAPTER_END = "-lora.gguf"
+"""How the names of adapters end, which no importance matrix has."""
+
+
+def adapters(reports: Sequence[Report]) -> list[str]:
+    """Names of the adapters that lie beside the files (``merge: false``)."""
+    shared = (file.name for report in reports for file in report.artifact.shared)
+    return list(dict.fromkeys(name for name in shared if name.endswith(ADAPTER_END)))
 
 
 def ledgers(outputs: Iterable[OutputPlan]) -> list[Ledger]:
@@ -51,3 +59,8 @@ def left_out_sentence(outputs: Iterable[OutputPlan]) -> str:
 def holdings(outputs: Sequence[OutputPlan]) -> list[str]:
     """What became of the source's tensors, as lines of Markdown."""
     return [f"- {ids}: {statement}" for ids, statement in of_outputs(outputs)]
+
+
+def expert_coverage(reports: Sequence[Report]) -> list[str]:
+    """What the experts saw of the calibration text, as lines of Markdown; none for a dense model."""
+    return [f"- experts, {levels}: {statement}" for levels, statement in of_experts(reports)]

@@ -6,8 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from quantool.card.holdings import adapters
 from quantool.card.how_to_embed import loaded, served
-from quantool.card.vllm_arguments import GPU_BYTES, serve_arguments
+from quantool.card.modelfile import ollama
+from quantool.card.other_engines import desktop, sglang, tool_request
+from quantool.card.vllm_arguments import GPU_BYTES, serve_arguments, tool_parser
 from quantool.formats.gguf_header import SIDECARS
 from quantool.records import OutputPlan, Plan, Report
 from quantool.report.recommend import recommend
@@ -21,6 +24,11 @@ QUESTION = "What is the capital of France?"
 START = "The capital of France is"
 
 
+def served_context(plan: Plan) -> int:
+    """Tokens of context that the examples ask for."""
+    return min(SERVED, plan.source.facts.context)
+
+
 def usage(
     plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], sampling: Mapping[str, float]
 ) -> str:
@@ -29,9 +37,9 @@ def usage(
     ``sampling`` is what is recommended.
     """
     repo_id = next((output.repo_id for output in outputs if output.repo_id), None)
-    context = min(SERVED, plan.source.facts.context)
-    chat = plan.source.facts.chat_template is not None
-    task = plan.source.facts.task
+    facts = plan.source.facts
+    context, task = served_context(plan), facts.task
+    chat, tools = facts.chat_template is not None, tool_parser(facts) is not None
     if outputs[0].engine != "llama.cpp" and not task.generates:
         return loaded(repo_id or outputs[0].repo, task, context)
     if outputs[0].engine != "llama.cpp":
@@ -39,41 +47,61 @@ def usage(
         sizes = [report.artifact.bytes() for report in reports] or [
             sum(file.bytes for file in output.files) for output in outputs
         ]
-        arguments = [f"--max-model-len {context}", *serve_arguments(plan.source.facts, sizes[0])]
-        text = _vllm(outputs[0], named, arguments) + _client("transformers", named, sampling, chat=chat)
-        return text + ("" if _is_autoawq(outputs[0]) else "\n" + _transformers(named, sampling, chat=chat))
+        arguments = [f"--max-model-len {context}", *serve_arguments(facts, sizes[0]), *_cache(outputs[0])]
+        parts = [
+            _vllm(outputs[0], named, arguments) + _client("transformers", named, sampling, chat=chat),
+            tool_request(PORTS["transformers"], named) if tools else "",
+            sglang(outputs[0].level, named, facts, sizes[0], context),
+            "" if _is_autoawq(outputs[0]) else _transformers(named, sampling, chat=chat),
+        ]
+        return "\n".join(part for part in parts if part)
     files = {report.artifact.level: [file.name for file in report.artifact.files] for report in reports}
     files = files or {output.level: [file.name for file in output.files] for output in outputs}
     chosen = recommend(reports)
     level = chosen.report.artifact.level if chosen else next(iter(files))
     if not task.generates:
         return served(_choice(repo_id, files, level), task, context)
+    adapter = next(iter(adapters(reports)), "")
+    asked = f"{_added(adapter)} -c {context}{' --jinja' if tools else ''}"
+    tagged = repo_id is not None and not adapter and _choice(repo_id, files, level).endswith(f":{level}")
     parts = [
-        _llama(repo_id, files, level, context),
+        _llama(repo_id, files, level, asked, adapter),
         _client("llama.cpp", repo_id or files[level][0], sampling, chat=chat),
-        _python(files[level], context, sampling, chat=chat),
-        _every_level(repo_id, files, level, context),
+        tool_request(PORTS["llama.cpp"], repo_id or files[level][0]) if tools else "",
+        _python(files[level], context, sampling, adapter, chat=chat),
+        desktop(repo_id, level) if repo_id and tagged else "",
+        ollama(outputs[0].repo, reports, sampling, context),
+        _every_level(repo_id, files, level, asked),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _llama(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, context: int) -> str:
-    chosen = _choice(repo_id, files, level)
+def _llama(
+    repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, arguments: str, adapter: str
+) -> str:
+    """Both programs; ``--jinja`` (the default since 2025) is what an older server needs to read tool calls."""
+    command = f"{_choice(repo_id, files, level)}{arguments}"
+    fetched = f"hf download {repo_id} {adapter} --local-dir .\n" if adapter and repo_id else ""
+    needed = "The files are the base model's: every command adds the adapter.\n\n" if adapter else ""
     return (
-        "With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n"
-        f"```sh\nllama-server {chosen} -c {context}\nllama-cli {chosen} -c {context}\n```\n"
+        f"With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n{needed}"
+        f"```sh\n{fetched}llama-server {command}\nllama-cli {command}\n```\n"
     )
 
 
-def _every_level(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, context: int) -> str:
+def _added(adapter: str) -> str:
+    return f" --lora {adapter}" if adapter else ""
+
+
+def _every_level(repo_id: str | None, files: Mapping[str, Sequence[str]], level: str, arguments: str) -> str:
     """The command for each level, and how to have the file itself."""
-    rows = [[tag, f"`llama-server {_choice(repo_id, files, tag)} -c {context}`"] for tag in files]
+    rows = [[tag, f"`llama-server {_choice(repo_id, files, tag)}{arguments}`"] for tag in files]
     text = markdown(["level", "command"], rows) + "\n" if len(files) > 1 else ""
     if repo_id:
         first = files[level][0]
         text += (
             "From files on disk:\n\n```sh\n"
-            f"{_download(repo_id, files[level])}llama-server -m {first} -c {context}\n```\n"
+            f"{_download(repo_id, files[level])}llama-server -m {first}{arguments}\n```\n"
         )
     return folded("Other levels, files on disk" if len(files) > 1 else "Files on disk", text)
 
@@ -137,6 +165,11 @@ def _client(engine: str, model: str, sampling: Mapping[str, float], *, chat: boo
     )
 
 
+def _cache(output: OutputPlan) -> list[str]:
+    """Calibrated scales of the attention cache count in vLLM only for a cache in FP8, which has to be asked for."""
+    return ["--kv-cache-dtype fp8"] if output.options.get("kv_cache") else []
+
+
 def _is_autoawq(output: OutputPlan) -> bool:
     """Whether it is in a layout for which transformers asks for one more library."""
     return output.options.get("format") == "autoawq"
@@ -144,8 +177,9 @@ def _is_autoawq(output: OutputPlan) -> bool:
 
 def _transformers(named: str, sampling: Mapping[str, float], *, chat: bool) -> str:
     """The folder in transformers, which unpacks it with compressed-tensors."""
-    own = "".join(f", {name}={value:g}" for name, value in sampling.items())
-    own = f", do_sample={bool(sampling)}{own}"
+    samples = bool(sampling) and sampling.get("temperature") != 0
+    own = "".join(f", {name}={value:g}" for name, value in sampling.items() if samples)
+    own = f", do_sample={samples}{own}"
     if chat:
         inputs = f"""inputs = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "{QUESTION}"}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -164,7 +198,9 @@ def _transformers(named: str, sampling: Mapping[str, float], *, chat: bool) -> s
     )
 
 
-def _python(names: Sequence[str], context: int, sampling: Mapping[str, float], *, chat: bool) -> str:
+def _python(
+    names: Sequence[str], context: int, sampling: Mapping[str, float], adapter: str, *, chat: bool
+) -> str:
     """llama-cpp-python on a file; further shards are found beside the first."""
     renamed = {"repetition_penalty": "repeat_penalty"}
     own = "".join(f", {renamed.get(name, name)}={value:g}" for name, value in sampling.items())
@@ -176,5 +212,6 @@ def _python(names: Sequence[str], context: int, sampling: Mapping[str, float], *
         result = 'answer["choices"][0]["text"]'
     text = "`pip install llama-cpp-python`, then in the folder of the file:\n\n"
     text += "```python\nfrom llama_cpp import Llama\n\n"
-    text += f'model = Llama("{names[0]}", n_ctx={context}, verbose=False)\n'
+    lora = f', lora_path="{adapter}"' if adapter else ""
+    text += f'model = Llama("{names[0]}"{lora}, n_ctx={context}, verbose=False)\n'
     return folded("From Python", text + f"answer = {call}\nprint({result})\n```\n")

@@ -17,6 +17,7 @@ from quantool.gates import ALL_LEVELS
 from quantool.record import Record
 
 ONE_ORIGIN = "give either path or dataset"
+ONE_ENGINE = "give one of slurm, local and engine"
 
 AFTER_MERGE = ("tag", "collection")
 """Keys of ``publish`` that need a commit which stays."""

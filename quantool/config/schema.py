@@ -9,10 +9,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantool.config import rules
+from quantool.config.cluster import Cluster
+from quantool.config.section import Section
+from quantool.config.served import Long, Sampling
 from quantool.record import NameOrPath, Privacy
 from quantool.records import Gates
 from quantool.runtime import gpus
@@ -60,12 +63,6 @@ UserPath = Annotated[Path, AfterValidator(_at_home)]
 MAX_SEED = 1 << 32  # what numpy takes
 
 
-class Section(BaseModel):
-    """A part of the configuration: closed to unknown keys. In a file, null stands for the default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class Corpus(Section):
     """One text to measure on, or to calibrate with."""
 
@@ -86,18 +83,6 @@ class Corpus(Section):
         return self
 
 
-class Sampling(Section):
-    """Recommended sampling: what generation_config.json, the GGUF's metadata and the card must all say."""
-
-    temperature: float | None = Field(default=None, ge=0, description="Temperature; 0 is greedy.")
-    top_k: int | None = Field(default=None, ge=0, description="Most likely tokens to draw from; 0 is all.")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="Probability mass to draw from.")
-    min_p: float | None = Field(
-        default=None, ge=0, le=1, description="Least probability, as a share of the largest one."
-    )
-    repetition_penalty: float | None = Field(default=None, gt=0, description="1 is none.")
-
-
 class Behaviour(Section):
     """Greedy answers of artifact and reference."""
 
@@ -116,6 +101,13 @@ class LmEval(Section):
     include_path: UserPath | None = Field(default=None, description="Folder with task files of your own.")
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples before each question.")
     limit: int | None = Field(default=None, ge=1, description="Documents of each task; default: all.")
+    apply_chat_template: bool | None = Field(
+        default=None,
+        description="Ask through the model's chat template. Default: where it has one, which makes it an instruct model.",
+    )
+    fewshot_as_multiturn: bool = Field(
+        default=True, description="With the template, each example before a question is a turn of its own."
+    )
     max_drop: float = Field(
         default=0.02, ge=0, le=1, description="Accuracy that may be lost beyond what chance explains."
     )
@@ -153,11 +145,14 @@ class Validation(Section):
         default=None, description="Names of the checks to run. Default: all."
     )
     generation: Sampling | None = Field(
-        default=None, description="Recommended sampling. Default: that of generation_config.json."
+        default=None, description="Recommended sampling, over that of generation_config.json."
     )
     behaviour: Behaviour = Field(default_factory=Behaviour, description="Greedy answers.")
     lm_eval: LmEval | None = Field(default=None, description="Tasks of lm-eval. Default: none.")
     needle: Needle | None = Field(default=None, description="Retrieval from long text. Default: not tried.")
+    long: Long | None = Field(
+        default=None, description="Long windows with each type of attention cache. Default: not tried."
+    )
     gates: dict[str, Gates] = Field(
         default={},
         description="Gates by level, over the defaults; the level '*' stands for all others. "
@@ -225,6 +220,24 @@ class CardSettings(Section):
     )
 
 
+class Sign(Section):
+    """Whose signature the folders to publish get (OpenSSF model-signing)."""
+
+    key: UserPath | None = Field(
+        default=None,
+        description="Private elliptic curve key in PEM; the password of an encrypted one is QUANTOOL_SIGN_PASSWORD.",
+    )
+    keyless: bool = Field(
+        default=False, description="Sign with sigstore, as the identity that the CI's OIDC token states."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Sign:
+        if (self.key is None) != self.keyless:
+            raise ValueError("give a key, or keyless: true")
+        return self
+
+
 class Config(Section):
     """All keys of a configuration file."""
 
@@ -243,6 +256,10 @@ class Config(Section):
     )
     adapter_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the adapter on the Hub."
+    )
+    merge: bool = Field(
+        default=True,
+        description="Whether the adapter is merged into the weights; false: gguf makes it a file beside those of its base.",
     )
     cache_dir: UserPath | None = Field(
         default=None, description="Where Hub downloads are kept; default HF_HOME."
@@ -300,7 +317,13 @@ class Config(Section):
         default=False,
         description="Make, judge, upload and delete one level at a time; one commit at the end. Needs push_to_hub.",
     )
+    cluster: Annotated[Cluster | None, Privacy.DROPPED] = Field(
+        default=None, description="Where `quantool submit` sends the stages of a run."
+    )
     card: CardSettings = Field(default_factory=CardSettings, description="The model card.")
+    sign: Annotated[Sign | None, Privacy.DROPPED] = Field(
+        default=None, description="Sign the folders to publish. Default: they are not signed."
+    )
 
     eval_dataset: NameOrPath | None = Field(
         default=None, description="Held-out text (file or `datasets` id) when validation.corpora is empty."

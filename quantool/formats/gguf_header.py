@@ -35,6 +35,8 @@ MOST_ENTRIES = 1 << 17
 FIRST = 4 + 4 + 8 + 8
 """Bytes of magic, version, number of tensors, number of keys."""
 CHUNK = 1 << 20
+LENGTH = struct.Struct("<Q")
+"""Of a string, before its bytes."""
 SHOWN = 60
 """Characters of a name in messages."""
 
@@ -156,8 +158,7 @@ class _Cursor:
             if inner in SCALARS:
                 self.skip(struct.calcsize(SCALARS[inner]) * count)
             elif inner == STRING and count <= MOST_STRINGS:
-                for _ in range(count):
-                    self.skip(self.number("Q"))
+                self._skip_strings(count)
             elif inner == STRING:
                 raise _damaged(self.path, f"{key} is said to have {count} strings, more than {MOST_STRINGS}")
             else:
@@ -165,6 +166,16 @@ class _Cursor:
                 raise _damaged(self.path, f"{key} is an array of {what}, which llama.cpp does not read")
         else:
             raise _damaged(self.path, f"{key} has the unknown type {kind}")
+
+    def _skip_strings(self, count: int) -> None:
+        """Pass over the strings of an array: of a vocabulary, a quarter of a million and their merges."""
+        for _ in range(count):
+            start = self.at + LENGTH.size
+            end = start + LENGTH.unpack_from(self.raw, self.at)[0] if start <= len(self.raw) else start
+            if start < end <= min(len(self.raw), self.limit):
+                self.at = end
+            else:  # more has to be read, or must not be
+                self.skip(self.number("Q"))
 
 
 def read_header(path: Path, size: int | None = None) -> GgufHeader:

@@ -8,6 +8,8 @@ layout          tensors                                                         
 ``packed``      ``weight_packed``, ``weight_scale``, ``weight_shape``                  compressed-tensors 0.19 ``pack_quantized``
                 [, ``weight_zero_point``, ``weight_g_idx``]
 ``mxfp4``       ``w_blocks`` [n, rows, groups, 16], ``w_scales`` [n, rows, groups]     transformers 5.17 ``integrations/mxfp4.py``
+``nvfp4``       ``weight_packed``, ``weight_scale``, ``weight_global_scale``;          compressed-tensors 0.19 ``nvfp4``;
+                or ``weight``, ``weight_scale``, ``weight_scale_2``                    ModelOpt 0.3x ``nvfp4_tensor.py``
 ``autoawq``     ``qweight``, ``qzeros``, ``scales``                                    ``int4_layouts``
 ``gptq``        ``qweight`` [in / words, out], ``qzeros``, ``scales``, ``g_idx``       AutoGPTQ 0.7.1 ``qlinear_cuda_old.py``
 ==============  =====================================================================  ==========================================
@@ -36,7 +38,7 @@ WIDTHS = (2, 4, 8)
 EIGHT_BIT = {"F8_E4M3", "F8_E5M2", "I8"}
 MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of E2M1 (OCP Microscaling Formats 1.0, table 5); the byte of a scale is its exponent and 127."""
-MXFP4_GROUP = 32
+MXFP4_GROUP, NVFP4_GROUP = 32, 16
 
 TRANSPOSED = {"autoawq", "gptq"}
 """Layouts whose ``PARTS`` have the rows of the weight as columns."""
@@ -69,7 +71,7 @@ class PackedWeight:
     def numbers(self, read: Rows, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last`` of the weight in float32; ``first`` is a multiple of ``step``."""
         kind: Callable[[PackedWeight, Rows, slice], Tensor] = {
-            "scaled": _scaled, "packed": _packed, "mxfp4": _mxfp4, "autoawq": _autoawq, "gptq": _gptq,
+            "scaled": _scaled, "packed": _packed, "mxfp4": _mxfp4, "nvfp4": _nvfp4, "autoawq": _autoawq, "gptq": _gptq,
         }[self.layout]  # fmt: skip
         return kind(self, read, slice(first, last))
 
@@ -124,6 +126,15 @@ def mxfp4(name: str, parts: Mapping[str, TensorHeader]) -> PackedWeight:
     if len(blocks) != 4 or blocks[:3] != scales or 2 * blocks[3] != MXFP4_GROUP:
         raise misfit(name, parts)
     return PackedWeight(name, "mxfp4", parts, (blocks[0], blocks[2] * MXFP4_GROUP, blocks[1]))
+
+
+def nvfp4(name: str, parts: Mapping[str, TensorHeader]) -> PackedWeight:
+    """``parts``: packed, scale, and either global, by which scales are divided, or second, by which they are multiplied."""
+    packed, scale = parts["packed"], parts["scale"]
+    fits = packed.dtype == "U8" and len(packed.shape) == len(scale.shape) == 2
+    if not fits or (packed.shape[0], 2 * packed.shape[1]) != (scale.shape[0], NVFP4_GROUP * scale.shape[1]):
+        raise misfit(name, parts)
+    return PackedWeight(name, "nvfp4", parts, (packed.shape[0], 2 * packed.shape[1]))
 
 
 def autoawq(name: str, parts: Mapping[str, TensorHeader]) -> PackedWeight:
@@ -236,12 +247,29 @@ def _checked_groups(weight: PackedWeight, found: Tensor, groups: int) -> Tensor:
 def _mxfp4(_: PackedWeight, read: Rows, rows: slice) -> Tensor:
     import torch
 
-    blocks, scales = read("blocks", rows), read("scales", rows)
-    table = torch.tensor(MXFP4)
-    pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], -1)  # of a byte: low half, high half
-    values = torch.nn.functional.embedding(blocks.int(), pairs).flatten(-2)
+    scales = read("scales", rows)
+    values = _halves(read("blocks", rows))
     values *= torch.ldexp(torch.ones(scales.shape), scales.int() - 127).unsqueeze(-1)
     return values.flatten(-2).transpose(1, 2)
+
+
+def _halves(pairs: Tensor) -> Tensor:
+    """Two E2M1 numbers for each byte along the last dimension: its low half, then its high half."""
+    import torch
+
+    table = torch.tensor(MXFP4)
+    both = torch.stack([table.repeat(16), table.repeat_interleave(16)], -1)
+    return torch.nn.functional.embedding(pairs.int(), both).flatten(-2)
+
+
+def _nvfp4(weight: PackedWeight, read: Rows, rows: slice) -> Tensor:
+    scale = read("scale", rows).float()
+    if "global" in weight.parts:
+        scale = scale / _whole(weight, read, "global").float().reshape(())
+    else:
+        scale = scale * _whole(weight, read, "second").float().reshape(())
+    values = _halves(read("packed", rows)).view(*scale.shape, NVFP4_GROUP)
+    return (values * scale.unsqueeze(-1)).flatten(1)
 
 
 def _autoawq(_: PackedWeight, read: Rows, rows: slice) -> Tensor:

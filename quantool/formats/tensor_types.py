@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quantool.errors import ConfigError
-from quantool.records import sha256_of
 
-FITTED = re.compile(r"_FIT[A-Z]?$")
-"""How the level of a file ends whose types were chosen for it: the stock level nearest to it stands before."""
+ENDING = ".tensor-types.txt"
+"""Of the name of a recipe beside its file, which begins as the file's."""
 PATTERN = re.compile(r"\^((?:[\w-]|\\\.)+)\$")
 
 
@@ -58,13 +57,3 @@ def read_recipe(path: Path) -> dict[str, str]:
     if not types:
         raise ConfigError(f"{path} is empty: a recipe has a line tensor=type for each tensor")
     return types
-
-
-def recipe_hash(path: Path) -> str:
-    """SHA-256 of a recipe, by which keys know it."""
-    return sha256_of(path)
-
-
-def stock_level(level: str) -> str:
-    """The stock level that ``level`` is named after; of a stock level, itself."""
-    return FITTED.sub("", level)

@@ -34,7 +34,7 @@ def refuse_unjudged(
             hint="save its language model as a checkpoint of its own (…ForCausalLM) and start from that",
         )
     present = sizes(parts, tensors)
-    if lost := [part for part in config.drop if part not in present]:
+    if lost := [part for part in config.drop if part not in present and part not in source.absent]:
         raise ConfigError(
             f"drop: {some(lost)}, but the checkpoint has no such part",
             hint=nearest(lost[0], list(present)) or f"its parts: {', '.join(present)}",

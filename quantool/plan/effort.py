@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
 from dataclasses import dataclass
 
 from quantool.config.schema import Config
@@ -30,6 +29,8 @@ NETWORK = 5e7
 """Bytes a second of a download or an upload."""
 MEMORY = 2e10
 """Bytes of weights that are read a second to generate tokens, times the prompts that are answered at once."""
+GPU_MEMORY = 1e12
+"""The same of a GPU: a third of what recent ones have."""
 TOKEN = 3e-3
 """Seconds that a generated token costs beside its arithmetic."""
 START = 3.0
@@ -96,15 +97,27 @@ def making(plan: Plan, config: Config, speed: Speed) -> dict[str, Work]:
 
 
 def checking(plan: Plan, config: Config, speed: Speed) -> dict[str, Work]:
-    """What each check needs for all artifacts of the plan together, by its name."""
+    """What each check needs for all artifacts of the plan together, by its name; of some that is not known."""
+    return _estimates(plan, config, speed)[0]
+
+
+def unknown(plan: Plan, config: Config) -> dict[str, str]:
+    """The checks whose time no estimate holds, with the reason: they cannot be loaded, or to say what they compute fails."""
+    return _estimates(plan, config, machine.speed())[1]
+
+
+def _estimates(plan: Plan, config: Config, speed: Speed) -> tuple[dict[str, Work], dict[str, str]]:
     settings = config.validation
     found: dict[str, Work] = {}
+    failed: dict[str, str] = {}
     for name in find.judging_checks(config, plan.source.facts.task):
-        with suppress(QuantoolError):  # one that cannot be loaded: a run says so before it starts
+        try:
             check = find.find_check(name)
             is_off = getattr(settings, name, True) is None  # one with an own section does nothing without it
             found[name] = Work(f"check/{name}", 0.0 if is_off else _check(check, plan, config, speed))
-    return found
+        except QuantoolError as error:
+            failed[name] = error.message
+    return found, failed
 
 
 def _check(check: Check, plan: Plan, config: Config, speed: Speed) -> float:
@@ -114,15 +127,20 @@ def _check(check: Check, plan: Plan, config: Config, speed: Speed) -> float:
     read, generated = check.computes(config, plan.source)
     models = len(plan.outputs) + 1
     operations = 2.0 * plan.source.facts.parameters * (read + generated)
-    step = TOKEN + _weights(plan.source) / MEMORY
+    step = TOKEN + _weights(plan.source) / (GPU_MEMORY if _takes_gpu(config, speed) else MEMORY)
     rate = _rate(config, speed, on_gpu=True)
     return models * (START + operations / rate + generated * step)
 
 
 def _rate(config: Config, speed: Speed, *, on_gpu: bool) -> float:
     """Operations a second of a forward pass, on a GPU where the configuration lets it run there and there is one."""
-    takes_gpu = on_gpu and machine.gpus() and devices(config.device).kind != "cpu"
-    return FORWARD * (machine.GPU_OPERATIONS if takes_gpu else speed.operations)
+    return FORWARD * (machine.GPU_OPERATIONS if on_gpu and _takes_gpu(config, speed) else speed.operations)
+
+
+def _takes_gpu(config: Config, speed: Speed) -> bool:
+    """Whether there is a GPU and the configuration lets work run on it."""
+    there = machine.gpus() if speed.gpus is None else speed.gpus
+    return there > 0 and devices(config.device).kind != "cpu"
 
 
 def _judging(

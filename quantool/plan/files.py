@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatch
 
+from quantool.config.sampling import GENERATION
 from quantool.formats.safetensors import INDEX, PICKLES
 from quantool.ledger import Fate, FileLine
 from quantool.plan.collisions import FILE_ENGINES
@@ -58,6 +59,8 @@ def _read(output: OutputPlan, source: Source) -> Iterator[FileLine]:
             fate, reason = _in_metadata(file.name)
         elif file.name == "config.json":
             reason = "the source's, with what the method adds"
+        elif file.name == GENERATION and source.sampling:
+            reason = "the source's, with the sampling of validation.generation"
         elif file.name in planned:
             fate = Fate.COPIED
         else:

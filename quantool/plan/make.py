@@ -25,6 +25,7 @@ from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
 from quantool.source.parts import Parts
 from quantool.source.tensor_headers import headers
+from quantool.tasks import PIPELINE_TAGS, TaskKind
 
 JUDGED_FROM = 1_000_000_000
 """Parameters from which the default gates hold."""
@@ -85,6 +86,7 @@ def plan_here(
         done=tuple(step.name for step in steps if step.done),
         engines=builds.places(config.device),
         seconds=effort.seconds(decided, config),
+        untimed=effort.unknown(decided, config),
         ram=machine.total_ram(),
     )
     return decided, here
@@ -99,6 +101,11 @@ def options_of(wanted: Quantization, method: contract.Method) -> contract.Option
 
 def _outline(config: Config, source: Source, workspace: Workspace, wanted: Quantization) -> Outline:
     method = find.find_method(wanted.method)
+    if not (config.merge or method.adapters):
+        raise ConfigError(
+            f"merge: false, but {wanted.method} makes no file of an adapter",
+            hint="the method gguf does; or leave merge out, and the adapter is merged into the weights",
+        )
     chosen = partial(gates.resolve, configured=config.validation.gates, kind=source.facts.task.kind)
     levels, depends = tuple(wanted.levels()), depends_of(method)
     request = Request(config, source, levels, wanted.repo_id, workspace, chosen, depends)
@@ -160,8 +167,19 @@ def _advice(source: Source, config: Config) -> list[str]:
         for name in find.names("checks")
         if name in settings.model_fields_set and not find.applies(name, source.facts.task)
     ]
+    if source.facts.task.generates and source.card.pipeline_tag == PIPELINE_TAGS[TaskKind.RERANKING]:
+        notes.append(
+            f"{source.name} ranks texts by the words that it answers: it is judged as a language model, by the logits of all "
+            "words; orders of passages are not compared"
+        )
     if unknown := unknown_files(source):
         notes.append(f"files that are not carried, because nothing is known of them: {some(unknown)}")
+    others = [language for language in source.card.languages if language.partition("-")[0] != "en"]
+    if others and not config.validation.corpora and config.eval_dataset is None:
+        notes.append(
+            f"the held-out text is English, but the model's card names {some(others)}: what these languages lose shows on "
+            "validation.corpora of their own"
+        )
     if source.facts.parameters < JUDGED_FROM and "*" not in config.validation.gates:
         notes.append(
             f"the default gates hold for models of {amount(JUDGED_FROM, '')} parameters and more; this one has "

@@ -129,6 +129,8 @@ class Method:
     """What the bytes of its outputs depend on; None: on everything."""
     at_once: AtOnce | None = None
     """None: one output after the other."""
+    adapters: bool = False
+    """Whether it can leave an adapter beside its base (``merge: false``)."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ class Case:
     """Names of all files that the plan has for its folder."""
     details: Mapping[str, JsonValue] = field(default_factory=dict)
     """What its method recorded while it made it; empty for an artifact that this run did not make."""
+    cache: str | None = None
+    """Type of the attention cache that the engine is to use, as ``validation.long.kv`` names it; None: its own choice."""
 
     @property
     def settings(self) -> Validation:
@@ -166,11 +170,43 @@ class Case:
         return key_of(depends, self.source, *parts, config=self.config, engine=self.engine)
 
 
+@dataclass(frozen=True)
+class Download:
+    """A published artifact on somebody's machine, without the checkpoint that it was made from."""
+
+    artifact: Path
+    """As in ``Case``."""
+    engine: str
+    name: str
+    """As in ``Case``."""
+    left: Mapping[str, JsonValue]
+    """What the check left when the artifact was judged."""
+    files: tuple[FileRecord, ...]
+    """The artifact's files, by the hashes that they have now."""
+    scratch: Path
+    """A folder for logs and what a worker keeps while it runs."""
+    device: str = "cpu"
+    """``cpu`` or ``cuda``, for engines that can choose."""
+    trust_remote_code: bool = False
+
+
+def left_file(workspace: Workspace, case: str, check: str) -> Path:
+    """Where a check leaves, as JSON, what is published with an artifact so that ``Check.replay`` can prove it again."""
+    return workspace.work / "left" / f"{case.replace('/', '-')}.{check}.json"
+
+
 class Judge(Protocol):
     """The work of a check."""
 
     def __call__(self, case: Case, progress: Progress, /) -> Sequence[Finding]:
         """Judge one artifact."""
+
+
+class Replay(Protocol):
+    """What a check can prove again of a published artifact."""
+
+    def __call__(self, download: Download, progress: Progress, /) -> Sequence[Finding]:
+        """Compare with what ``judge`` left in ``left_file``. Raises as ``judge`` does."""
 
 
 class Writes(Protocol):
@@ -196,6 +232,13 @@ class Prepare(Protocol):
         """Called once before each of ``cases`` is judged; never with none."""
 
 
+class Compare(Protocol):
+    """Work of a check that is the same for every artifact: what the source answers, and the base of a GGUF."""
+
+    def __call__(self, case: Case, progress: Progress, /) -> None:
+        """Leave it in the workspace, for a case with a base that base's part too; the artifact is not looked at."""
+
+
 class Require(Protocol):
     """What a check needs of the configuration, the source and this machine."""
 
@@ -211,6 +254,10 @@ class Check:
     summary: str
     judge: Judge
     prepare: Prepare | None = None
+    compare: Compare | None = None
+    """What a cluster does once, before artifacts are judged on several nodes; None: nothing that takes time."""
+    fetch: Require | None = None
+    """Brings what it reads from the network to this machine's caches: nodes of a cluster have no network."""
     require: Require | None = None
     depends: Depends | None = None
     """What its findings depend on beside the artifact's bytes and plan; None: on everything."""
@@ -223,6 +270,8 @@ class Check:
     """Whether it holds the whole checkpoint in memory, where the section of its name (if there is one) is set."""
     tasks: frozenset[TaskKind] = frozenset(TaskKind)
     """What the models that it judges are for."""
+    replay: Replay | None = None
+    """None: it needs the reference."""
 
 
 def method(
@@ -235,19 +284,25 @@ def method(
     extra: str = "",
     depends: Depends | None = None,
     at_once: AtOnce | None = None,
+    adapters: bool = False,
 ) -> Callable[[Quantize], Method]:
     """Mark a function as the method ``name``; the module's attribute becomes the ``Method``.
 
     ``depends`` declares what the bytes depend on beside the checkpoint; without it, on every key of the configuration.
     ``at_once`` says how many outputs of one entry may be made side by side; without it they are made one by one.
+    ``adapters`` says that it makes an adapter a file of its own where the configuration asks for that.
     """
-    return lambda quantize: Method(name, options, levels, outline, quantize, needs, extra, depends, at_once)
+    return lambda quantize: Method(
+        name, options, levels, outline, quantize, needs, extra, depends, at_once, adapters
+    )
 
 
 def check(
     name: str,
     *,
     prepare: Prepare | None = None,
+    compare: Compare | None = None,
+    fetch: Require | None = None,
     require: Require | None = None,
     depends: Depends | None = None,
     writes: Writes | None = None,
@@ -255,9 +310,12 @@ def check(
     loads_reference: bool = False,
     holds_model: bool = False,
     tasks: Iterable[TaskKind] = TaskKind,
+    replay: Replay | None = None,
 ) -> Callable[[Judge], Check]:
     """Mark a function as the check ``name``; its docstring's first line is the summary.
 
+    ``compare`` is work that is the same for every artifact, so that several nodes need not do it at once;
+    ``fetch`` brings what is read from the network, before stages are sent to nodes without one.
     ``require`` is asked before anything is judged, and by the plan, where it is a check that has no section of its name below
     ``validation`` or whose section is set.
     ``depends`` declares what the findings depend on beside the artifact and its plan; without it, on everything.
@@ -265,12 +323,15 @@ def check(
     ``tasks`` are what the models that it judges are for; models for something else are judged without it.
     ``writes`` says how many bytes it keeps on disk, ``computes`` how many tokens it runs through a model, ``holds_model``
     that it needs memory for all weights of the checkpoint at once; the plan counts them.
+    ``replay`` proves again, without the checkpoint, what the check left in ``left_file``.
     """
     return lambda judge: Check(
         name=name,
         summary=(judge.__doc__ or "").strip().partition("\n")[0],
         judge=judge,
         prepare=prepare,
+        compare=compare,
+        fetch=fetch,
         require=require,
         depends=depends,
         writes=writes,
@@ -278,4 +339,5 @@ def check(
         loads_reference=loads_reference,
         holds_model=holds_model,
         tasks=frozenset(tasks),
+        replay=replay,
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from quantool.config.schema import Config
@@ -21,11 +23,7 @@ from quantool.tasks import Task
 def names(folder: str) -> list[str]:
     """Names available in ``folder`` (``"methods"`` or ``"checks"``), sorted, without importing any."""
     package = importlib.import_module(_package(folder))
-    found = {
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
-    }
-    found |= {point.name for point in entry_points(group=f"quantool.{folder}")}
-    return sorted(found)
+    return sorted(_built_in(tuple(package.__path__)) | {point.name for point in _entry_points(folder)})
 
 
 def find_method(name: str) -> Method:
@@ -95,6 +93,23 @@ def _package(folder: str) -> str:
     return "quantool.validation" if folder == "checks" else f"quantool.{folder}"
 
 
+@lru_cache(maxsize=8)
+def _built_in(path: tuple[str, ...]) -> frozenset[str]:
+    """The modules in the folders of ``path`` that are no shared code."""
+    return frozenset(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+
+
+def _entry_points(folder: str) -> tuple[EntryPoint, ...]:
+    return _installed(f"quantool.{folder}", tuple(sys.path))
+
+
+@lru_cache(maxsize=8)
+def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group in the folders of ``path``: reading every distribution's takes 20 ms."""
+    del path
+    return tuple(entry_points(group=group))
+
+
 def _load(point: EntryPoint, kind: str) -> object:
     try:
         return point.load()
@@ -104,7 +119,7 @@ def _load(point: EntryPoint, kind: str) -> object:
 
 
 def _find(folder: str, kind: str, name: str) -> object:
-    for point in entry_points(group=f"quantool.{folder}"):
+    for point in _entry_points(folder):
         if point.name == name:
             return _load(point, kind)
     known = names(folder)

@@ -24,7 +24,7 @@ UNCOUNTED = frozenset(
         "model_id", "revision", "tokenizer_name", "adapter", "adapter_revision",  # the checkpoint counts by its files
         "method", "quant_level", "quantization_config", "quantizations",  # so does the artifact
         "output_path", "cache_dir", "dataset_cache_dir",
-        "push_to_hub", "repo_id", "private", "publish", "disk_bounded", "card",
+        "push_to_hub", "repo_id", "private", "publish", "disk_bounded", "card", "sign", "cluster",
     }
 )  # fmt: skip
 """Keys of a configuration that ``EVERY_FIELD`` leaves out: they say where things go, or count by what they lead to."""
@@ -37,7 +37,9 @@ ENGINES = {
 }
 """Distributions that an engine's results depend on; transformers has the tokenizer, torch the output head."""
 
-PACKED = frozenset({"README.md", "quantool.json", "SHA256SUMS"})
+PACKED = frozenset(
+    {"README.md", "quantool.json", "SHA256SUMS", "Modelfile", "canary.json", "provenance.json", "model.sig"}
+)
 """What packing writes beside an artifact, with the pictures in ``plots/``: no part of it."""
 
 Inputs = Callable[[Config], Iterable[tuple[str, str | None]]]

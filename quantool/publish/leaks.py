@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from quantool.errors import PublicationError
@@ -25,17 +25,15 @@ def refuse_leaks(
     is below it: ``/root`` is not found in ``/rooted``, nor in ``https://example.org/root``. What the checkpoint's own
     files in ``source`` say is public already (a vocabulary holds ``/home``).
     """
-    patterns = _patterns(folders)
+    spellings = _spellings(folders)
     own = {
-        what
-        for what, pattern in patterns.items()
-        if any(pattern.search(text) for text in _checkpoint(source))
+        what for what, paths in spellings.items() if any(_find(paths, text) for text in _checkpoint(source))
     }
     contents = {name: text.encode() for name, text in texts.items()}
     for name in [*texts, *(name for name in names if name not in texts)]:
         content = contents[name] if name in contents else _beginning(folder / name)
-        for what, pattern in patterns.items():
-            if what not in own and (hit := pattern.search(content)) is not None:
+        for what, paths in spellings.items():
+            if what not in own and (hit := _find(paths, content)) is not None:
                 line = content.count(b"\n", 0, hit.start()) + 1
                 shown = content[hit.start() : hit.start() + SHOWN].splitlines()[0].decode("utf-8", "replace")
                 raise PublicationError(
@@ -44,19 +42,30 @@ def refuse_leaks(
                 )
 
 
-def _patterns(folders: Mapping[str, Path]) -> dict[str, re.Pattern[bytes]]:
-    """A pattern for each folder, as it was given and with links followed, as text and as JSON writes it.
+def _spellings(folders: Mapping[str, Path]) -> dict[str, list[bytes]]:
+    """What each folder is written as: as it was given and with links followed, as text and as JSON writes it.
 
     The root of the file system is no secret.
     """
-    patterns = {}
+    spellings = {}
     for what, place in folders.items():
-        spellings = {str(path) for path in (place.absolute(), place.resolve()) if len(path.parts) > 1}
-        spellings |= {json.dumps(text)[1:-1] for text in spellings}
-        if spellings:
-            listed = b"|".join(re.escape(text.encode()) for text in sorted(spellings))
-            patterns[what] = re.compile(rb"(?<![\w.~/:-])(?:" + listed + rb")(?![\w.-])")
-    return patterns
+        texts = {str(path) for path in (place.absolute(), place.resolve()) if len(path.parts) > 1}
+        texts |= {json.dumps(text)[1:-1] for text in texts}
+        if texts:
+            spellings[what] = sorted(text.encode() for text in texts)
+    return spellings
+
+
+def _find(paths: Sequence[bytes], content: bytes) -> re.Match[bytes] | None:
+    """The first of ``paths`` that ``content`` holds as a whole path.
+
+    The pattern alone, which looks behind at every byte, takes fifty times as long as to see that none is there.
+    """
+    present = [path for path in paths if path in content]
+    if not present:
+        return None
+    listed = b"|".join(map(re.escape, present))
+    return re.search(rb"(?<![\w.~/:-])(?:" + listed + rb")(?![\w.-])", content)
 
 
 def _checkpoint(source: Path) -> Iterator[bytes]:

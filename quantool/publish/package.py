@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from quantool.attest.provenance import statement
+from quantool.attest.release import CANARY, PROVENANCE, SIGNATURE
+from quantool.attest.signature import sign
+from quantool.attest.since import EarlierRelease, with_changes
 from quantool.card.card import write_card
+from quantool.card.how_to_run import served_context
+from quantool.card.modelfile import MODELFILE, modelfile
 from quantool.card.redact import published
+from quantool.config.sampling import chosen
+from quantool.config.schema import Config
+from quantool.plugins.contract import left_file
 from quantool.publish.leaks import refuse_leaks
 from quantool.publish.packed_folder import CARD, NOTICE, RECORD, SUMS, PackedFolder, packed_folder
-from quantool.records import OutputPlan, Plan, Report, Verdict, file_record
+from quantool.records import FileRecord, OutputPlan, Plan, Report, Verdict, file_record, sha256_of
 from quantool.report.finding_text import failures
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
@@ -22,8 +33,16 @@ __all__ = ["SUMS", "pack"]
 TITLE = re.compile(r"\A(---\n.*?\n---\n)?\s*(# [^\n]*\n)?", re.DOTALL)
 
 
-def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[PackedFolder, ...]:
-    """Write the records of each folder to publish.
+def pack(
+    plan: Plan,
+    reports: Sequence[Report],
+    workspace: Workspace,
+    repos: Collection[str] | None = None,
+    earlier: Mapping[str, EarlierRelease] = MappingProxyType({}),
+) -> tuple[PackedFolder, ...]:
+    """Write the records of each folder to publish, or of those named ``repos``.
+
+    ``earlier`` releases, by folder, are compared with in the card.
 
     The card says first what did not pass: nothing is written when such a folder is published all the same. Files in it
     that no record names stay where they are and out of SHA256SUMS. Raises PublicationError when a file to publish holds
@@ -38,11 +57,16 @@ def pack(plan: Plan, reports: Sequence[Report], workspace: Workspace) -> tuple[P
         "the home folder": Path.home(),
     }
     for repo in dict.fromkeys(output.repo for output in plan.outputs):
+        if repos is not None and repo not in repos:
+            continue
         folder = workspace.root / repo
         outputs = [output for output in plan.outputs if output.repo == repo]
         own = [report for report in reports if report.artifact.output in {output.id for output in outputs}]
         plots = draw(own, folder, repo, workspace)
-        folders.append(_pack_folder(plan, outputs, own, plots, folder, machine_folders))
+        left = _left(workspace, own)
+        folders.append(
+            _pack_folder(plan, outputs, own, plots, left, folder, machine_folders, earlier.get(repo))
+        )
     return tuple(folders)
 
 
@@ -60,8 +84,10 @@ def _pack_folder(
     outputs: Sequence[OutputPlan],
     reports: Sequence[Report],
     plots: Sequence[str],
+    left: Mapping[str, Mapping[str, Any]],
     folder: Path,
     machine_folders: Mapping[str, Path],
+    earlier: EarlierRelease | None,
 ) -> PackedFolder:
     drawn = [file_record(folder, name) for name in plots]
     record: dict[str, Any] = {
@@ -70,19 +96,54 @@ def _pack_folder(
         "plots": [file.model_dump() for file in drawn],
     }
     texts = {
-        CARD: with_notice(write_card(plan, outputs, reports, plots), reports),
-        RECORD: json.dumps(record, indent=1, ensure_ascii=False) + "\n",
+        CARD: with_notice(with_changes(write_card(plan, outputs, reports, plots), earlier, reports), reports)
     }
+    if left:
+        texts[CANARY] = json.dumps(left, ensure_ascii=False, separators=(",", ":")) + "\n"
     named = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
+    sampling = chosen(plan.source, Config.model_validate(plan.config))
+    if (text := modelfile(reports, sampling, served_context(plan))) is not None:
+        texts[MODELFILE] = text
+        made = text.encode()
+        own = FileRecord(name=MODELFILE, bytes=len(made), sha256=hashlib.sha256(made).hexdigest())
+        record["modelfile"] = own.model_dump()
+    texts[RECORD] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     refuse_leaks(folder, named, texts, machine_folders, plan.source.folder)
+    for name in {CANARY, MODELFILE} - texts.keys():
+        (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
-    named |= {file.name: file for file in (file_record(folder, CARD), file_record(folder, RECORD), *drawn)}
-    lines = [f"{file.sha256}  {file.name}\n" for _, file in sorted(named.items())]
-    write_text(folder / SUMS, "".join(lines))
-    return packed_folder(folder, record, {name: file.sha256 for name, file in sorted(named.items())})
+    named |= {file.name: file for file in (*(file_record(folder, name) for name in texts), *drawn)}
+    digests = {name: file.sha256 for name, file in named.items()}
+    write_text(folder / PROVENANCE, statement(record["plan"], digests, RECORD))
+    digests[PROVENANCE] = sha256_of(folder / PROVENANCE)
+    sums = dict(sorted(digests.items()))
+    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    _sign(plan, folder, sums)
+    return packed_folder(folder, record, sums)
+
+
+def _left(workspace: Workspace, reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
+    """What checks left to be published with the artifacts that they judged: by check, then by output."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        output = report.artifact.output
+        for check in dict.fromkeys(finding.check for finding in report.findings):
+            file = left_file(workspace, output, check)
+            if file.is_file():
+                found.setdefault(check, {})[output] = json.loads(file.read_bytes())
+    return found
+
+
+def _sign(plan: Plan, folder: Path, sums: Mapping[str, str]) -> None:
+    """Sign every file, SHA256SUMS among them; without a signer an earlier run's signature goes."""
+    signer = Config.model_validate(plan.config).sign
+    if signer is None:
+        (folder / SIGNATURE).unlink(missing_ok=True)
+    else:
+        sign(folder, {**sums, SUMS: sha256_of(folder / SUMS)}, signer)
 
 
 def with_notice(card: str, reports: Sequence[Report]) -> str:

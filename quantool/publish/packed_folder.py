@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantool import __version__
+from quantool.attest.release import CANARY, PROVENANCE, SIGNATURE
+from quantool.card.modelfile import MODELFILE
 from quantool.config.schema import Publish
 from quantool.errors import ConfigError, GateError, PublicationError
 from quantool.records import FileRecord, Report, Verdict, sha256_of
@@ -28,6 +30,8 @@ NOTICE = "## Not everything passed"
 """Heading in the card of a folder with an artifact that did not pass."""
 HIJACKING = frozenset({"preset.ini", "template", "system", "params", ".gitignore", ".gitattributes"})
 """Names at the root that change how the Hub, llama-server or Ollama treat a repository."""
+UNRECORDED = frozenset({CARD, RECORD, CANARY, PROVENANCE})
+"""What packing writes besides pictures and the Modelfile; no record holds its hash."""
 HEAVY = 10_000_000
 """Bytes from which the Hub takes a file as a large one only."""
 HEAVY_ENDS = (".gguf", ".safetensors")
@@ -120,7 +124,7 @@ def packed_folder(folder: Path, record: Mapping[str, Any], sums: Mapping[str, st
     if unjudged or not reports:
         names = "; ".join(f"{name}: not judged" for name in sorted(unjudged))
         raise _refusal(folder, names or "nothing in it was judged")
-    _require_judged(folder, sums, reports, _plots(folder, record))
+    _require_judged(folder, sums, reports, _plots(folder, record) | _modelfile(folder, record))
     return PackedFolder(
         folder=folder,
         sums=sums,
@@ -177,7 +181,8 @@ def outgoing_files(packed: PackedFolder, progress: Progress, *, hash_large: bool
     folder that may have lain about. Those that a run has just made are not, as each is hashed when it is sent.
     """
     require_complete(packed)
-    folder, names, files = packed.folder, [*sorted(packed.sums), SUMS], []
+    signed = [SIGNATURE] if (packed.folder / SIGNATURE).is_file() else []
+    folder, names, files = packed.folder, [*sorted(packed.sums), SUMS, *signed], []
     judged = {file.name: file for report in packed.reports for file in report.artifact.files}
     total = sum(file.bytes for file in judged.values())  # the others are small beside them
     with progress.bar(f"check {folder.name}", "B") as bar:
@@ -267,6 +272,16 @@ def _plots(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     return {file.name: file.sha256 for file in drawn}
 
 
+def _modelfile(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """The hash of the Modelfile that packing wrote, by its name; empty where there is none."""
+    if (entry := record.get("modelfile")) is None:
+        return {}
+    try:
+        return {MODELFILE: FileRecord.model_validate(entry).sha256}
+    except ValidationError as error:
+        raise PublicationError(f"{folder / RECORD}: modelfile cannot be read", hint=AGAIN) from error
+
+
 def _sums(folder: Path) -> dict[str, str]:
     """SHA256SUMS: hash by name. Names stay below the folder."""
     try:
@@ -308,7 +323,7 @@ def _require_judged(
         for report in reports
         for file in (*report.artifact.files, *report.artifact.shared)
     }
-    listed = {name: digest for name, digest in named.items() if name not in (CARD, RECORD)}
+    listed = {name: digest for name, digest in named.items() if name not in UNRECORDED}
     differing = sorted(name for name in judged.keys() | listed.keys() if judged.get(name) != listed.get(name))
     if differing or not {CARD, RECORD} <= named.keys():
         what = ", ".join(differing) or f"{CARD} or {RECORD} is missing"

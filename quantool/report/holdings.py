@@ -31,3 +31,9 @@ def of_reports(reports: Sequence[Report]) -> str:
         if (finding.check, finding.metric) == ("ledger", "tensors") and finding.measured
     ]
     return "\n".join(f"- {levels}: {statement}" for levels, statement in shared_statements(found))
+
+
+def of_experts(reports: Sequence[Report]) -> list[tuple[str, str]]:
+    """Levels, and how much calibration text the experts of a mixture saw; empty of other models."""
+    found = ((report.artifact.level, report.find("expert_tokens")) for report in reports)
+    return shared_statements((level, finding.detail) for level, finding in found if finding is not None)

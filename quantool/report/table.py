@@ -175,6 +175,7 @@ def planned(plan: Plan, machine: MachineState, width: int | None = None) -> str:
     lines += [
         "",
         f"time     about {span(sum(machine.seconds.get(stage.name, 0.0) for stage in waiting))} on this machine",
+        *(f"         without that of the check {name}: {why}" for name, why in machine.untimed.items()),
         f"memory   {amount(highest, 'B')} needed at most, {amount(machine.ram, 'B')} here",
         f"disk     {amount(machine.peak_disk, 'B')} to write, {amount(machine.free_disk, 'B')} free",
     ]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from quantool.runtime import worker
 
 IMPORTS = {
-    "quantool": ("pydantic", "quantool.records", "quantool.plugins.contract"),
+    "quantool": ("pydantic", "quantool.records", "quantool.plugins.contract", "numpy", "jinja2"),
     "torch": ("torch",),
     "transformers": (
         "transformers.models.auto.tokenization_auto",
@@ -253,6 +253,7 @@ def main() -> None:
     os.environ.update(settings["environment"])
     os.chdir(settings["directory"])
     worker.work(order.target, order.events, json.load(sys.stdin.buffer))
+    worker.leave()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from quantool.errors import DependencyError
@@ -17,6 +19,8 @@ NAMES = "'auto', 'cpu', 'cuda' or, for the first two GPUs, 'cuda:0,1'"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 NO_GPU = {VISIBLE: ""}
 """The environment of a process that is to see none."""
+ASSUMED = (9, 0)
+"""Compute capability of nodes that cannot be asked: Hopper's."""
 MAJOR, MINOR = 75, 76  # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 FAULT = re.compile(
     r"CUDA error|CUDA out of memory|CUDA driver error|cublas\w* (?:error|failed)", re.IGNORECASE
@@ -71,8 +75,24 @@ def visible() -> list[str]:
     return names[:count]
 
 
+_elsewhere: ContextVar[int | None] = ContextVar("_elsewhere", default=None)
+"""GPUs of the machine that is planned for, where that is another one."""
+
+
+@contextmanager
+def of_nodes(count: int) -> Iterator[None]:
+    """Plan for a node with ``count`` GPUs: within the block ``capabilities`` answers for it."""
+    token = _elsewhere.set(count)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
 def capabilities() -> list[tuple[int, int]]:
     """Compute capability of each GPU, asked of the driver: importing torch takes seconds. Empty without driver or GPU."""
+    if (count := _elsewhere.get()) is not None:
+        return [ASSUMED] * count
     found = []
     for driver, device in _each():
         major, minor = ctypes.c_int(), ctypes.c_int()

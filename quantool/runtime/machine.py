@@ -39,6 +39,8 @@ class Speed:
     """Multiplications and additions a second of float32 matrix products."""
     hashing: float
     """Bytes a second of SHA-256, of one core."""
+    gpus: int | None = None
+    """GPUs that there are; None: those of this machine."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ def free_ram() -> int:
 def speed() -> Speed:
     """How fast this machine is: measured in a quarter of a second when it is asked first, then kept in the user cache."""
     path = _folder() / "speed.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Speed(**json.loads(path.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return Speed(saved["operations"], saved["hashing"])
     found = _probe()
     with suppress(OSError, DependencyError):  # a cache that cannot be written: probed again next time
         path.parent.mkdir(parents=True, exist_ok=True)

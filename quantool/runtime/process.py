@@ -25,7 +25,7 @@ from quantool.runtime import builds, children, gpus
 from quantool.runtime.progress import Bar
 from quantool.runtime.worker import Work, name_of, preload_of
 
-__all__ = ["ENVIRONMENT", "call", "environment", "name_of", "tail"]
+__all__ = ["ENVIRONMENT", "call", "environment", "follow", "name_of", "tail"]
 
 LOG_LINES_SHOWN = 12
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
@@ -114,7 +114,7 @@ def _attempt(
         stack.callback(child.kill)
         stack.callback(_close, child.stdin)
         _send(child.stdin, request)
-        return _listen(events, bar, failure), child.wait()
+        return follow(events, bar, failure), child.wait()
 
 
 def _send(stdin: IO[bytes], request: Mapping[str, Any]) -> None:
@@ -128,8 +128,8 @@ def _close(stdin: IO[bytes]) -> None:
         stdin.close()
 
 
-def _listen(events: Iterator[str], bar: Bar | None, failure: type[QuantoolError]) -> dict[str, Any] | None:
-    """Follow the worker's events until its pipe closes; return its result, raise its error."""
+def follow(events: Iterator[str], bar: Bar | None, failure: type[QuantoolError]) -> dict[str, Any] | None:
+    """Follow a worker's events until its pipe closes; return its result, raise its error."""
     for line in events:
         if not line.endswith("\n"):  # it died in the middle of a word
             return None

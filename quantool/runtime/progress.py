@@ -222,7 +222,7 @@ class Progress:
         if course is None:
             yield
             return
-        if name in course.parts:
+        if course.parts:
             with self._part(course, name):
                 yield
             return
@@ -239,7 +239,7 @@ class Progress:
     @contextmanager
     def within(self, name: str) -> Iterator[None]:
         """Begin a step that ``step`` or ``together`` goes on with: what it needs is made first."""
-        if self._course is not None:
+        if self._course is not None and not self._course.parts:
             self._course.begin(name)
             if self._live is None:
                 self.say(f"{self._course.label()}{name}{self._course.times()}")
@@ -247,8 +247,8 @@ class Progress:
 
     @contextmanager
     def together(self, names: Sequence[str]) -> Iterator[None]:
-        """Take steps side by side, each in ``step`` and in a thread of its own."""
-        if self._course is None:
+        """Take steps side by side, each in ``step`` and in a thread of its own; those of some of them are theirs already."""
+        if self._course is None or self._course.parts:
             yield
             return
         self._course.begin_together(names)
@@ -257,10 +257,9 @@ class Progress:
 
     @contextmanager
     def _part(self, course: Course, name: str) -> Iterator[None]:
-        part = course.parts[name]
-        self._own.part = part
-        part.begun = True
-        if self._live is None:
+        part = course.parts.get(name, Part(0.0))  # a step that nobody expected
+        first, part.begun, self._own.part = not part.begun, True, part
+        if self._live is None and first:
             self.say(f"{course.label()}{name}{course.times()}")
         yield
         with self._turn:
@@ -280,8 +279,9 @@ class Progress:
         Within a whole run it moves that line; by itself it says the time it took.
         """
         started = time.monotonic()
-        if self._course is not None and (part := getattr(self._own, "part", None)) is not None:
-            yield _PartBar(self._course, part, self._turn)
+        if self._course is not None and self._course.parts:
+            part = getattr(self._own, "part", None)
+            yield _PartBar(self._course, part or Part(0.0), self._turn)  # none: what several of them need
             return
         if self._course is not None:
             before = self._course.activity

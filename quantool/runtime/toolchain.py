@@ -32,7 +32,8 @@ MANIFEST = "toolchain.json"
 CONVERTER = "convert_hf_to_gguf.py"
 CONSTANTS = "gguf-py/gguf/constants.py"
 QUANTIZE_SOURCE = "tools/quantize/quantize.cpp"
-WANTED = (CONVERTER, "LICENSE", QUANTIZE_SOURCE)
+ADAPTER_CONVERTER = "convert_lora_to_gguf.py"
+WANTED = (CONVERTER, ADAPTER_CONVERTER, "LICENSE", QUANTIZE_SOURCE)
 WANTED_FOLDERS = ("conversion", "gguf-py/gguf")
 HEAD = ".git/modules/vendor/llama.cpp/HEAD"
 

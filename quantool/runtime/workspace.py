@@ -3,7 +3,8 @@
 ::
 
     OUTPUT/
-      .quantool/lock            held while a run works here
+      .quantool/lock            held while a run works here, alone
+      .quantool/claims/         who does which stage, on whichever node of a cluster
       .quantool/stages/*.json   finished stages: key, files, result
       .quantool/work/           shared intermediate files (base, importance matrix, reference)
       logs/                     what the outside tools printed
@@ -19,16 +20,19 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantool.errors import DependencyError
 from quantool.records import fingerprint
+from quantool.runtime.claims import Holder, claimed, drop_of_this_machine, living
 from quantool.runtime.worker import reason
 
 PART = ".part"  # marks a file that is being written
+WHOLE_RUN = "run"
+"""The claim of a run that does all stages."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +59,24 @@ class Workspace:
         self.state = root / ".quantool"
         self.stages = self.state / "stages"
         self.work = self.state / "work"
+        self.claims = self.state / "claims"
         self.logs = root / "logs"
         self.seconds: dict[str, float] = {}
         """What stages took that this run produced, without those produced within them."""
         self._within = threading.local()
+        self._turns: dict[str, threading.RLock] = {}
         self._locked = False
+        self._shared = False
+        """Whether stages of other processes may be done in this folder at the same time."""
         self._keys: dict[str, str] = {}  # by stage, as the run that holds the lock has used them
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this run; a second run is refused, a dead one leaves no lock behind."""
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.stages.mkdir(exist_ok=True)
-            self.logs.mkdir(exist_ok=True)
-            handle = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise DependencyError(f"cannot write to {self.root}: {error.strerror}") from error
+        """Hold the folder for this run; a second run is refused, a dead one leaves no lock behind.
+
+        A run on another machine, and stages of a cluster, are refused as well: see ``claims``.
+        """
+        handle = self._opened()
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,13 +88,76 @@ class Workspace:
                 ) from error
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
-            self._sweep()
-            self._keys.clear()
-            self._locked = True
-            yield
+            drop_of_this_machine(self._claim(WHOLE_RUN))
+            with claimed(self._claim(WHOLE_RUN), wait=False):
+                self._refuse_beside(run=False)
+                self._sweep()
+                self._keys.clear()
+                self._locked = True
+                yield
         finally:
             self._locked = False
             os.close(handle)
+
+    @contextmanager
+    def share(self, stage: str) -> Iterator[None]:
+        """Do one stage of a graph, beside others that other processes and nodes do; nobody else does this one meanwhile."""
+        os.close(self._opened())
+        with claimed(self._claim(f"stage {stage}"), wait=True):
+            self._refuse_beside(run=True)
+            self._keys.clear()
+            self._locked = self._shared = True
+            try:
+                yield
+            finally:
+                self._locked = self._shared = False
+
+    @contextmanager
+    def alone(self, names: Iterable[str]) -> Iterator[None]:
+        """Let no other thread, nor another process where the folder is shared, produce these results; waits for one that does."""
+        with ExitStack() as stack:
+            for name in sorted(set(names)):  # in order, or two would wait for each other
+                stack.enter_context(self._turns.setdefault(name, threading.RLock()))
+                if self._shared:
+                    stack.enter_context(claimed(self._claim(f"result {name}"), wait=True))
+            yield
+
+    @contextmanager
+    def submission(self) -> Iterator[None]:
+        """Send stages of this folder to a cluster: nobody else does so meanwhile, and no run works here."""
+        os.close(self._opened())
+        with claimed(self._claim("submit"), wait=False):
+            self._refuse_beside(run=True)
+            yield
+
+    def holders(self) -> dict[str, Holder]:
+        """Who does what in this folder, by claim."""
+        return living(self.claims)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether this is a run that does every stage of the folder."""
+        return self._locked and not self._shared
+
+    def _claim(self, name: str) -> Path:
+        return self.claims / f"{name.replace('/', '-')}.claim"
+
+    def _refuse_beside(self, *, run: bool) -> None:
+        """DependencyError while a run does all stages here (``run``), or a cluster some of them."""
+        for name, holder in living(self.claims).items():
+            if (name == WHOLE_RUN) is run:
+                user = "a quantool run" if run else name
+                told = f"{self.root} is in use by {user}: {holder.described()}"
+                raise DependencyError(told, hint=f"quantool status {self.root}")
+
+    def _opened(self) -> int:
+        """The lock's file, in the folder made ready; DependencyError where nothing can be written."""
+        try:
+            for folder in (self.work, self.stages, self.claims, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DependencyError(f"cannot write to {self.root}: {error.strerror}") from error
 
     def _sweep(self) -> None:
         """Remove what a killed run was still writing; others' files that end alike lack the leading dot.
@@ -141,11 +209,14 @@ class Workspace:
         self, name: str, key: str, produce: Callable[[], tuple[Iterable[Path], dict[str, Any]]]
     ) -> dict[str, Any]:
         """The recalled result of the stage, or that of ``produce`` (which returns its files and its result)."""
-        result = self.recall(name, key)
-        if result is None:
-            with self.timed(name):
-                files, result = produce()
-            self.keep(name, key, files, result)
+        if (result := self.recall(name, key)) is not None:
+            return result
+        with self.alone([name]):
+            result = self.recall(name, key)
+            if result is None:
+                with self.timed(name):
+                    files, result = produce()
+                self.keep(name, key, files, result)
         return result
 
     @contextmanager
@@ -171,20 +242,26 @@ class Workspace:
         It is given the numbers of the stages that are missing, and returns their results in that order. ``anew`` recalls
         none.
         """
-        results = {
+        results = {} if anew else self._recalled(stages)
+        waited = [stage.name for number, stage in enumerate(stages) if number not in results]
+        with self.alone(waited):
+            if waited and not anew:
+                results = self._recalled(stages)
+            missing = [number for number in range(len(stages)) if number not in results]
+            for number, result in zip(missing, produce(missing) if missing else (), strict=True):
+                results[number] = result
+                stage = stages[number]
+                if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
+                    self.keep(stage.name, stage.key, stage.files, result)
+        return [results[number] for number in range(len(stages))]
+
+    def _recalled(self, stages: Sequence[Stage]) -> dict[int, dict[str, Any]]:
+        """What was kept of the stages, by their numbers."""
+        return {
             number: result
             for number, stage in enumerate(stages)
-            if not anew
-            and stage.key is not None
-            and (result := self.recall(stage.name, stage.key)) is not None
+            if stage.key is not None and (result := self.recall(stage.name, stage.key)) is not None
         }
-        missing = [number for number in range(len(stages)) if number not in results]
-        for number, result in zip(missing, produce(missing) if missing else (), strict=True):
-            results[number] = result
-            stage = stages[number]
-            if stage.key is not None and not (anew and self.recall(stage.name, stage.key) == result):
-                self.keep(stage.name, stage.key, stage.files, result)
-        return [results[number] for number in range(len(stages))]
 
     def release(self, paths: Iterable[Path]) -> None:
         """Delete files whose stages stay finished without them, for a ``bounded`` workspace."""
@@ -209,7 +286,7 @@ class Workspace:
     def _save(self, record: Path, saved: dict[str, Any]) -> None:
         content = {name: value for name, value in saved.items() if name != "digest"}
         content.setdefault("released", [])
-        write_text(record, json.dumps(content | {"digest": fingerprint(content)}, indent=1))
+        write_text(record, json.dumps(content | {"digest": fingerprint(content)}))
 
     def _saved(self, record: Path) -> dict[str, Any] | None:
         """A stage's record, or None where there is none or it is not, to the letter, what ``_save`` wrote."""

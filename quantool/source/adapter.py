@@ -1,6 +1,7 @@
 """A PEFT adapter: what each of its tensors adds to which weight of the base model, by its configuration and headers alone.
 
 LoRA (arXiv 2106.09685) adds ``alpha / r * B @ A`` to a weight, rank-stabilized LoRA (arXiv 2312.03732) ``alpha / sqrt(r) * B @ A``;
+DoRA (arXiv 2402.09353) then gives each row of the sum the length that it was trained to have;
 names and patterns are those of peft 0.21 (``tuners/lora``, ``utils/save_and_load.py``).
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ PAIRS = {
     ".lora_A.weight": ".lora_B.weight",
     ".lora_embedding_A": ".lora_embedding_B",
 }
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+"""Ends of the names of DoRA's lengths; the second is that of peft before 0.11."""
 MERGE_IT = "merge it with peft where you trained it (merge_and_unload, save_pretrained) and name that folder as model_id"
 
 READ = {
@@ -36,6 +39,7 @@ READ = {
     "revision",
     "peft_type",
     "bias",
+    "use_dora",
 }
 TRAINING = {
     "auto_mapping", "eva_config", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
@@ -58,6 +62,8 @@ class LowRank:
     b: TensorHeader
     scale: float
     transposed: bool
+    magnitude: TensorHeader | None = None
+    """DoRA: the length of each row of the sum [rows]."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +88,7 @@ class LoraAdapter:
         ranks = sorted({pair.a.shape[0] for pair in self.added.values()})
         scales = sorted({pair.scale for pair in self.added.values()})
         low = f"rank {_range(ranks)} times {_range(scales)} added to {len(self.added)} weights"
+        low += ", their rows of trained length (DoRA)" * any(pair.magnitude for pair in self.added.values())
         return low + (f", {len(self.replaced)} replaced" if self.replaced else "")
 
 
@@ -118,7 +125,10 @@ def read_adapter(path: Path, headers: Mapping[str, TensorHeader]) -> LoraAdapter
                 )
             pair = left.pop(name), left.pop(other)
             target = module.removeprefix(PREFIX)
-            added[f"{target}.weight"] = _pair(path, settings, target, pair, transposed="embedding" in first)
+            made = _pair(path, settings, target, pair, transposed="embedding" in first)
+            added[f"{target}.weight"] = (
+                _with_magnitude(path, made, module, left) if settings.get("use_dora") else made
+            )
     if strange := [name for name in left if "lora_" in name or not name.startswith(PREFIX)]:
         raise SourceError(
             f"{path.parent}: {some(sorted(strange))}: no part of a plain LoRA adapter", hint=MERGE_IT
@@ -174,6 +184,18 @@ def _pair(
         raise SourceError(f"{path} says rank {rank:g} for {module}, but {a.name} has {a.shape[0]}")
     divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
     return LowRank(a, b, alpha / divisor, transposed)
+
+
+def _with_magnitude(path: Path, pair: LowRank, module: str, left: dict[str, TensorHeader]) -> LowRank:
+    """The pair with the lengths of its rows, taken from what is ``left``; SourceError where they are lost or do not fit."""
+    name = next((module + end for end in MAGNITUDES if module + end in left), None)
+    if name is None or pair.transposed:
+        what = "an embedding" if pair.transposed else f"no {module}{MAGNITUDES[0]}"
+        raise SourceError(f"{path.parent}: use_dora with {what}", hint=MERGE_IT)
+    magnitude = left.pop(name)
+    if magnitude.elements != pair.shape[0]:
+        raise SourceError(f"{path.parent}: {name} has {magnitude.elements} lengths for {pair.shape[0]} rows")
+    return replace(pair, magnitude=magnitude)
 
 
 RANKS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))

@@ -20,6 +20,11 @@ from quantool.source.chat_template import ChatTemplates, end_of_turn, read_templ
 from quantool.source.class_defaults import class_defaults, model_types
 from quantool.source.quantized import quantization
 
+ELSEWHERE = (
+    "a model of type {model_type} keeps it elsewhere, or has none: decoders, and encoders with positions of their own, are "
+    "supported; of an assembled model the language model alone, saved as a checkpoint (…ForCausalLM)"
+)
+"""What to do where config.json lacks what every supported model has: encoder-decoders, and models made of several."""
 MAX_NUMBER = 1 << 40
 """Nothing that a configuration counts is more."""
 MAX_NAME = 100
@@ -53,7 +58,10 @@ class Configuration:
         """A positive integer that must be there."""
         value = self.get(key)
         if type(value) is not int or not 1 <= value <= MAX_NUMBER:
-            raise SourceError(f"{self.path}: {key} is {brief(value)}, expected a positive integer")
+            raise SourceError(
+                f"{self.path}: {key} is {brief(value)}, expected a positive integer",
+                hint=ELSEWHERE.format(model_type=self.top.get("model_type")) if value is None else "",
+            )
         return value
 
     def optional_number(self, key: str) -> int | None:

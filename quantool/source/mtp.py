@@ -97,14 +97,34 @@ def promised_layers(config: Mapping[str, Any]) -> int:
     return max(counts, default=0)
 
 
-def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> list[str]:
-    """A note when ``config`` (config.json) promises a head of which the weights, by ``names``, have nothing.
+def without_promise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` (config.json) with no head promised."""
+    return {
+        key: without_promise(value)
+        if key == "text_config" and isinstance(value, dict)
+        else 0
+        if key in PROMISES and type(value) is int
+        else value
+        for key, value in config.items()
+    }
 
-    Raises SourceError for a head that is there in part: a layer of several, or one without its projection or a norm.
+
+def is_absent(config: Mapping[str, Any], names: Iterable[str], layers: int, *, dropped: bool) -> bool:
+    """Whether ``config`` (config.json) promises a head of which the weights, by ``names``, have nothing.
+
+    Raises SourceError for such a one that the user has not ``dropped``, and for a head that is there in part: a layer of
+    several, or one without its projection or a norm.
     """
     promised, found = promised_layers(config), head_tensors(names, layers)
     if not found:
-        return [_absent(promised)] if promised else []
+        if promised and not dropped:
+            raise SourceError(
+                f"config.json promises {promised} layer{'s' * (promised > 1)} of multi-token prediction "
+                f"({_promising(config)}), the weights have none: {_expected(layers)}",
+                hint="take the checkpoint that has them; or drop: [mtp] declares files without a head, in whose config.json "
+                "none is promised",
+            )
+        return promised > 0
     numbers = {matched["part"] for name in found if (matched := LAYER.match(name))}
     if numbers and len(numbers) < promised:
         raise SourceError(
@@ -117,14 +137,24 @@ def check_head(config: Mapping[str, Any], names: Iterable[str], layers: int) -> 
             f"the multi-token-prediction head lacks {', '.join(lacking)}",
             hint="a shard is missing, or the checkpoint was converted by a tool that lost it",
         )
-    return []
+    return False
 
 
-def _absent(promised: int) -> str:
-    return (
-        f"config.json promises {promised} layer{'s' * (promised > 1)} of multi-token prediction, the weights have none: "
-        "engines cannot draft with what is made of them; take the checkpoint that has them, or set the key to 0"
+def _promising(config: Mapping[str, Any]) -> str:
+    text = config.get("text_config")
+    parts = (config, text) if isinstance(text, dict) else (config,)
+    return next(
+        f"{key}: {part[key]}"
+        for key in PROMISES
+        for part in parts
+        if type(part.get(key)) is int and part[key]
     )
+
+
+def _expected(layers: int) -> str:
+    """The projection that a head of each known layout starts with, where decoders of transformers have it."""
+    names = [layout.projection for layout in _layouts(layers)]
+    return f"neither {names[3]}.weight nor {names[1]}.weight nor {names[5]}.weight"
 
 
 def _lacking(found: Iterable[str], layers: int) -> list[str]:

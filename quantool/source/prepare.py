@@ -19,6 +19,7 @@ from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, TensorHeader, check_index, read_header, remote_headers, some
 from quantool.formats.safetensors_layout import encode_in_order, index_bytes
 from quantool.hub.download import hub_errors
+from quantool.ledger import MTP
 from quantool.origins import Origin, Prepared, SourceFile
 from quantool.records import Source, file_record, fingerprint
 from quantool.runtime import process, toolchain
@@ -26,6 +27,7 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace, written
 from quantool.source.adapter import WEIGHTS
+from quantool.source.mtp import without_promise
 from quantool.source.quantized import SETTINGS
 from quantool.source.rewrite import Preparation, preparation_of, rewrite
 
@@ -39,20 +41,24 @@ def sketch(
     preparation: Preparation,
     origins: tuple[Origin, Origin | None],
     places: Mapping[str, Path],
+    *,
+    apart: bool = False,
 ) -> Source:
     """``source`` as ``preparation`` makes it of the ``origins`` (model and adapter): its folder holds all but the weights.
 
-    ``places`` are the folders of its small files by their names; config.json and the index are written anew.
+    ``places`` are the folders of its small files by their names; config.json and the index are written anew. ``apart``: the
+    adapter stays a file of its own.
     """
     prepared = Prepared(
         origin=origins[0],
         form=preparation.unpacking.form if preparation.unpacking is not None else "",
         adapter=origins[1],
         merged=preparation.adapter.described() if preparation.adapter is not None else "",
+        apart=apart,
     )
     places = {name: folder for name, folder in places.items() if name not in ("config.json", INDEX)}
     shards = preparation.shards()
-    texts = {"config.json": _config(prepared.origin.folder)}
+    texts = {"config.json": _config(prepared.origin.folder, headless=MTP in source.absent)}
     if len(shards) > 1:
         texts[INDEX] = index_bytes(shards).decode()
     hashes = {file.name: file.sha256 for file in source.files if file.name in places}
@@ -77,8 +83,10 @@ def sketch(
     )
 
 
-def _write_sketch(folder: Path, places: Mapping[str, Path], texts: Mapping[str, str]) -> None:
-    """Copies of the files in ``places`` and ``texts`` beside them, unless they are there; runs side by side take turns."""
+def _write_sketch(
+    folder: Path, places: Mapping[str, Path], texts: Mapping[str, str], *, linked: bool = False
+) -> None:
+    """Copies of the files in ``places``, or links, and ``texts`` beside them, unless they are there; runs side by side take turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -87,7 +95,10 @@ def _write_sketch(folder: Path, places: Mapping[str, Path], texts: Mapping[str, 
         with written(folder) as part:
             for name, place in places.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(place / name, part / name)
+                if linked:
+                    (part / name).symlink_to(place / name)
+                else:
+                    shutil.copyfile(place / name, part / name)
             for name, text in texts.items():
                 (part / name).write_text(text, encoding="utf-8")
 
@@ -102,9 +113,28 @@ def _dropped(preparation: Preparation) -> list[str]:
     ]
 
 
-def _config(folder: Path) -> str:
-    """config.json without its quantization."""
+def restated(source: Source, places: Mapping[str, Path]) -> Source:
+    """``source`` in a folder of links, but for a config.json that does not promise the parts that the weights lack.
+
+    ``places`` are the folders of its small files by their names. Weights are linked whether they are fetched or not.
+    """
+    text = _config(source.folder, headless=True)
+    linked = {file.name: places.get(file.name, source.folder) for file in source.files}
+    del linked["config.json"]
+    key = fingerprint({name: str(folder) for name, folder in linked.items()}, text)
+    folder = toolchain.cache_folder() / "sketches" / key[:32]
+    _write_sketch(folder, linked, {"config.json": text}, linked=True)
+    own = SourceFile(**file_record(folder, "config.json").model_dump())
+    files = tuple(own if file.name == own.name else file for file in source.files)
+    note = f"{source.absent[0]} left out: config.json promises it, the weights have none; what is made promises none"
+    return source.model_copy(update={"folder": folder, "files": files, "notes": (*source.notes, note)})
+
+
+def _config(folder: Path, *, headless: bool = False) -> str:
+    """config.json without its quantization, and where ``headless`` without the promise of a head."""
     config = read_json(folder / "config.json")
+    if headless:
+        config = without_promise(config)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part.pop(SETTINGS, None)

@@ -16,6 +16,7 @@ from quantool.formats.quantized_weights import (
     gptq,
     misfit,
     mxfp4,
+    nvfp4,
     packed,
     scaled,
 )
@@ -23,18 +24,34 @@ from quantool.formats.safetensors import TensorHeader, some
 
 SETTINGS = "quantization_config"
 BF16_FIRST = "start from the bf16 or f16 checkpoint it was made from"
-FORMATS = {"float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense"}
+FORMATS = {
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "dense",
+}
 """Formats of compressed-tensors that can be read."""
 ACTIVATIONS = (
     "input_scale", "input_zero_point", "output_scale", "output_zero_point", "activation_scale", "k_scale", "v_scale", "q_scale",
-    "k_zero_point", "v_zero_point", "q_zero_point",
+    "k_zero_point", "v_zero_point", "q_zero_point", "input_global_scale", "output_global_scale",
 )  # fmt: skip
 """Last parts of the names of what belongs to activations or to the cache of keys and values: no weight is made of it."""
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 PACKED = (".weight_packed", ".qweight", ".weight_scale", ".weight_scale_inv")
 """Ends of names that only quantized checkpoints have."""
 PLAIN = {"F64", "F32", "F16", "BF16", "I64", "BOOL"}
-LEFTOVERS = (".weight_scale", "_scale_inv", ".weight_shape", ".g_idx", ".scales", "_scales")
+LEFTOVERS = (
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_global_scale",
+    "_scale_inv",
+    ".weight_shape",
+    ".g_idx",
+    ".scales",
+    "_scales",
+)
 """Ends of the names of parts: one that no weight has taken belongs to a weight that is lost."""
 
 Reader = Callable[["_Unexplained"], Iterator[PackedWeight]]
@@ -150,8 +167,8 @@ def _form(kind: str, weights: list[PackedWeight]) -> str:
 
 def _described(weight: PackedWeight) -> str:
     """Type and sharing of scales, for people."""
-    if weight.layout == "mxfp4":
-        return "MXFP4"
+    if weight.layout in ("mxfp4", "nvfp4"):
+        return weight.layout.upper()
     if weight.layout != "scaled":
         return f"INT{weight.bits}"
     stored = weight.parts["weight"].dtype
@@ -175,6 +192,9 @@ def _compressed(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
         raise _unreadable(checkpoint.path, f"sparsity_config {brief(sparse.get('format'))}")
     if settings.get("transform_config"):
         raise _unreadable(checkpoint.path, "transform_config: the weights were rotated")
+    halves = {"packed": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale"}
+    for module, parts in checkpoint.take(".weight_global_scale", halves):
+        yield nvfp4(f"{module}.weight", parts)
     ends = {
         "packed": ".weight_packed", "scale": ".weight_scale", "shape": ".weight_shape", "zero_point": ".weight_zero_point",
         "g_idx": ".weight_g_idx",
@@ -241,9 +261,12 @@ def _fp8(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
 
 
 def _modelopt(checkpoint: _Unexplained) -> Iterator[PackedWeight]:
-    """NVIDIA's FP8: one scale a tensor (ModelOpt 0.3x, ``export/quant_utils.py``)."""
-    if (algorithm := checkpoint.settings.get("quant_algo")) != "FP8":
+    """NVIDIA's FP8, one scale a tensor, and NVFP4 (ModelOpt 0.3x, ``export/quant_utils.py``)."""
+    if (algorithm := checkpoint.settings.get("quant_algo")) not in ("FP8", "NVFP4"):
         raise _unreadable(checkpoint.path, f"quant_algo {brief(algorithm)} of ModelOpt")
+    ends = {"packed": ".weight", "scale": ".weight_scale", "second": ".weight_scale_2"}
+    for module, parts in checkpoint.take(".weight_scale_2", ends):
+        yield nvfp4(f"{module}.weight", parts)
     yield from _fp8(checkpoint)
 
 

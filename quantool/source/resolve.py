@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from quantool.config.sampling import to_write
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.formats.json_file import JsonLimits, read_json, read_optional, require_bounded
@@ -27,6 +28,7 @@ from quantool.formats.safetensors import (
     weight_files,
 )
 from quantool.hub.download import Listing, fetch, hub_errors, list_repository
+from quantool.ledger import MTP
 from quantool.origins import Origin, SourceFile
 from quantool.records import Source, sha256_of
 from quantool.runtime.progress import Progress
@@ -34,8 +36,8 @@ from quantool.source.adapter import CONFIG as ADAPTER
 from quantool.source.adapter import WEIGHTS, LoraAdapter, base_of
 from quantool.source.model_card import model_card
 from quantool.source.model_facts import model_facts, read_configuration
-from quantool.source.mtp import check_head
-from quantool.source.prepare import found_headers, sketch
+from quantool.source.mtp import is_absent
+from quantool.source.prepare import found_headers, restated, sketch
 from quantool.source.rewrite import preparation_of
 from quantool.source.task import SENTENCE_FILES, module_files, task_of
 
@@ -93,7 +95,7 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
     _bound(tokenizer)
     made = preparation.made_headers()
     facts, more = model_facts(configuration, generation, tokenizer.folder, made)
-    more += check_head(configuration.top, made, facts.layers)
+    headless = is_absent(configuration.top, made, facts.layers, dropped=MTP in config.drop)
     card, remarks = model_card(place.folder)
     task = task_of(place.folder, facts.architecture, configuration.top, card.pipeline_tag)
     places = {name: place.folder for name in small if place is tokenizer or not _is_tokenizer(name)}
@@ -117,14 +119,20 @@ def resolve(config: Config, *, weights: bool, progress: Progress) -> Source:
         facts=facts.model_copy(update={"task": task}),
         card=card,
         generation=generation,
+        sampling=to_write(generation, config),
         trust_remote_code=config.trust_remote_code,
         tokenizer=tokenizer.folder if tokenizer is not place else None,
         notes=(*notes, *more, *remarks, *_other_base(place, preparation.adapter)),
+        absent=(MTP,) if headless else (),
     )
+    if not config.merge and adapter is None:
+        raise ConfigError("merge: false, but there is no adapter", hint="name it: adapter")
     if preparation.is_plain:
-        return source
+        return restated(source, places) if headless else source
     origin = _origin(place, ("config.json", INDEX), names)
-    return sketch(source, preparation, (origin, added[0] if added is not None else None), places)
+    return sketch(
+        source, preparation, (origin, added[0] if added is not None else None), places, apart=not config.merge
+    )
 
 
 def _small_files(place: _Place, config: Config) -> list[str]:
@@ -218,14 +226,19 @@ def overlay(source: Source, folder: Path) -> Source:
     if source.tokenizer is None:
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.rglob("*"):
-        if path.is_symlink():
+    places = {
+        file.name: source.tokenizer if _is_tokenizer(file.name) else source.folder for file in source.files
+    }
+    wanted = {
+        folder / name: (place / name).resolve() for name, place in places.items() if (place / name).exists()
+    }
+    links = {path: path.readlink() for path in folder.rglob("*") if path.is_symlink()}
+    if links != wanted:  # else left alone: stages on other nodes may be reading
+        for path in links:
             path.unlink()
-    for name in sorted({file.name for file in source.files}):
-        origin = (source.tokenizer if _is_tokenizer(name) else source.folder) / name
-        if origin.exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).symlink_to(origin.resolve())
+        for path, origin in sorted(wanted.items()):
+            path.parent.mkdir(exist_ok=True)
+            path.symlink_to(origin)
     return source.model_copy(update={"folder": folder, "tokenizer": None})
 
 

@@ -31,6 +31,9 @@ PROBES = 4
 FACTOR_ERROR = 0.02
 """How far the factor with which an adapter is found in the merged weights may be from 1: rounding to bf16 leaves 1e-3."""
 
+LENGTH_ERROR = 0.01
+"""The same of the length of a row of DoRA's."""
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -223,8 +226,17 @@ class _TensorMaker:
         if name in adapter.replaced:
             part = self.adapter_files.slice(adapter.replaced[name])
             return lambda first, last: part[first:last].float()
-        delta = self.delta(adapter.added[name])
-        return lambda first, last: before(first, last).float() + delta(first, last)
+        pair = adapter.added[name]
+        delta, lengths = self.delta(pair), self.lengths(pair)
+        if lengths is None:
+            return lambda first, last: before(first, last).float() + delta(first, last)
+
+        def stretched(first: int, last: int) -> Tensor:
+            whole = before(first, last).float() + delta(first, last)
+            rows: Tensor = whole * (lengths[first:last] / whole.norm(dim=1)).unsqueeze(1)
+            return rows
+
+        return stretched
 
     def base_rows(self, name: str) -> Callable[[int, int], Tensor]:
         """The same without an adapter."""
@@ -259,6 +271,12 @@ class _TensorMaker:
             raise AssertionError
         return self.adapter_files.whole(pair.a).float(), self.adapter_files.whole(pair.b).float()
 
+    def lengths(self, pair: LowRank) -> Tensor | None:
+        """DoRA's lengths of rows in float32."""
+        if pair.magnitude is None or self.adapter_files is None:
+            return None
+        return self.adapter_files.whole(pair.magnitude).float().reshape(-1)
+
     def delta(self, pair: LowRank) -> Callable[[int, int], Tensor]:
         """Rows of what an adapter adds."""
         a, b = self.matrices(pair)
@@ -287,18 +305,31 @@ def _factor(maker: _TensorMaker, target: Path, made: Mapping[str, TensorHeader])
         expected = (a.T @ (b.T @ vectors) if pair.transposed else b @ (a @ vectors)) * pair.scale
         merged, base = written.slice(made[name]), maker.base_rows(name)
         step = maker.step(Stored(name, made[name].dtype, (rows, columns)))
-        seen = torch.cat(
-            [
-                (merged[first : first + step].double() - base(first, min(first + step, rows)).double())
-                @ vectors
-                for first in range(0, rows, step)
-            ]
-        )
+        lengths = maker.lengths(pair)
+        pieces = []
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            now, before = merged[first:last].double(), base(first, last).double()
+            if lengths is not None:
+                sums = before + pair.scale * (b[first:last] @ a)
+                now = _unstretched(name, now, sums, lengths[first:last].double())
+            pieces.append((now - before) @ vectors)
+        seen = torch.cat(pieces)
         own, norm = float((seen * expected).sum()), float((expected**2).sum())
         if norm and abs(own / norm - 1) > max(FACTOR_ERROR, _rounding(merged, step, rows, norm)):
             raise SourceError(f"{name}: the adapter is {own / norm:.3f} times in the merged weight, not once")
         shared, length = shared + own, length + norm
     return shared / length if length else 1.0
+
+
+def _unstretched(name: str, rows: Tensor, sums: Tensor, lengths: Tensor) -> Tensor:
+    """Rows of DoRA's merged weight brought to the lengths of their ``sums``; SourceError where they have not its ``lengths``."""
+    if bool(((rows.norm(dim=1) - lengths.abs()).abs() > LENGTH_ERROR * lengths.abs()).any()):
+        raise SourceError(
+            f"{name}: rows of the merged weight have not the lengths that the adapter gives them"
+        )
+    found: Tensor = rows * (sums.norm(dim=1) / lengths).unsqueeze(1)
+    return found
 
 
 def _rounding(merged: Any, step: int, rows: int, norm: float) -> float:

@@ -47,6 +47,12 @@ def haystack(config: Config) -> Iterator[tuple[str, str | None]]:
         yield next(held_out(config))
 
 
+def long_haystack(config: Config) -> Iterator[tuple[str, str | None]]:
+    """The text to hide sentences in at the lengths of ``validation.long``: the first corpus."""
+    if config.validation.long is not None:
+        yield next(held_out(config))
+
+
 def _file(name: str, path: Path | None) -> Iterator[tuple[str, str | None]]:
     if path is not None:
         yield name, corpus.identity(Corpus(name=name, path=path))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import os
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +30,8 @@ MAX_EMPTY = 1_000_000
 
 _NOT_DOCUMENTATION = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _SHORTEST_DOCSTRING = 40  # characters
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
+"""Fields of syntax trees that hold statements, or what holds them."""
 
 
 class Table(Protocol):
@@ -221,11 +225,11 @@ def documentation_stamp(root: Path | None = None) -> list[tuple[str, int, int]]:
 
 def _documented_files(root: Path | None) -> list[Path]:
     root = root or Path(sysconfig.get_path("stdlib"))
-    return [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _NOT_DOCUMENTATION.intersection(path.relative_to(root).parts)
-    ]
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_DOCUMENTATION]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def _documented(path: Path) -> Iterator[str]:
@@ -235,11 +239,23 @@ def _documented(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates and samples that are no Python
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=False)
             if text:
                 yield inspect.cleandoc(text)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """What ``ast.walk`` gives, in its order, without expressions: nine of ten nodes, and none of them holds a docstring."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in node._fields:
+            value = getattr(node, name)
+            if name in _BLOCKS and isinstance(value, list):
+                waiting.extend(value)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -358,7 +358,10 @@ def test_the_front_matter_is_short_whatever_was_measured(plan: Plan, levels: int
 def test_plots_stand_where_they_are_looked_for(plan: Plan) -> None:
     both = ["plots/size-kld.png", "plots/corpora.png"]
     text = write_card(plan, plan.outputs, [report(plan, *figures("en"))], both)
-    assert re.search(r"SHA256SUMS`\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n", text)
+    assert re.search(
+        r"SHA256SUMS`; `quantool verify` checks a download\.\n\n!\[Size of each level[^]]*\]\(plots/size-kld\.png\)\n",
+        text,
+    )
     assert re.search(r"one standard error\.\n\n!\[Mean KL divergence[^]]*\]\(plots/corpora\.png\)\n", text)
     assert "![" not in write_card(plan, plan.outputs, [report(plan, *figures("en"))])
 
@@ -373,3 +376,13 @@ def test_a_comparison_is_claimed_only_where_it_was_measured(plan: Plan) -> None:
     unmeasured = write_card(plan, plan.outputs, [report(plan, *figures("en")), report(plan)])
     assert "Not every file was compared" in unmeasured
     assert "Every file" not in unmeasured
+
+
+def test_what_the_experts_saw_is_said_once_for_the_levels_that_share_it(plan: Plan) -> None:
+    seen = "8 experts in 2 layers saw 7 to 90 tokens; fewer than 32: 1 experts, blk.1 expert 3 (7)"
+    found = Finding(check="experts", metric="expert_tokens", verdict=Verdict.PASS, measured=7.0, detail=seen)
+    first = report(plan, found)
+    second = first.model_copy(update={"artifact": first.artifact.model_copy(update={"level": "IQ2_XXS"})})
+    text = write_card(plan, plan.outputs, [first, report(plan), second])
+    assert text.count(f"- experts, {first.artifact.level}, IQ2_XXS: {seen}") == 1
+    assert "- experts," not in write_card(plan, plan.outputs, [report(plan)])

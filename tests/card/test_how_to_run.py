@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from quantool.card.how_to_run import usage
 from quantool.records import Finding, Report, Verdict
 from quantool.runtime import process
 from tests.loopback_hub import ID, Answer, Asked, Hub, Repository, reply, serving
+from tests.serve_hopper import card_commands
 
 SERVED_WITH = " \\\n  --max-model-len 2048 \\\n  --enable-auto-tool-choice \\\n  --tool-call-parser hermes\n"
 """The tiny chat model's template asks for calls as Hermes has them."""
+SGLANG = " \\\n  --model-path us/tiny-FP8 \\\n  --context-length 2048 \\\n  --tool-call-parser qwen25\n"
 SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
 REPO = "us/tiny-chat-GGUF"
 
@@ -171,22 +174,54 @@ def test_llama_server_finds_the_file_by_its_level(made: making.Made, tmp_path: P
     command = blocks(told(made), "sh")[0].splitlines()[0].split()
     assert command[:3] == ["llama-server", "-hf", f"{REPO}:Q4_K_M"]
     with serving(hub):
-        port = _free_port()
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "LLAMA_CACHE": str(tmp_path / "cache")}
-        child = subprocess.Popen(
-            [binary, *command[1:], "--port", str(port), "--no-warmup"],
-            env={key: value for key, value in process.environment().items() if not key.startswith("HF_")}
-            | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            _await(child, f"http://127.0.0.1:{port}/health")
-        finally:
-            child.kill()
-            child.communicate()
+        with _started([binary, *command[1:]], made.folder, settings):
+            pass
     assert set(hub.downloads()) == {name}
+
+
+@pytest.mark.e2e
+@pytest.mark.upstream
+def test_the_printed_server_answers_the_printed_request_with_a_tool_call(made: making.Made) -> None:
+    binary = making.upstream("llama-server")
+    text = told(made, None)
+    command = blocks(text, "sh")[0].splitlines()[0].split()
+    assert (command[0], command[-1]) == ("llama-server", "--jinja")
+    url, body = _curl(text)
+    assert url == "http://localhost:8080/v1/chat/completions"
+    with _started([binary, *command[1:]], made.folder, {}) as address:
+        answer = post(f"{address}/v1/chat/completions", body | {"temperature": 0})
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"location": "Barcelona"}
+
+
+def _curl(text: str) -> tuple[str, dict[str, Any]]:
+    """The address and the body of the card's request with a tool."""
+    command = shlex.split(next(block for block in blocks(text, "sh") if block.startswith("curl ")))
+    body: dict[str, Any] = json.loads(command[command.index("-d") + 1])
+    return command[1], body
+
+
+@contextmanager
+def _started(command: Sequence[str | Path], folder: Path, settings: dict[str, str]) -> Iterator[str]:
+    """The address of a llama-server that was started in ``folder`` as the card says, on a free port."""
+    port = _free_port()
+    child = subprocess.Popen(
+        [*command, "--port", str(port), "--no-warmup"],
+        cwd=folder,
+        env={key: value for key, value in process.environment().items() if not key.startswith("HF_")}
+        | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        _await(child, f"http://127.0.0.1:{port}/health")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def _free_port() -> int:
@@ -216,10 +251,10 @@ def _await(child: subprocess.Popen[str], url: str) -> None:
 def test_every_file_has_its_command(made: making.Made) -> None:
     text = told(made)
     name = made.artifacts[0].files[0].name
-    assert f"llama-cli -hf {REPO}:Q4_K_M -c 2048\n" in text
-    assert f"hf download {REPO} {name} --local-dir .\nllama-server -m {name} -c 2048\n" in text
+    assert f"llama-cli -hf {REPO}:Q4_K_M -c 2048 --jinja\n" in text
+    assert f"hf download {REPO} {name} --local-dir .\nllama-server -m {name} -c 2048 --jinja\n" in text
     local = told(made, None)
-    assert f"llama-server -m {name} -c 2048\nllama-cli -m {name} -c 2048\n" in local
+    assert f"llama-server -m {name} -c 2048 --jinja\nllama-cli -m {name} -c 2048 --jinja\n" in local
     assert "-hf" not in local
 
 
@@ -237,9 +272,9 @@ def _levels(made: making.Made, names: dict[str, list[str]], repo_id: str | None 
 
 def test_a_level_whose_name_is_the_end_of_another_is_asked_for_by_its_file(made: making.Made) -> None:
     text = _levels(made, {"F16": ["m-F16.gguf"], "BF16": ["m-BF16.gguf"], "Q8_0": ["m-Q8_0.gguf"]})
-    assert "| F16 | `llama-server -hf us/tiny-chat-GGUF -hff m-F16.gguf -c 2048` |" in text
-    assert "| BF16 | `llama-server -hf us/tiny-chat-GGUF:BF16 -c 2048` |" in text
-    assert "llama-server -hf us/tiny-chat-GGUF:Q8_0 -c 2048\nllama-cli" in text
+    assert "| F16 | `llama-server -hf us/tiny-chat-GGUF -hff m-F16.gguf -c 2048 --jinja` |" in text
+    assert "| BF16 | `llama-server -hf us/tiny-chat-GGUF:BF16 -c 2048 --jinja` |" in text
+    assert "llama-server -hf us/tiny-chat-GGUF:Q8_0 -c 2048 --jinja\nllama-cli" in text
 
 
 def test_parts_are_downloaded_together_and_the_first_is_named(made: making.Made) -> None:
@@ -267,3 +302,48 @@ def test_vllm_serves_what_transformers_loads(
     assert url == "http://localhost:8000/v1"
     assert body["model"] == command.split()[2]
     assert "llama" not in text
+
+
+def test_a_level_that_other_programs_find_by_its_tag_has_their_commands(made: making.Made) -> None:
+    text = told(made)
+    assert f"docker model run hf.co/{REPO}:Q4_K_M\nlms get https://huggingface.co/{REPO}@Q4_K_M\n" in text
+    assert "docker model" not in told(made, None)
+    hidden = _levels(made, {"F16": ["m-F16.gguf"], "BF16": ["m-BF16.gguf"]})
+    assert "docker model" not in hidden  # their tag F16 is the end of BF16
+
+
+@pytest.mark.parametrize(
+    ("level", "command"),
+    [
+        ("FP8_DYNAMIC", f"python -m sglang.launch_server{SGLANG}"),
+        ("W4A16", None),
+    ],
+)
+def test_sglang_is_named_where_it_has_the_arithmetic(
+    made: making.Made, level: str, command: str | None
+) -> None:
+    text = told(made, "us/tiny-FP8", engine="transformers", level=level)
+    assert command in text if command else "sglang" not in text
+    assert _curl(text)[0] == "http://localhost:8000/v1/chat/completions"
+
+
+def test_the_script_for_the_gpu_runs_what_the_card_says(made: making.Made) -> None:
+    serve, body = card_commands(told(made, "us/tiny-FP8", engine="transformers", level="FP8_DYNAMIC"))
+    assert serve == shlex.split(f"us/tiny-FP8{SERVED_WITH}".replace("\\\n", " "))
+    assert body["tools"][0]["function"]["name"] == "get_weather"
+
+
+def test_a_calibrated_cache_is_asked_for(made: making.Made) -> None:
+    plain = told(made, engine="transformers", level="FP8")
+    assert "--kv-cache-dtype" not in plain
+    assert "--kv-cache-dtype fp8" in told(
+        made, engine="transformers", level="FP8", options={"kv_cache": "fp8"}
+    )
+
+
+def test_a_model_without_tools_is_offered_none(made: making.Made) -> None:
+    facts = made.plan.source.facts.model_copy(update={"chat_template": "{{ messages }}"})
+    plan = made.plan.model_copy(update={"source": made.plan.source.model_copy(update={"facts": facts})})
+    text = told(making.Made(made.checkpoint, made.root, plan, made.artifacts))
+    assert "--jinja" not in text
+    assert "curl" not in text

@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from quantool.config.load import Loaded, load, schema
-from quantool.config.schema import NO_EFFECT, Calibration, Config, Section
+from quantool.config.schema import NO_EFFECT, Calibration, Config
+from quantool.config.section import Section
 from quantool.errors import ConfigError, DependencyError
 from quantool.plugins import find
 from quantool.plugins.contract import Method, Options

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tampering import edited, source_of
 
+from quantool import pipeline
 from quantool.config.schema import Config
-from quantool.errors import ConfigError
+from quantool.errors import ConfigError, SourceError
 from quantool.formats.gguf_header import read_header
 from quantool.formats.safetensors import check_index
 from quantool.plugins.contract import Case
@@ -154,6 +155,22 @@ def test_a_level_that_needs_a_matrix_keeps_the_head_and_the_expert_counts() -> N
     integrity = judged(gguf("IQ2_XXS"), "integrity")
     for metric in ("tensors", "weights", "bits_per_weight", "tensor_types", "imatrix", "scales"):
         assert integrity[metric].verdict is Verdict.PASS, integrity[metric].detail
+
+
+def test_a_head_that_only_config_json_has_is_left_out_on_purpose(tmp_path: Path) -> None:
+    """llama.cpp would convert the checkpoint, and then miss the head's tensors in the file."""
+    folder = tmp_path / "headless"
+    shutil.copytree(checkpoint(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in head_tensors(tensors, mtp.LAYERS)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with making.own_cache():
+        with pytest.raises(SourceError, match=rf"the weights have none: neither {HEAD}eh_proj"):
+            pipeline.plan(making.config(folder, tmp_path / "out", "Q8_0"), making.QUIET)
+        plan = pipeline.plan(making.config(folder, tmp_path / "out", "Q8_0", drop=["mtp"]), making.QUIET)
+    assert any(
+        "mtp left out" in note for note in plan.warnings
+    )  # and llama.cpp has loaded the rehearsed file
 
 
 def test_a_level_that_would_need_a_matrix_of_the_head_is_refused_by_the_plan() -> None:

@@ -26,7 +26,18 @@ pytestmark = pytest.mark.e2e
 
 Q8, Q4 = "tiny-5.2M-chat-Q8_0.gguf", "tiny-5.2M-chat-Q4_K_M.gguf"
 MATRIX = "tiny-5.2M-chat-imatrix.gguf"
-ALWAYS = ("plan.json", "README.md", "quantool.json", "SHA256SUMS", ".artifact.json", ".report.json", "lock")
+ALWAYS = (
+    "plan.json",
+    "README.md",
+    "Modelfile",
+    "quantool.json",
+    "canary.json",
+    "provenance.json",
+    "SHA256SUMS",
+    ".artifact.json",
+    ".report.json",
+    "lock",
+)
 OF_ALL_LEVELS = re.compile(
     r"report\.(json|md)|junit\.xml|.*/plots/.*\.png|\.quantool/(stages/plots-|stages/base-scores-|work/base-scores/|stages/findings-.*-(integrity|generation)-).*"
 )

@@ -12,7 +12,11 @@ import making
 import pytest
 import quantized_sources
 
+from quantool.formats.gguf_header import read_header
 from quantool.formats.safetensors import check_index
+from quantool.runtime.llama_cpp import LlamaLog
+from quantool.validation._engines.head import Unsound
+from quantool.validation._engines.llama_cpp import load_weights
 from tests.e2e.conftest import DOCS, WIDE, Run, write
 
 pytestmark = pytest.mark.e2e
@@ -130,3 +134,48 @@ def test_merged_adapter_passes_and_one_of_another_scale_does_not(cache: Path, tm
         _, err = child.communicate()
     assert child.returncode == 5, err
     assert "mean_kld" in err
+
+
+def test_adapter_beside_its_base_is_judged_as_the_merged_model(cache: Path, tmp_path: Path) -> None:
+    """``merge: false``: the base's files pass with the adapter, and with an empty or a lost one they do not."""
+    layers = {
+        name: tensor.shape
+        for name, tensor in check_index(making.TINY).items()
+        if name.endswith(("q_proj.weight", "down_proj.weight"))
+    }
+    settings = {"base_model_name_or_path": str(making.TINY), "use_rslora": True}
+    adapters.write(tmp_path / "tuned", layers, size=0.05, **settings)  # type: ignore[arg-type]
+    run = run_of(tmp_path, cache, tmp_path / "tuned", checks=["integrity", "ledger", "perplexity"])
+    ended = run.finish("--set", "merge=false")
+    assert ended.code == 0, ended.err
+    assert "adapter tuned (rank 4 times 8 added to 8 weights) beside tiny-chat" in ended.err
+    adapter, artifact = run.folder / "tuned-lora.gguf", next(run.folder.glob("*Q8_0.gguf"))
+    card = (run.folder / "README.md").read_text()
+    assert f"llama-server -m {artifact.name} --lora {adapter.name}" in card
+    assert f"- adapter: `{adapter.name}`" in card
+    assert adapter.name in (run.folder / "SHA256SUMS").read_text()
+    record = making.read_json(run.folder / "quantool.json")
+    lines = record["plan"]["outputs"][0]["ledger"]["tensors"]
+    added = {line["to"][0]["name"]: line["to"][0] for line in lines if "of the adapter" in line["reason"]}
+    assert len(added) == 16
+    assert added["blk.0.attn_q.weight.lora_a"]["shape"] == [
+        4,
+        layers["model.layers.0.self_attn.q_proj.weight"][1],
+    ]
+
+    from tests.e2e.conftest import quantool
+
+    whole, start = adapter.read_bytes(), read_header(adapter).tensors[0].start
+    adapter.write_bytes(whole[:start] + bytes(len(whole) - start))
+    words = (str(artifact), "--reference", str(tmp_path / "tuned"), "--config", str(run.file))
+    with quantool("validate", *words, "--output", str(tmp_path / "judged"), cache=cache) as child:
+        _, err = child.communicate()
+    assert child.returncode == 5, err
+    assert "mean_kld" in err
+    adapter.unlink()
+    with (
+        LlamaLog() as log,
+        pytest.raises(Unsound, match=r"adapter tuned-lora\.gguf: it does not lie beside"),
+        load_weights(artifact, gpu=False, log=log),
+    ):
+        pass

@@ -45,6 +45,7 @@ def test_folder_to_publish_is_whole(runs: Callable[[str], tuple[Run, Ended]]) ->
         "README.md",
         "plots/corpora.png",
         "plots/size-kld.png",
+        "provenance.json",
         "quantool.json",
         "tiny-5.2M-chat-Q4_K_M.gguf",
         "tiny-5.2M-chat-Q8_0.gguf",

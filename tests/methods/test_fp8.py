@@ -158,7 +158,10 @@ def test_experts_are_quantized_and_routers_are_not(moe: Path, made: Made, tmp_pa
     assert 0 < float((expected - loaded).norm() / expected.norm()) < 0.04
 
 
+@pytest.mark.parametrize(("cache", "strategy"), [("fp8", "tensor"), ("fp8_head", "attn_head")])
 def test_static_scales_and_the_attention_cache_are_calibrated(
+    cache: str,
+    strategy: str,
     llama: Path,
     made: Made,
     planned: Callable[..., Plan],
@@ -167,7 +170,7 @@ def test_static_scales_and_the_attention_cache_are_calibrated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("quantool.methods._compressed.sizes.SHARD_BYTES", 400_000)
-    options = {"kv_cache": "fp8"}
+    options = {"kv_cache": cache}
     artifact = made(llama, tmp_path, "fp8", "FP8", quantization_config=options)
     (output,) = planned(
         llama, tmp_path, "fp8", "FP8", quantization_config=options, dataset_id="python-docs"
@@ -178,10 +181,14 @@ def test_static_scales_and_the_attention_cache_are_calibrated(
     assert len(weights) > 3
     assert {name: sizes[name] for name in weights} == weights  # shards and index, as planned
     found = check_index(artifact.folder)
-    assert found["model.layers.1.self_attn.k_scale"].shape == (1,)
+    heads = json.loads((llama / "config.json").read_text())["num_key_value_heads"]
+    assert heads > 1
+    shape = (1,) if strategy == "tensor" else (heads, 1, 1)
+    assert found["model.layers.1.self_attn.k_scale"].shape == shape
     assert found["model.layers.1.mlp.down_proj.input_scale"].shape == (1,)
     saved = json.loads((artifact.folder / "config.json").read_text())["quantization_config"]
     assert saved["kv_cache_scheme"]["num_bits"] == 8
+    assert saved["kv_cache_scheme"]["strategy"] == strategy
     assert divergence(logits(llama), logits(artifact.folder)) < 0.05
     assert artifact.details["samples"] == 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_a_type_that_the_recipe_does_not_give_is_found() -> None:
         (found,) = [one for one in check.judge(case, making.QUIET) if one.metric == metric]
         assert found.verdict is Verdict.REGRESSION
         assert "blk.0.attn_q.weight" in found.detail
+
+
+def test_a_fitted_file_that_is_given_is_judged_by_the_recipe_beside_it(tmp_path: Path) -> None:
+    plan, (_, sized, _) = fitted()
+    given = replace(case_of(plan, sized), output=None, details={}, name=path_of(sized).name)
+    found = {one.metric: one for one in integrity.judge(given, making.QUIET)}
+    assert found["file_type"].verdict is found["tensor_types"].verdict is Verdict.PASS
+    alone = tmp_path / path_of(sized).name
+    alone.hardlink_to(path_of(sized))
+    found = {one.metric: one for one in integrity.judge(replace(given, artifact=alone), making.QUIET)}
+    assert found["file_type"].verdict is Verdict.SKIPPED
+    assert found["hub_label"].verdict is not Verdict.REGRESSION
 
 
 def divergences(request: dict[str, Any], _report: Report) -> dict[str, Any]:

@@ -160,6 +160,71 @@ def mamba() -> Shapes:
     return found | {"lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
+def state_space_hybrid() -> Shapes:
+    """Bamba: a layer of Mamba 2, then one of attention."""
+    mixer = "model.layers.0.mamba"
+    found = {
+        name.replace(".mlp.", ".feed_forward.")
+        .replace("post_attention_layernorm", "pre_ff_layernorm")
+        .replace("model.norm", "model.final_layernorm"): shape
+        for name, shape in decoder().items()
+        if "layers.0.self_attn" not in name
+    }
+    return found | {
+        f"{mixer}.A_log": (8,),
+        f"{mixer}.D": (8,),
+        f"{mixer}.dt_bias": (8,),
+        f"{mixer}.conv1d.weight": (160, 1, 4),
+        f"{mixer}.conv1d.bias": (160,),
+        f"{mixer}.in_proj.weight": (296, HIDDEN),
+        f"{mixer}.out_proj.weight": (HIDDEN, 128),
+        f"{mixer}.norm.weight": (128,),
+    }
+
+
+def sparse_latent() -> Shapes:
+    """DeepSeek V3.2: latent attention, and an indexer that chooses what is attended to."""
+    found = {name: shape for name, shape in decoder(feed=experts).items() if "self_attn" not in name}
+    for number in range(2):
+        attention = f"model.layers.{number}.self_attn"
+        found |= {
+            f"{attention}.q_a_proj.weight": (32, HIDDEN),
+            f"{attention}.q_a_layernorm.weight": (32,),
+            f"{attention}.q_b_proj.weight": (HEADS * 24, 32),
+            f"{attention}.kv_a_proj_with_mqa.weight": (40, HIDDEN),
+            f"{attention}.kv_a_layernorm.weight": (32,),
+            f"{attention}.kv_b_proj.weight": (HEADS * 32, 32),
+            f"{attention}.o_proj.weight": (HIDDEN, HEADS * 16),
+            f"{attention}.indexer.wq_b.weight": (64, 32),
+            f"{attention}.indexer.wk.weight": (16, HIDDEN),
+            f"{attention}.indexer.k_norm.weight": (16,),
+            f"{attention}.indexer.k_norm.bias": (16,),
+            f"{attention}.indexer.weights_proj.weight": (4, HIDDEN),
+            f"model.layers.{number}.mlp.gate.e_score_correction_bias": (4,),
+            **mlp(f"model.layers.{number}.mlp.shared_experts"),
+        }
+    return found
+
+
+def relative_encoder() -> Shapes:
+    """T5's encoder, as sentence-t5 saves it: positions are relative, by a table of the first layer's."""
+    found: Shapes = {
+        "shared.weight": (VOCABULARY, HIDDEN),
+        "encoder.final_layer_norm.weight": (HIDDEN,),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, HEADS),
+    }
+    for number in range(2):
+        block = f"encoder.block.{number}.layer"
+        found |= {f"{block}.0.SelfAttention.{part}.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
+        found |= {
+            f"{block}.0.layer_norm.weight": (HIDDEN,),
+            f"{block}.1.DenseReluDense.wi.weight": (INNER, HIDDEN),
+            f"{block}.1.DenseReluDense.wo.weight": (HIDDEN, INNER),
+            f"{block}.1.layer_norm.weight": (HIDDEN,),
+        }
+    return found
+
+
 def drafting(prefix: str) -> Shapes:
     """A layer that drafts further tokens, as DeepSeek and GLM number it behind the others."""
     return {
@@ -252,6 +317,26 @@ STRUCTURES: dict[str, Structure] = {
     "fused experts": Structure(text("GptOssForCausalLM", "gpt_oss", num_local_experts=4), decoder(feed=fused_experts)),
     "hybrid": Structure(
         text("Qwen3NextForCausalLM", "qwen3_next", **QWEN_MOE) | {"num_hidden_layers": 4}, hybrid()
+    ),
+    "state space hybrid": Structure(
+        text("BambaForCausalLM", "bamba", mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, attn_layer_indices=[1]),
+        state_space_hybrid(),
+    ),
+    "sparse latent attention": Structure(
+        text(
+            "DeepseekV32ForCausalLM", "deepseek_v32", kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+            v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=INNER,
+            first_k_dense_replace=0, topk_group=1, n_group=1, index_n_heads=4, index_head_dim=16, index_topk=64,
+        ),
+        sparse_latent(),
+    ),
+    "relative encoder": Structure(
+        {
+            "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": HIDDEN, "d_kv": HEAD, "num_heads": HEADS,
+            "num_layers": 2, "d_ff": INNER, "vocab_size": VOCABULARY,
+        },
+        relative_encoder(),
+        POOLING,
     ),
     "state space": Structure(text("Mamba2ForCausalLM", "mamba2"), mamba()),
     "drafting layer": Structure(

@@ -133,6 +133,35 @@ def _fp8(grid: str) -> Layer:
     return layer
 
 
+def _nvfp4(*, modelopt: bool) -> Layer:
+    """E2M1 in groups of 16 by compressed-tensors' own compressor; ModelOpt stores the same numbers, and the inverse second scale."""
+
+    def layer(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor  # type: ignore[import-untyped]
+        from compressed_tensors.quantization import QuantizationScheme
+        from compressed_tensors.quantization.quant_scheme import NVFP4A16  # type: ignore[import-untyped]
+
+        scheme = QuantizationScheme(targets=["Linear"], **NVFP4A16)
+        whole = (448 * 6 / weight.float().abs().max()).reshape(1)
+        peak = weight.float().abs().reshape(len(weight), -1, 16).amax(2)
+        scale = (peak / 6 * whole).to(torch.float8_e4m3fn)
+        state = {"weight": weight.float(), "weight_scale": scale.float(), "weight_global_scale": whole}
+        stored = NVFP4PackedCompressor.compress(state, scheme)
+        if not modelopt:
+            read = NVFP4PackedCompressor.decompress(stored, scheme)["weight"]
+            return {**stored, "input_global_scale": torch.ones(1)}, read
+        second = (1 / whole).reshape(())
+        halves = torch.stack([stored["weight_packed"] & 15, stored["weight_packed"] >> 4], -1).flatten(1)
+        values = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])[(halves & 7).long()] * (
+            1 - 2 * (halves >> 3).float()
+        )
+        read = values * (scale.float() * second).repeat_interleave(16, 1)
+        parts = {"weight": stored["weight_packed"], "weight_scale": scale, "weight_scale_2": second}
+        return {**parts, "input_scale": torch.ones(())}, read
+
+    return layer
+
+
 def _autoawq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     """``WQLinear_GEMM`` of AutoAWQ 0.2.9: eight neighbours along the output share a word, in the order 0 2 4 6 1 3 5 7."""
     rows, columns = weight.shape
@@ -223,6 +252,11 @@ FORMS: dict[str, tuple[Layer, dict[str, Any]]] = {
     "INT8 packed": _of_compressed(_scheme("int", 8, "channel", "pack-quantized")),
     "DeepSeek FP8": (_fp8_blocks, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}),
     "ModelOpt FP8": (_fp8("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "ModelOpt NVFP4": (_nvfp4(modelopt=True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+    "NVFP4": (
+        _nvfp4(modelopt=False),
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}},
+    ),
     "FBGEMM FP8": (_fp8("channel"), {"quant_method": "fbgemm_fp8"}),
     "AutoAWQ": (_autoawq, {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP}),
     "GPTQ": (_gptq(4, 1, ordered=False), GPTQ_4),

@@ -424,3 +424,13 @@ def test_a_checkpoint_has_its_folder_for_itself(model: Path) -> None:
         with pytest.raises(ConfigError, match=f"{ids[0]} is a checkpoint that needs the folder .* {ids[1]}"):
             collisions.refuse_collisions(outputs)
     collisions.refuse_collisions((gguf, one.model_copy(update={"repo": "other"})))
+
+
+def test_languages_that_no_text_covers_are_named(model: Path) -> None:
+    (model / "README.md").write_text("---\nlanguage: [en, ca, eu]\n---\n")
+    assert any(
+        "the model's card names ca and eu" in note or "ca, eu" in note for note in planned(model).warnings
+    )
+    (model / "text.txt").write_text("Bon dia a tothom.\n" * 40)
+    own = {"corpora": [{"name": "ca", "path": str(model / "text.txt")}]}
+    assert not any("held-out text" in note for note in planned(model, validation=own).warnings)

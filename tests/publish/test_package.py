@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 import subprocess
@@ -8,11 +9,12 @@ import pytest
 
 from quantool import pipeline
 from quantool.config.load import load
+from quantool.errors import PublicationError
 from quantool.pipeline import RunResult
 from quantool.plugins import find
 from quantool.publish.package import pack
 from quantool.publish.packed_folder import read_packed_folder
-from quantool.records import FileRecord
+from quantool.records import FileRecord, Finding, Verdict
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
 
@@ -44,7 +46,7 @@ def test_sums_hold_for_all_that_is_published(folder: Path) -> None:
     checked = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert checked == [
         "README.md", "model-Q4_K_M.gguf", "model-Q8_0.gguf", "plots/corpora.png", "plots/size-kld.png",
-        "quantool.json",
+        "provenance.json", "quantool.json",
     ]  # fmt: skip
 
 
@@ -90,6 +92,29 @@ def test_a_shared_file_stands_once(tmp_path: Path, outcome: RunResult, folder: P
     pack(outcome.plan, reports, Workspace(tmp_path / "out"))
     assert (folder / "SHA256SUMS").read_text().count("model-imatrix.gguf") == 1
     assert (folder / "README.md").read_text().count("- importance matrix: `model-imatrix.gguf`") == 1
+
+
+def test_a_modelfile_is_packed_where_ollama_was_found_equal(
+    tmp_path: Path, outcome: RunResult, folder: Path
+) -> None:
+    equal = Finding(check="ollama", metric="conversations", verdict=Verdict.PASS, measured="9 of 9")
+    reports = [
+        report.model_copy(update={"findings": (*report.findings, equal)}) for report in outcome.reports
+    ]
+    (packed,) = pack(outcome.plan, reports, Workspace(tmp_path / "out"))
+    text = (folder / "Modelfile").read_text()
+    assert text.startswith("FROM ./model-Q8_0.gguf\nPARAMETER num_ctx ")
+    assert packed.sums["Modelfile"] == hashlib.sha256(text.encode()).hexdigest()
+    assert read_packed_folder(folder).sums["Modelfile"] == packed.sums["Modelfile"]
+    sums = (folder / "SHA256SUMS").read_text()
+    other = text.replace("num_ctx", "num_keep")
+    (folder / "Modelfile").write_text(other)
+    changed = hashlib.sha256(other.encode()).hexdigest()
+    (folder / "SHA256SUMS").write_text(sums.replace(packed.sums["Modelfile"], changed))
+    with pytest.raises(PublicationError, match="disagree: Modelfile"):
+        read_packed_folder(folder)
+    pack(outcome.plan, outcome.reports, Workspace(tmp_path / "out"))
+    assert "Modelfile" not in (folder / "SHA256SUMS").read_text()
 
 
 def test_files_that_nobody_made_are_left_alone(tmp_path: Path, outcome: RunResult, folder: Path) -> None:

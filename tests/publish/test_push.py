@@ -514,7 +514,7 @@ def test_a_run_pushes_and_a_second_one_has_nothing_new(
     tmp_path: Path, plugin: Path, hub: WritableHub
 ) -> None:
     job = write_job(tmp_path, {"repo_id": REPO, "push_to_hub": True})
-    for told in ("7 of 7 files sent", "nothing was new"):
+    for told in ("8 of 8 files sent", "nothing was new"):
         with child(hub, tmp_path, job, HF_HUB_DISABLE_XET="1") as run:
             out, err = run.communicate(timeout=60)
         assert run.returncode == 0, err

@@ -92,7 +92,7 @@ def test_another_environment_is_another_server(
 ) -> None:
     """Libraries read theirs when they are imported."""
     call("torch")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
     call("torch")
     monkeypatch.setenv("COLUMNS", "99")  # of the terminal: no library's
     call("torch")

@@ -76,6 +76,13 @@ def test_what_the_worker_prints_is_appended_to_the_log(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_a_worker_registers_for_its_end_is_done(tmp_path: Path) -> None:
+    """A worker leaves without taking its libraries apart."""
+    call("registered", tmp_path, {"path": str(tmp_path / "file")})
+    assert (tmp_path / "file").read_text() == "done"
+    assert (tmp_path / "logs" / "w.log").read_text().endswith("last words")
+
+
 def test_threads_of_a_worker_sleep_when_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spinning ones take the cores from everything else; what the user set wins."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)

@@ -34,6 +34,7 @@ ROOT = f"llama_cpp_python-{VERSION}"
 TREE = "vendor/llama.cpp/"
 MEMBERS = {
     TREE + "convert_hf_to_gguf.py": "import conversion\n",
+    TREE + "convert_lora_to_gguf.py": "import conversion\n",
     TREE + "LICENSE": "MIT\n",
     TREE + "tools/quantize/quantize.cpp": QUANTIZE,
     TREE + "conversion/__init__.py": "",
@@ -195,9 +196,13 @@ def test_a_damaged_package_changes_nothing(tmp_path: Path, sdist: Path, damage: 
     ("lacking", "named"),
     [
         (TREE + "convert_hf_to_gguf.py", "convert_hf_to_gguf.py"),
+        (TREE + "convert_lora_to_gguf.py", "convert_lora_to_gguf.py"),
         (TREE + "tools/quantize/quantize.cpp", "tools/quantize/quantize.cpp"),
         (TREE + "conversion/", "conversion"),
-        (TREE, "convert_hf_to_gguf.py, LICENSE, tools/quantize/quantize.cpp, conversion, gguf-py/gguf"),
+        (
+            TREE,
+            "convert_hf_to_gguf.py, convert_lora_to_gguf.py, LICENSE, tools/quantize/quantize.cpp, conversion, gguf-py/gguf",
+        ),
     ],
 )
 def test_a_package_without_its_parts(sdist: Path, lacking: str, named: str) -> None:

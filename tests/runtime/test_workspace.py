@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +436,29 @@ def test_a_stage_runs_once(tmp_path: Path) -> None:
     assert workspace.stage("s", "k2", produce) == {"run": 2}
     (tmp_path / "f").unlink()
     assert workspace.stage("s", "k2", produce) == {"run": 3}
+
+
+def test_threads_that_want_the_same_stages_let_one_of_them_do_it(tmp_path: Path) -> None:
+    workspace, runs = Workspace(tmp_path), []
+
+    def slow(number: int) -> dict[str, Any]:
+        time.sleep(0.05)
+        runs.append(number)
+        return {"run": len(runs)}
+
+    def single() -> dict[str, Any]:
+        return workspace.stage("a", "k", lambda: ([], slow(0)))
+
+    def both() -> list[dict[str, Any]]:
+        stages = [Stage("b", "k"), Stage("a", "k")]
+        return workspace.together(stages, lambda missing: [slow(number) for number in missing])
+
+    with ThreadPoolExecutor(4) as pool:
+        alone = [pool.submit(single) for _ in range(2)]
+        pairs = [pool.submit(both) for _ in range(2)]
+        answers = [future.result() for future in alone] + [future.result()[1] for future in pairs]
+    assert len(runs) == 2
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_what_is_asked_anew_and_answers_as_before_stays_as_it_was_kept(kept: Workspace) -> None:

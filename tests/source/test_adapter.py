@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_wrong_scale_is_found_in_what_was_written(
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "use_dora": {"use_dora": True},
+    "lora_magnitude_vector": {"use_dora": True},
     "IA3": {"peft_type": "IA3"},
     "bias": {"bias": "all"},
     "pissa": {"init_lora_weights": "pissa"},
@@ -162,7 +163,55 @@ def test_adapter_of_another_model_is_refused(
         preparation(plain, tmp_path / "adapter")
 
 
-def test_merge_is_peft_s(tmp_path: Path) -> None:
+def magnitudes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """DoRA's lengths of rows as peft 0.21 names them."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        f"{name.removesuffix('.weight')}.lora_magnitude_vector": 0.5 + torch.rand(rows, generator=generator)
+        for name, (rows, _) in shapes.items()
+    }
+
+
+def test_lengths_that_were_not_given_are_found(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters.write(tmp_path / "adapter", SHAPES, more=magnitudes(SHAPES), use_dora=True)
+    merge(plain, tmp_path / "adapter", tmp_path / "out")
+    rows = rewriting._TensorMaker.rows
+
+    def plainly(self: Any, name: str) -> Any:
+        adapter = self.preparation.adapter
+        if name not in adapter.added:
+            return rows(self, name)
+        before, delta = self.base_rows(name), self.delta(adapter.added[name])
+        return lambda first, last: before(first, last).float() + delta(first, last)
+
+    monkeypatch.setattr(rewriting._TensorMaker, "rows", plainly)
+    with pytest.raises(SourceError, match=r"proj\.weight: rows of the merged weight have not the lengths"):
+        merge(plain, tmp_path / "adapter", tmp_path / "wrong")
+
+
+def test_wrong_scale_of_dora_is_found(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters.write(tmp_path / "adapter", SHAPES, more=magnitudes(SHAPES), use_dora=True)
+    delta = rewriting._TensorMaker.delta
+    monkeypatch.setattr(
+        rewriting._TensorMaker,
+        "delta",
+        lambda self, pair: lambda first, last: 2 * delta(self, pair)(first, last),
+    )
+    with pytest.raises(SourceError, match=r"the adapter is [\d.]+ times in the merged weight, not once"):
+        merge(plain, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_lengths_of_another_layer_are_refused(plain: Path, tmp_path: Path) -> None:
+    more = {name: lengths[:-1] for name, lengths in magnitudes(SHAPES).items()}
+    adapters.write(tmp_path / "adapter", SHAPES, more=more, use_dora=True)
+    with pytest.raises(SourceError, match=r"lora_magnitude_vector has \d+ lengths for \d+ rows"):
+        preparation(plain, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_merge_is_peft_s(tmp_path: Path, dora: bool) -> None:
     """The weights that peft's own ``merge_and_unload`` makes of the same folder, in float32."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
@@ -174,7 +223,9 @@ def test_merge_is_peft_s(tmp_path: Path) -> None:
         for name, tensor in check_index(base).items()
         if "q_proj" in name or "down_proj" in name
     }
-    adapters.write(tmp_path / "adapter", names, use_rslora=True, rank_pattern={"down_proj": 2})  # type: ignore[arg-type]
+    more = magnitudes(names) if dora else {}
+    settings = {"use_rslora": True, "use_dora": dora, "rank_pattern": {"down_proj": 2}}
+    adapters.write(tmp_path / "adapter", names, more=more, **settings)  # type: ignore[arg-type]
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     theirs = loaded.merge_and_unload().state_dict()
     found, _ = merge(base, tmp_path / "adapter", tmp_path / "out")

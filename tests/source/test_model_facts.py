@@ -160,6 +160,11 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
         ({"num_attention_heads": 0}, "num_attention_heads is 0", ""),
         ({"num_attention_heads": True}, "num_attention_heads is True", ""),
         ({"vocab_size": 10**30}, f"vocab_size is {10**30}, expected", ""),
+        (
+            {"architectures": ["T5EncoderModel"], "model_type": "t5", "max_position_embeddings": None},
+            "max_position_embeddings is None, expected",
+            "a model of type t5 keeps it elsewhere",
+        ),
         ({"num_key_value_heads": "abc"}, "num_key_value_heads is 'abc', expected a positive integer", ""),
         ({"head_dim": [1]}, r"head_dim is \[1\], expected", ""),
         ({"sliding_window": "abc"}, "sliding_window is 'abc', expected", ""),

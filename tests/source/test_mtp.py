@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from safetensors.numpy import save_file
 
 from quantool.config.schema import Config
 from quantool.errors import SourceError
+from quantool.records import sha256_of
 from quantool.runtime.progress import Progress
 from quantool.source import mtp
 from quantool.source.resolve import resolve
+from quantool.source.tensor_headers import headers
 from tests.checkpoint import tensors, write_checkpoint
 
 TRUNK = (
@@ -84,20 +87,36 @@ def test_what_config_json_promises(config: dict[str, Any], promised: int) -> Non
     assert mtp.promised_layers(config) == promised
 
 
-def test_a_promised_head_that_the_weights_lack_is_said_with_what_to_do() -> None:
-    (note,) = mtp.check_head({"num_nextn_predict_layers": 1}, TRUNK, 2)
-    assert "promises 1 layer of multi-token prediction, the weights have none" in note
-    assert "set the key to 0" in note
-    assert mtp.check_head({"num_nextn_predict_layers": 0}, TRUNK, 2) == []
+def test_a_promised_head_that_the_weights_lack_is_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        SourceError, match=r"promises 1 layer of .*\(num_nextn_predict_layers: 1\), .* have none"
+    ) as refused:
+        mtp.is_absent({"num_nextn_predict_layers": 1}, TRUNK, 2, dropped=False)
+    for name in ("model.layers.2.eh_proj.weight", "mtp.fc.weight", "model.mtp_layers.0.input_proj.weight"):
+        assert name in refused.value.message
+    assert "drop: [mtp]" in refused.value.hint
+    assert mtp.is_absent({"text_config": {"mtp_num_hidden_layers": 1}}, TRUNK, 2, dropped=True)
+    assert not mtp.is_absent({"num_nextn_predict_layers": 0}, TRUNK, 2, dropped=False)
     for head in (NEXTN, QWEN, MIMO, ERNIE):
-        assert mtp.check_head({"num_nextn_predict_layers": 1}, (*TRUNK, *head), 2) == []
+        assert not mtp.is_absent({"num_nextn_predict_layers": 1}, (*TRUNK, *head), 2, dropped=False)
+
+
+def test_a_config_json_without_promises() -> None:
+    text = {"mtp_num_hidden_layers": 2, "hidden_size": 8}
+    config = {"num_nextn_predict_layers": 1, "text_config": text, "vision_config": {"num_mtp_layers": 1}}
+    assert mtp.without_promise(config) == {
+        "num_nextn_predict_layers": 0,
+        "text_config": {"mtp_num_hidden_layers": 0, "hidden_size": 8},
+        "vision_config": {"num_mtp_layers": 1},
+    }
+    assert config["num_nextn_predict_layers"] == 1
 
 
 def test_a_head_in_part_is_refused_by_name() -> None:
     with pytest.raises(SourceError, match=r"lacks model\.layers\.2\.eh_proj\.weight"):
-        mtp.check_head({"num_nextn_predict_layers": 1}, (*TRUNK, *NEXTN[1:]), 2)
+        mtp.is_absent({"num_nextn_predict_layers": 1}, (*TRUNK, *NEXTN[1:]), 2, dropped=True)
     with pytest.raises(SourceError, match=r"promises 2 layers .* have 1: model\.layers\.2"):
-        mtp.check_head({"num_nextn_predict_layers": 2}, (*TRUNK, *NEXTN), 2)
+        mtp.is_absent({"num_nextn_predict_layers": 2}, (*TRUNK, *NEXTN), 2, dropped=True)
 
 
 def test_resolve_refuses_a_head_in_part(tmp_path: Path) -> None:
@@ -116,15 +135,22 @@ def test_resolve_refuses_a_head_in_part(tmp_path: Path) -> None:
         resolve(config, weights=False, progress=Progress(quiet=True))
 
 
-def test_resolve_notes_a_missing_head(tmp_path: Path) -> None:
+def test_a_missing_head_is_refused_unless_it_is_dropped(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", num_nextn_predict_layers=1)
-    config = Config.model_validate(
-        {
-            "model_id": str(folder),
-            "method": "gguf",
-            "quant_level": "Q8_0",
-            "output_path": str(tmp_path / "out"),
-        }
-    )
-    source = resolve(config, weights=False, progress=Progress(quiet=True))
-    assert any("multi-token prediction" in note for note in source.notes)
+    wanted = {
+        "model_id": str(folder),
+        "method": "gguf",
+        "quant_level": "Q8_0",
+        "output_path": str(tmp_path / "out"),
+    }
+    with pytest.raises(SourceError, match="the weights have none"):
+        resolve(Config.model_validate(wanted), weights=False, progress=Progress(quiet=True))
+    dropped = Config.model_validate(wanted | {"drop": ["mtp"]})
+    source = resolve(dropped, weights=False, progress=Progress(quiet=True))
+    assert source.absent == ("mtp",)
+    assert json.loads((source.folder / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert headers(source).keys() == tensors().keys()
+    assert source == resolve(dropped, weights=True, progress=Progress(quiet=True))
+    for file in source.files:
+        assert file.sha256 in (None, sha256_of(source.folder / file.name)), file.name

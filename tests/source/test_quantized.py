@@ -70,6 +70,7 @@ def test_what_is_planned_is_what_is_written(name: str, written: Any, tmp_path: P
         ("DeepSeek FP8", "FP8 in blocks of 128 x 128 (FP8 of transformers)"),
         ("INT4 group", "INT4 (compressed-tensors)"),
         ("GPTQ INT2", "INT2 (GPTQ)"),
+        ("NVFP4", "NVFP4 (compressed-tensors)"),
     ],
 )
 def test_form_is_said(name: str, form: str, written: Any) -> None:
@@ -78,7 +79,8 @@ def test_form_is_said(name: str, form: str, written: Any) -> None:
     assert unpacking is not None
     assert unpacking.form == form
     dropped = {tensor.name.rpartition(".")[2] for tensor in unpacking.dropped}
-    assert dropped == ({"input_scale"} if "compressed" in form else set())
+    scale = "input_global_scale" if name == "NVFP4" else "input_scale"
+    assert dropped == ({scale} if "compressed" in form else set())
 
 
 def lost(written: Any, name: str, end: str) -> SourceError:
@@ -97,6 +99,8 @@ PARTS = {
     "DeepSeek FP8": ("weight_scale_inv", "proj.weight"),
     "INT4 asymmetric": ("weight_packed", "weight_scale", "weight_shape"),
     "AutoAWQ": ("qweight", "qzeros", "scales"),
+    "NVFP4": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "ModelOpt NVFP4": ("proj.weight", "weight_scale", "weight_scale_2"),
     "GPTQ": ("qweight", "qzeros", "scales", "g_idx"),
 }
 
@@ -117,9 +121,9 @@ def test_scale_of_another_shape_is_refused(written: Any) -> None:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bitsandbytes": {"quant_method": "bitsandbytes"},
-    "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "W4A8": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
     "no method": {"bits": 4},
-    "nvfp4-pack-quantized": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+    "mxfp4-pack-quantized": {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
     "sparse-24-bitmask": {
         "quant_method": "compressed-tensors", "format": "float-quantized", "sparsity_config": {"format": "sparse-24-bitmask"},
     },

@@ -1,3 +1,4 @@
+import ast
 import json
 import random
 import tempfile
@@ -16,6 +17,8 @@ from quantool.texts import readers
 from quantool.texts.corpus import Document
 from quantool.texts.readers import BUILT_IN, docstrings
 
+SENTENCE = "A sentence that is long enough to be worth reading"
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 CHAT: dict[str, Any] = {
     "messages": [
         {"role": "user", "content": "Hi"},
@@ -330,6 +333,23 @@ def test_docstrings_are_taken_once_and_tests_left_out(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "c.py").write_text(f'"""Test: {text}"""')
     assert list(docstrings(tmp_path)) == [f"Module: {text}", text]
+
+
+def test_docstrings_are_found_wherever_a_statement_may_stand(tmp_path: Path) -> None:
+    """In the order of ``ast.walk``, so that a sample of them stays what it was."""
+    blocks = (
+        "if a:", "else:", "while a:", "for a in b:", "try:", "except E:", "finally:", "with a:", "match a:\n case 1:", "def outer():",
+        "class Outer:", "async def other():",
+    )  # fmt: skip
+    source = "".join(
+        f"{block}\n  def f{number}():\n   '''{SENTENCE} {number}'''\n   class Inner:\n    '''{SENTENCE} in {number}'''\n"
+        for number, block in enumerate(blocks)
+    )
+    (tmp_path / "a.py").write_text(source)
+    walked = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, DOCUMENTED)]
+    expected = [text for text in walked if text]
+    assert len(expected) == 2 * len(blocks)
+    assert list(docstrings(tmp_path)) == expected
 
 
 def test_identity_follows_the_content(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tampering import case, findings, folder_of, gguf_of, regressions, tampered, tokenizer_folder
 
-from quantool.config.sampling import listed, recommended, stated
-from quantool.config.schema import Sampling
+from quantool.config.errors import explain
+from quantool.config.sampling import generation_file, listed, numbers, recommended, stated, to_write
+from quantool.config.served import Sampling
 from quantool.records import Gates, OutputPlan, Verdict
 
 STRUCTURE = "qwen3"  # temperature 0.6, top_k 20, top_p 0.95
@@ -24,7 +25,7 @@ def test_recommendation_of_the_user_comes_first() -> None:
     assert listed(wanted) == "temperature 0.6, top_k 20, top_p 0.95"
     chosen = case(STRUCTURE, Path("toy.gguf"), generation={"temperature": 0.7, "min_p": 0.05})
     wanted = recommended(chosen.source, chosen.config)
-    assert wanted == Sampling(temperature=0.7, top_k=20, top_p=0.95, min_p=0.05)
+    assert wanted == {"temperature": 0.7, "top_k": 20, "top_p": 0.95, "min_p": 0.05}
     bare = chosen.source.model_copy(update={"generation": {}})
     assert listed(recommended(bare, case(STRUCTURE, Path("toy.gguf")).config)) == ""
 
@@ -41,6 +42,56 @@ def test_recommendation_of_the_user_comes_first() -> None:
 def test_sentence_of_a_card(text: str) -> None:
     assert stated(text) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     assert stated("Quantized to 4 bits, min_perplexity 3") == {}
+
+
+def test_range_is_said_as_a_range_and_written_as_a_number() -> None:
+    sampling = Sampling(temperature="0 to 0.2", top_k="10 to 40").model_dump(exclude_none=True)
+    assert listed(sampling) == "temperature 0 to 0.2, top_k 10 to 40"
+    assert stated(f"Recommended sampling: {listed(sampling)}.") == {
+        "temperature": "0 to 0.2",
+        "top_k": "10 to 40",
+    }
+    assert numbers(sampling, {}) == {"temperature": 0.2, "top_k": 40}
+    assert numbers(sampling, {"temperature": 0.1, "top_k": 5}) == {"temperature": 0.1, "top_k": 10}
+
+
+@pytest.mark.parametrize(
+    ("generation", "given", "expected"),
+    [
+        ({"temperature": 0.6}, {"temperature": 0.6}, None),
+        ({"temperature": 0.6}, {"temperature": "0.5 to 0.7"}, None),
+        (
+            {"temperature": 0.6, "x": 1},
+            {"top_k": 5},
+            {"temperature": 0.6, "x": 1, "top_k": 5, "do_sample": True},
+        ),
+        ({"do_sample": True}, {"temperature": 0}, {"do_sample": False, "temperature": 0.0}),
+        ({"do_sample": False}, {"temperature": "0 to 0.2"}, {"do_sample": True, "temperature": 0.2}),
+    ],
+)
+def test_generation_config_that_is_written(
+    generation: dict[str, Any], given: dict[str, Any], expected: dict[str, Any] | None
+) -> None:
+    chosen = case(STRUCTURE, Path("toy.gguf"), generation=given)
+    values = to_write(generation, chosen.config)
+    source = chosen.source.model_copy(update={"generation": generation, "sampling": values})
+    written = generation_file(source)
+    assert (written and json.loads(written)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("temperature", "0.2 to 0", "must ascend: 0 to 0.2"),
+        ("temperature", "0 bis 0.2", "must be a number"),
+        ("top_p", "0.5 to 1.5", "must end at 1 at most"),
+        ("top_p", 1.5, "must be at most 1"),
+        ("top_k", -1, "must be at least 0"),
+    ],
+)
+def test_sampling_that_cannot_be(name: str, value: Any, words: str) -> None:
+    (mistake,) = explain(Sampling, {name: value})
+    assert words in mistake.text, mistake.text
 
 
 @pytest.mark.e2e
@@ -80,15 +131,18 @@ def test_gguf_that_recommends_something_else(
 
 
 @pytest.mark.e2e
-def test_user_who_contradicts_generation_config() -> None:
+def test_artifact_without_what_the_user_recommends() -> None:
     found = findings("generation", case(STRUCTURE, generation={"temperature": 0.7}))
-    assert regressions(found) == {"sampling_source", "sampling"}
+    assert regressions(found) == {"sampling"}  # it was made without: what methods write is tested with them
     assert found["sampling_source"].detail == (
-        "temperature is 0.6 in the source's generation_config.json and 0.7 in validation.generation: "
-        "correct one of them"
+        "temperature is 0.6 in the source's generation_config.json and 0.7 in validation.generation, which counts"
     )
     found = findings("generation", case(STRUCTURE, generation={"temperature": 0.6, "top_k": 20}))
     assert not regressions(found)
+    found = findings("generation", case(STRUCTURE, generation={"temperature": "0.5 to 0.7"}))
+    assert not regressions(found)  # 0.6 lies inside
+    found = findings("generation", case(STRUCTURE, generation={"temperature": "0 to 0.2"}))
+    assert "and 0.2 in validation.generation" in found["sampling"].detail
 
 
 def test_folder_that_recommends_something_else(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,6 +210,32 @@ def test_what_is_zero_in_the_source_may_be_zero(tmp_path: Path) -> None:
     assert lost(case) == {}
 
 
+@pytest.mark.parametrize("structure", ["experts in one tensor", "fused experts"])
+def test_an_expert_in_one_tensor_with_the_others(tmp_path: Path, structure: str) -> None:
+    """Cast to float16: found where the source's differs, and not where it is zero too."""
+    method = {"method": "fp16", "quant_level": "F16", "quantization_config": {"format": "safetensors"}}
+    config, plan = planned(tmp_path, structure, **method)
+    made = tmp_path / "out" / plan.outputs[0].repo
+    shutil.copytree(tmp_path / "toy", made)
+    whole = {Stored(s.name, "F16", s.shape): data for s, data in read(made / SINGLE).items()}
+    name = "model.layers.1.mlp.experts.down_proj"
+
+    def zeroed(content: Content) -> Content:
+        size = next(stored.bytes for stored in content if stored.name == name) // 4
+        return {
+            s: data[:size] + bytes(size) + data[2 * size :] if s.name == name else data
+            for s, data in content.items()
+        }
+
+    write(made / SINGLE, zeroed(whole))
+    case = case_of(made, plan.source, config, plan.outputs[0])
+    assert lost(case) == {
+        "values": f"{name} (of model.layers.{{0-1}}.mlp.experts.down_proj): expert 1 is zero throughout, the source's is not"
+    }
+    write(tmp_path / "toy" / SINGLE, zeroed(read(tmp_path / "toy" / SINGLE)))
+    assert lost(case) == {}
+
+
 def test_a_tied_head_may_be_there_or_not(tmp_path: Path) -> None:
     case = finished(tmp_path, "tied, head saved too")
     assert case.output is not None
@@ -317,6 +344,11 @@ def test_a_gguf_that_is_what_the_ledger_says(tmp_path: Path) -> None:
     )
 
 
+def with_expert(number: int, data: bytes) -> bytes:
+    """Four experts of 128 x 64 in Q8_0, of which that with the ``number`` is ``data``."""
+    return b"".join(data if expert == number else noise(128 * 68) for expert in range(4))
+
+
 GGUF_LOSSES: dict[str, tuple[Blocks, str, str]] = {
     "a layer": ({k: v for k, v in WHOLE.items() if k != "blk.1.attn_q.weight"}, "tensors",
                 "missing: blk.1.attn_q.weight (of model.layers.{0-1}.self_attn.q_proj.weight)"),
@@ -326,6 +358,10 @@ GGUF_LOSSES: dict[str, tuple[Blocks, str, str]] = {
                   "blk.0.ffn_up_exps.weight is Q8_0 [3, 128, 64], not Q8_0 [4, 128, 64]"),
     "the type": (WHOLE | {"output.weight": Block((256, 64), 1)}, "tensors", "output.weight is F16"),
     "honesty about a tower": (WHOLE | {"v.blk.0.weight": Block((64, 64))}, "tensors", "not accounted for: v.blk.0.weight"),
+    "an expert's values": (WHOLE | {"blk.1.ffn_up_exps.weight": Block((4, 128, 64), data=with_expert(2, bytes(128 * 68)))}, "values",
+                           "blk.1.ffn_up_exps.weight (of model.layers.{0-1}.mlp.experts.{0-3}.up_proj.weight): expert 2 is zero"),
+    "an expert's differences": (WHOLE | {"blk.0.ffn_up_exps.weight": Block((4, 128, 64), data=with_expert(3, b"ab" * 17 * 256))},
+                                "values", "{0-3}.up_proj.weight): expert 3 is one value throughout"),
     "the head's values": (WHOLE | {"output.weight": Block((256, 64), data=bytes(256 * 68))}, "values",
                           "output.weight (of lm_head.weight) is zero throughout"),
     "experts' values": (WHOLE | {"blk.1.ffn_up_exps.weight": Block((4, 128, 64), data=b"\x01\x02" * (1024 * 17))}, "values",

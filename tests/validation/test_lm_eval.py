@@ -27,6 +27,7 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Workspace
 from quantool.validation._cache.questions import load_engine
+from quantool.validation._tasks import lm_eval_worker
 from quantool.validation._tasks.lm_eval_adapter import SLICE, Adapter, adapted
 
 pytestmark = pytest.mark.e2e
@@ -96,7 +97,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def config(folder: Path, **settings: Any) -> Config:
-    section = {"tasks": ["choose", "say", "read"], "include_path": str(folder), **settings}
+    section = {"tasks": ["choose", "say", "read"], "include_path": str(folder), "apply_chat_template": False}
+    section |= settings
     return Config.model_validate(
         {
             "model_id": str(making.TINY),
@@ -169,6 +171,39 @@ def test_a_sound_level_passes_and_the_reference_is_asked_once(
 
     assert judge(case(broken, config(tasks, max_drop=1), shared))["choose: acc"].verdict is Verdict.PASS
     assert len(calls.engines) == 3  # what may be lost changes no answer
+
+
+def test_an_instruct_model_is_asked_through_its_template(
+    gguf: Path, tmp_path: Path, shared: Workspace, calls: Calls
+) -> None:
+    """The same questions without the turns in the task: the template writes them, examples are turns of their own."""
+    folder = write_tasks(tmp_path / "bare" / "tasks")
+    for name in ("choose", "say"):
+        task = json.loads((folder / f"{name}.yaml").read_text()) | {
+            "doc_to_text": "{{question}}",
+            "num_fewshot": 1,
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(task | {"fewshot_split": "test"}))
+    wanted = config(folder, tasks=["choose", "say"], apply_chat_template=None)
+    found = judge(case(gguf, wanted, shared))
+    assert {name: finding.reference for name, finding in found.items()} == {
+        "choose: acc": 1,
+        "say: exact_match": 1,
+    }
+    assert all("asked through the chat template" in finding.detail for finding in found.values())
+    plain = judge(case(gguf, config(folder, tasks=["say"]), shared))["say: exact_match"]
+    assert plain.reference is not None
+    assert float(plain.reference) < 1  # the model knows the answers in its own form only
+
+
+def test_a_task_that_a_model_judges_is_refused() -> None:
+    assert lm_eval_worker.JUDGED.search("pisa_en_llm_judged")
+    assert lm_eval_worker.JUDGED.search("llm-judge")
+    assert not lm_eval_worker.JUDGED.search("bbh_zeroshot_causal_judgement")
+    with pytest.raises(
+        ConfigError, match="mine_llm_judged is not supported: another model judges its answers"
+    ):
+        lm_eval_worker.refuse_judged(SimpleNamespace(aggregation=lambda: {"acc": sum}), "mine_llm_judged")
 
 
 def reverse_keys(path: Path) -> None:

@@ -25,8 +25,8 @@ from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work
 from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
+from quantool.validation._tasks.needle_grid import compare
 from quantool.validation._tasks.needle_worker import ANSWER, Haystack, Hidden, cells, holds
-from quantool.validation.needle import compare
 
 pytestmark = pytest.mark.e2e
 

@@ -133,6 +133,11 @@ def with_scales(named: dict[str, Stored], layers: range) -> None:
             named[name] = Stored(name, "BF16", (1,))
 
 
+def one_for_all_heads(found: dict[str, Any], named: dict[str, Stored]) -> None:
+    cache(found, strategy="attn_head")
+    with_scales(named, range(2))
+
+
 def half_cached(found: dict[str, Any], named: dict[str, Stored]) -> None:
     cache(found)
     with_scales(named, range(1))
@@ -212,6 +217,12 @@ def setting(section: str, **values: Any) -> Change:
         ("W4A16", setting("", format="marlin-24"), "kernel", "no scheme for 4-bit int"),
         ("FP8", setting("input_activations", symmetric=False), "kernel", "FP8 weights with float"),
         ("FP8", lambda found, named: cache(found, type="int"), "kv_cache", "8-bit int"),
+        (
+            "FP8",
+            one_for_all_heads,
+            "kv_cache",
+            "numbers, as scales by attn_head have: model.layers.0.self_attn.k_scale",
+        ),
         (
             "FP8",
             half_cached,

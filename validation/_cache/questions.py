@@ -136,6 +136,7 @@ def load_engine(request: Mapping[str, Any], tokens: int) -> Iterator[Engine]:
         context=tokens,
         device=request["device"],
         trust_remote_code=request["trust_remote_code"],
+        cache=request.get("cache"),
     ) as engine:
         if engine.context < tokens:
             raise Unsound(f"it reads no more than {engine.context} tokens, and {tokens} are needed")

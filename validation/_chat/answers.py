@@ -22,7 +22,8 @@ from quantool.runtime.worker import Report, preloaded
 from quantool.texts import corpus
 from quantool.texts.readers import BUILT_IN as DOCSTRINGS
 from quantool.validation._cache.questions import Questions, load_engine
-from quantool.validation._chat.conversations import ENDED, Conversation, end_of_turn, suite
+from quantool.validation._chat.conversations import ENDED, Conversation, end_of_turn, suite, user
+from quantool.validation._chat.languages import questions
 from quantool.validation._chat.prompts import BUILT_IN
 from quantool.validation._engines import hf_tokenizer
 from quantool.validation._engines.head import Unsound
@@ -122,7 +123,7 @@ def _conversations(case: Case) -> tuple[list[Conversation], list[str]]:
     """What to ask, ``LIMIT`` at most, and notes on what is left out."""
     template = case.source.facts.chat_template or ""
     settings = suite(template)[0].settings
-    found = [*BUILT_IN, *_own(case), *_of_corpora(case)]
+    found = [*BUILT_IN, *_own(case), *_of_corpora(case), *_of_languages(case)]
     notes = []
     if "tools" not in template:
         without = [conversation for conversation in found if not conversation.tools]
@@ -134,6 +135,12 @@ def _conversations(case: Case) -> tuple[list[Conversation], list[str]]:
         Conversation(conversation.name, conversation.messages, conversation.tools, settings=settings)
         for conversation in found[:LIMIT]
     ], notes
+
+
+def _of_languages(case: Case) -> Iterator[Conversation]:
+    """A question in each further language that the model's own card names."""
+    for language, text in questions(case.source.card.languages).items():
+        yield Conversation(f"question, {language}", (user(text),))
 
 
 def _own(case: Case) -> Iterator[Conversation]:

@@ -15,6 +15,7 @@ from typing import Any
 from quantool.config.schema import Corpus
 from quantool.plugins.contract import Case
 from quantool.texts import corpus
+from quantool.validation._chat.languages import questions
 
 Message = dict[str, Any]
 
@@ -298,12 +299,16 @@ def suite(template: str) -> tuple[Conversation, ...]:
 
 
 def of_case(case: Case) -> tuple[Conversation, ...]:
-    """The suite for the source's template, and the user's own conversations (``validation.conversations``).
+    """The suite for the source's template, the languages of the model's card, and the user's own (``validation.conversations``).
 
     Of the user's documents, one without messages is what a user says; one that ends with the assistant is rendered
     without a generation prompt.
     """
     chosen = suite(case.source.facts.chat_template or "")
+    chosen += tuple(
+        Conversation(f"in {language}", (user(text),), settings=chosen[0].settings)
+        for language, text in questions(case.source.card.languages).items()
+    )
     path = case.config.validation.conversations
     if path is None:
         return chosen

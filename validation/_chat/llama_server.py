@@ -85,8 +85,10 @@ SERVER = Depends(libraries=("xllamacpp",), inputs=(server,))
 """What a rendered chat depends on beside the file."""
 
 
-def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
-    """What llama.cpp's server makes of ``conversations`` with the case's GGUF or one of the same keys.
+def render(
+    case: Case, conversations: Sequence[Conversation], stage: str = "rendered-server"
+) -> dict[str, Any]:
+    """What llama.cpp's server makes of ``conversations`` with the case's GGUF or one of the same keys; kept as ``stage``.
 
     Raises UnloadableError.
     Returns ``engine`` (which server), ``template`` and ``caps`` as it reports them, and ``answers``: for each
@@ -99,10 +101,10 @@ def render(case: Case, conversations: Sequence[Conversation]) -> dict[str, Any]:
         "binary": str(binary) if binary is not None else None,
         "bodies": [_body(conversation) for conversation in conversations],
     }
-    stage = Stage("rendered-server", gguf_key(case, SERVER, request["bodies"]))
+    kept = Stage(stage, gguf_key(case, SERVER, request["bodies"]))
     try:
         return case.workspace.together(
-            [stage], lambda _: [call(answer, request, log=log, failure=WorkerError)]
+            [kept], lambda _: [call(answer, request, log=log, failure=WorkerError)]
         )[0]
     except WorkerError as error:
         raise UnloadableError(crash(error, "llama.cpp's server"), case) from error

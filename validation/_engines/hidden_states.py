@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from quantool.runtime.workspace import written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def save_states(batches: Iterable[tuple[int, Tensor]], ids: Any, path: Path) -> Iterator[int]:
+def save_states(
+    batches: Iterable[tuple[int, Tensor]], ids: Any, path: Path, windows: int | None = None, first: int = 0
+) -> Iterator[int]:
     """Write the hidden states of the windows ``ids`` to ``path`` as they come (``reference.run``); yields each batch's tokens.
 
-    As a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16).
+    As a NumPy array, bfloat16 as the uint16 of the same bits (NumPy has no bfloat16). With ``windows`` it has so many, of
+    which these are those from ``first`` on: several processes write one file.
     """
     import torch
 
@@ -25,8 +28,8 @@ def save_states(batches: Iterable[tuple[int, Tensor]], ids: Any, path: Path) -> 
         plain = states.cpu()
         values = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
         if target is None:
-            target = _mapped(path, (len(ids), *values.shape[1:]), values.dtype)
-        target[done:count] = values
+            target = _mapped(path, (windows or len(ids), *values.shape[1:]), values.dtype)
+        target[first + done : first + count] = values
         yield (count - done) * ids.shape[1]
         done = count
     if target is not None:
@@ -34,13 +37,22 @@ def save_states(batches: Iterable[tuple[int, Tensor]], ids: Any, path: Path) -> 
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A new array file, mapped, with all of its room: writing to a hole of one on a full disk is a SIGBUS."""
+    """An array file, mapped, with all of its room: writing to a hole of one on a full disk is a SIGBUS.
+
+    One that another process has made like this already stays as it is.
+    """
     import numpy as np
 
-    target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return target
+    head = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(head, described)
+    place = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.posix_fallocate(place, 0, head.tell() + math.prod(shape) * dtype.itemsize)
+        os.pwrite(place, head.getvalue(), 0)
+    finally:
+        os.close(place)
+    return np.memmap(path, dtype, "r+", head.tell(), shape)
 
 
 def read_hidden(path: Path) -> Any:
@@ -65,18 +77,3 @@ def as_tensor(part: Any) -> Tensor:
 
     values = torch.from_numpy(np.array(part))
     return values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
-
-
-def join_states(parts: Sequence[Path], target: Path) -> None:
-    """Write the arrays of ``parts``, one after the other, as one to ``target``."""
-    import numpy as np
-
-    arrays = [np.load(part, mmap_mode="r") for part in parts]
-    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
-    with written(target) as file:
-        whole = _mapped(file, shape, arrays[0].dtype)
-        done = 0
-        for array in arrays:
-            whole[done : done + len(array)] = array
-            done += len(array)
-        whole.flush()

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,21 +95,20 @@ class LayerStream:
     ) -> None:
         """Run all layers on the ids ``fresh``, whose states are kept under ``numbers``."""
         for layer in range(self.layers if fresh else 0):
-            module = self._layer(layer)
-            if self._reads_ahead and layer + 1 < self.layers:
-                self._files.read_ahead(layer + 1)
-            for key, ids in fresh.items():
-                before = self._states.read(numbers[key]) if layer else None
-                try:
-                    states = self._pass(ids, layer, module, before)
-                except Unstreamable as reason:
-                    raise SourceError(
-                        f"layer {layer} of {type(self.model).__name__} cannot run by itself: {reason}",
-                        hint="this model needs memory for all of its weights",
-                    ) from reason
-                self._states.write(numbers[key], states)
-                advance(ids.numel() * self.share)
-            del module  # before the next is loaded
+            with self._layer(layer) as module:
+                if self._reads_ahead and layer + 1 < self.layers:
+                    self._files.read_ahead(layer + 1)
+                for key, ids in fresh.items():
+                    before = self._states.read(numbers[key]) if layer else None
+                    try:
+                        states = self._pass(ids, layer, module, before)
+                    except Unstreamable as reason:
+                        raise SourceError(
+                            f"layer {layer} of {type(self.model).__name__} cannot run by itself: {reason}",
+                            hint="this model needs memory for all of its weights",
+                        ) from reason
+                    self._states.write(numbers[key], states)
+                    advance(ids.numel() * self.share)
 
     def _give_states(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         """Before a forward of the model: let its last waypoint give what all layers make of these ids."""
@@ -131,8 +130,20 @@ class LayerStream:
             return arrival.output
         raise Unstreamable("the model's forward leaves it out")
 
-    def _layer(self, number: int) -> Any:
-        return self._placed(decoder_layers(self._files.load(self._route, number))[1][number])
+    @contextmanager
+    def _layer(self, number: int) -> Iterator[Any]:
+        """Layer ``number``, whose memory is given back at the end.
+
+        Nobody else does in time: modules refer to each other, quantized ones to themselves (compressed-tensors binds their
+        forward to them), and the garbage collector counts objects, of which a layer of 400 MB has few.
+        """
+        module = self._placed(decoder_layers(self._files.load(self._route, number))[1][number])
+        try:
+            yield module
+        finally:
+            for part in module.modules():
+                part._parameters.clear()  # noqa: SLF001 - of torch.nn.Module
+                part._buffers.clear()  # noqa: SLF001
 
     def _placed(self, module: Any) -> Any:
         if self._device == "cpu":
@@ -148,14 +159,14 @@ class LayerStream:
 
         size = min(TRIAL_TOKENS, self.model.get_input_embeddings().num_embeddings)
         ids = torch.arange(size).unsqueeze(0)
-        first = self._layer(0)
-        alone = self._pass(ids, 0, first, None)
-        if self.layers > 1:
-            self._pass(ids.flip(1), 0, first, None)
-            second = self._layer(1)
-            apart = self._pass(ids, 1, second, alone)
-            if not torch.equal(apart, self._pass(ids, 1, second, first)):
-                raise Unstreamable("its layers give other results one by one than together")
+        with self._layer(0) as first:
+            alone = self._pass(ids, 0, first, None)
+            if self.layers > 1:
+                self._pass(ids.flip(1), 0, first, None)
+                with self._layer(1) as second:
+                    apart = self._pass(ids, 1, second, alone)
+                    if not torch.equal(apart, self._pass(ids, 1, second, first)):
+                        raise Unstreamable("its layers give other results one by one than together")
         self._route.lead(self.layers, None, alone)
         with torch.no_grad(), self._route.inspected() as visited:
             self.model(input_ids=ids.to(self.model.device), use_cache=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantizationError
+from quantool.formats.gguf_keys import ADAPTER
 from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load_gguf
 from quantool.validation._engines.head import Unsound
 from quantool.validation._engines.windows import scored
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048  # llama-perplexity's default n_batch
 UBATCH_TOKENS = 512
 CELLS = 256
+FLASH_ATTENTION = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED of llama.h
 OUTPUT_BYTES = 64 << 20
 """Logits that a context holds. llama.cpp keeps them twice: where they are computed and where they are read."""
 
@@ -109,6 +111,8 @@ class Weights:
     file_type: int | None
     """``general.file_type``; None where the file does not say."""
     handle: Any
+    adapter: Any = None
+    """That of the adapter which the file says belongs to it (``merge: false``)."""
 
 
 @contextmanager
@@ -124,33 +128,72 @@ def load_weights(path: Path, *, gpu: bool, log: LlamaLog, drafts: bool = False) 
             handle = stack.enter_context(load_gguf(path, log, gpu=gpu, drafts=drafts))
         except LoadError as error:
             raise Unsound(f"llama.cpp cannot load it: {error.message}") from error
-        text = ctypes.create_string_buffer(16)
-        stated = api.llama_model_meta_val_str(handle, b"general.file_type", text, len(text)) > 0
+        stated = _value(handle, "general.file_type")
         entries = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(handle)))
-        yield Weights(entries, int(text.value) if stated else None, handle)
+        adapter = _adapter(handle, path, log)
+        yield Weights(entries, int(stated) if stated else None, handle, adapter)
+
+
+def _value(handle: Any, key: str) -> str:
+    """What a loaded file says of ``key``; empty where it says nothing."""
+    import llama_cpp as api
+
+    text = ctypes.create_string_buffer(1024)
+    stated = api.llama_model_meta_val_str(handle, key.encode(), text, len(text)) > 0
+    return text.value.decode("utf-8", "replace") if stated else ""
+
+
+def _adapter(handle: Any, path: Path, log: LlamaLog) -> Any:
+    """The adapter that belongs to a loaded file, which frees it with the model; None for a file that names none."""
+    import llama_cpp as api
+
+    name = _value(handle, ADAPTER)
+    if not name:
+        return None
+    file = path.parent / Path(name).name
+    log.clear()
+    adapter = api.llama_adapter_lora_init(handle, os.fsencode(file)) if file.is_file() else None
+    if not adapter:
+        why = log.reason() if file.is_file() else "it does not lie beside the file"
+        raise Unsound(f"llama.cpp cannot load the adapter {file.name}: {why}")
+    return adapter
 
 
 @contextmanager
-def make_context(weights: Weights, layout: Layout, context: int, log: LlamaLog) -> Iterator[Model]:
-    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``load_weights``."""
+def make_context(
+    weights: Weights, layout: Layout, context: int, log: LlamaLog, cache: str | None = None
+) -> Iterator[Model]:
+    """Room for ``layout.sequences`` windows of ``context`` tokens; freed afterwards. Raises Unsound as ``load_weights``.
+
+    ``cache`` is the type of the attention cache by llama.cpp's name (``--cache-type-k``); None is its default, f16.
+    """
     import llama_cpp as api
 
     log.clear()
     with ExitStack() as stack:
-        handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context))
+        handle = api.llama_init_from_model(weights.handle, _context_parameters(layout, context, cache))
         if not handle:
             log.require_room()
             raise Unsound(f"llama.cpp cannot run it: {log.reason()}")
         stack.callback(api.llama_free, handle)
+        if weights.adapter is not None:
+            adapters = (api.llama_adapter_lora_p_ctypes * 1)(weights.adapter)
+            if api.llama_set_adapters_lora(handle, adapters, 1, (ctypes.c_float * 1)(1.0)):
+                raise Unsound("llama.cpp cannot add the adapter")
         batch = api.llama_batch_init(layout.sequences * context, 0, 1)
         stack.callback(api.llama_batch_free, batch)
         yield Model(weights.vocabulary, handle, batch)
 
 
-def _context_parameters(layout: Layout, context: int) -> Any:
+def _context_parameters(layout: Layout, context: int, cache: str | None) -> Any:
     import llama_cpp
 
     parameters = llama_cpp.llama_context_default_params()
+    if (
+        cache is not None
+    ):  # flash attention is what reads a quantized cache, and needs no memory by the square
+        parameters.type_k = parameters.type_v = int(getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}"))
+        parameters.flash_attn_type = FLASH_ATTENTION
     # llama.cpp rounds the cells of a sequence up to 256, and warns where that is not what it was given.
     parameters.n_ctx = layout.sequences * -(-context // CELLS) * CELLS
     parameters.n_batch = layout.sequences * context

@@ -39,14 +39,17 @@ class _Entry(NamedTuple):
 
 
 @contextmanager
-def load_engine(path: Path, context: int, *, gpu: bool) -> Iterator[Engine]:
-    """Load a GGUF for answers of up to ``context`` tokens, prompt included. Raises Unsound when it does not load."""
+def load_engine(path: Path, context: int, *, gpu: bool, cache: str | None = None) -> Iterator[Engine]:
+    """Load a GGUF for answers of up to ``context`` tokens, prompt included. Raises Unsound when it does not load.
+
+    ``cache`` is as in ``make_context``.
+    """
     sequences = max(1, min(SEQUENCES, CELLS // context))
     layout = Layout(sequences, max(1, OUTPUTS // sequences))
     with (
         LlamaLog() as log,
         load_weights(path, gpu=gpu, log=log) as weights,
-        make_context(weights, layout, context, log) as model,
+        make_context(weights, layout, context, log, cache) as model,
     ):
         yield LlamaCppEngine(model, context, layout)
 

@@ -26,11 +26,11 @@ from quantool.runtime.worker import preloaded
 from quantool.runtime.workspace import Stage, written
 from quantool.validation._engines import memory, unpacked
 from quantool.validation._engines.head import LOGIT_BYTES, Head, HeadPlan, plan_head
-from quantool.validation._engines.hidden_states import join_states, save_states
+from quantool.validation._engines.hidden_states import save_states
 from quantool.validation._engines.layer_files import Unstreamable
 from quantool.validation._engines.layer_stream import LayerStream
 from quantool.validation._engines.memory import BatchSize
-from quantool.validation._engines.spans import Span, drop_parts, in_shares, spans_of
+from quantool.validation._engines.spans import Span, drop_parts, growing_file, in_shares, places_of, spans_of
 from quantool.validation._engines.windows import Windows, scored, windows
 
 if TYPE_CHECKING:
@@ -103,36 +103,37 @@ def _computed(
     case: Case, texts: Sequence[Windows], keys: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """Compute the hidden states of ``texts``, kept under ``keys``; a run that was broken off goes on behind its last span."""
-    source = case.source
     files = [_file(case, text.corpus) for text in texts]
     every = spans_of([text.count for text in texts], case.settings.context)
+    growing = [growing_file(file, key) for file, key in zip(files, keys, strict=True)]
     # Of the worker's account of the model nothing is kept: with nothing missing it makes the last span again.
-    missing = [span for span in every if not _part(span, files, keys).is_file()] or every[-1:]
+    known = [
+        span.part(files[span.text], keys[span.text]).is_file() and growing[span.text].is_file()
+        for span in every
+    ]
+    missing = [span for span, done in zip(every, known, strict=True) if not done] or every[-1:]
 
     def request(share: Sequence[Span]) -> dict[str, Any]:
         return {
-            "folder": str(source.folder),
-            "dtype": TORCH_DTYPES.get(source.facts.dtype, "bfloat16"),
-            "trust_remote_code": source.trust_remote_code,
+            "folder": str(case.source.folder),
+            "dtype": TORCH_DTYPES.get(case.source.facts.dtype, "bfloat16"),
+            "trust_remote_code": case.source.trust_remote_code,
             "device": devices(case.config.device).kind,
             "windows": [str(text.path) for text in texts],
             "spans": [astuple(span) for span in share],
-            "outputs": [str(_part(span, files, keys)) for span in share],
+            "states": [str(place) for place in growing],
+            "outputs": [str(span.part(files[span.text], keys[span.text])) for span in share],
         }
 
     log = case.workspace.logs / "reference.log"
     with progress.bar("reference", "tok") as bar:
         hands = devices(case.config.device).each()
         heads = in_shares(capture, missing, request, hands, log=log, bar=bar, failure=SourceError)
-    for number, file in enumerate(files):
-        join_states([_part(span, files, keys) for span in every if span.text == number], file)
+    for file, place in zip(files, growing, strict=True):
+        with written(file) as part:
+            place.replace(part)
     drop_parts(files)
-    ways = dict.fromkeys(head["execution"] for head in heads)
-    return heads[0] | {"execution": ", ".join(ways)}
-
-
-def _part(span: Span, files: Sequence[Path], keys: Sequence[str]) -> Path:
-    return span.part(files[span.text], keys[span.text])
+    return heads[0] | {"execution": ", ".join(dict.fromkeys(head["execution"] for head in heads))}
 
 
 def _file(case: Case, corpus: Corpus) -> Path:
@@ -143,7 +144,8 @@ def _file(case: Case, corpus: Corpus) -> Path:
 def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> dict[str, Any]:
     """Worker: run the checkpoint on every file of ``windows`` and save its hidden states to ``outputs``.
 
-    With ``spans`` ([text, first, last]: see ``spans.Span``), on these parts of the files, each with its output.
+    With ``spans`` ([text, first, last]: see ``spans.Span``), on these parts of the files: all go to the file of the text in
+    ``states``, which other processes write too, and each has an output of its own, an empty file, when it is there.
     """
     folder, outputs = Path(request["folder"]), [Path(output) for output in request["outputs"]]
     texts = texts_of(request)
@@ -157,15 +159,17 @@ def capture(request: dict[str, Any], report: Callable[[float, float], None]) -> 
                     f"the tokenizer gives id {ids.max()}, but the model has {head.rows} entries"
                 )
         advance = adding(report, sum(text.size for text in texts))
-        waiting = list(zip(texts, outputs, strict=True))
+        waiting = list(zip(texts, outputs, places_of(request), strict=True))
 
         def save_all() -> None:
-            loaded.prepare([ids for ids, _ in waiting], advance, keep_logits=False)
+            loaded.prepare([ids for ids, *_ in waiting], advance, keep_logits=False)
             verify(model, head, waiting[0][0][:1])
             while waiting:
-                ids, output = waiting[0]
+                ids, output, place = waiting[0]
+                states = run(model, ids, loaded.size, keep_logits=False)
                 with written(output) as part:
-                    for tokens in save_states(run(model, ids, loaded.size, keep_logits=False), ids, part):
+                    part.touch()
+                    for tokens in save_states(states, ids, *(place or [part])):
                         advance(tokens * loaded.share)
                 del waiting[0]
 

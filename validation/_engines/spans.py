@@ -41,6 +41,23 @@ def folder_of(whole: Path) -> Path:
     return whole.with_name(f"{whole.name}.parts")
 
 
+def growing_file(whole: Path, key: str) -> Path:
+    """What all spans of a file that is kept under ``key`` are written to until it is ``whole``; its folder is made."""
+    place = folder_of(whole) / f"{key[:16]}{whole.suffix}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def places_of(request: dict[str, Any]) -> list[tuple[Path, int, int] | None]:
+    """In a worker, for each of the ``spans``: its file, how many windows that has, the first of them; None: the output itself."""
+    import numpy as np
+
+    if "states" not in request:
+        return [None] * len(request["outputs"])
+    totals = [len(np.load(path, mmap_mode="r")) for path in request["windows"]]
+    return [(Path(request["states"][text]), totals[text], first) for text, first, _ in request["spans"]]
+
+
 def spans_of(counts: Sequence[int], context: int) -> list[Span]:
     """All windows of texts of ``counts`` windows of ``context`` tokens."""
     step = max(1, SPAN_TOKENS // context)

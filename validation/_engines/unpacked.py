@@ -1,14 +1,15 @@
 """Artifacts that transformers cannot load by itself, as ordinary models: their packed weights are unpacked first.
 
 These are the AutoAWQ layout, which transformers leaves to AutoAWQ (archived, and not to be installed beside the libraries
-of today), and experts of a mixture in the compressed-tensors layout with zero points, which transformers 5.17 cannot
-join. The products of level and scale are rounded once, to the dtype that config.json names: the very weights that
+of today), and experts of a mixture that transformers 5.17 cannot join: those with zero points in the compressed-tensors
+layout, and those left alone beside packed layers. The products of level and scale are rounded once, to the dtype that config.json names: the very weights that
 transformers makes of the same numbers where it can (``quantool.formats.int4_layouts``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,10 @@ def must_unpack(folder: Path) -> bool:
         return True
     if not quantization(folder):
         return False
-    return any(".experts." in name and name.endswith(f".{OPTIONAL}") for name in check_index(folder))
+    names = check_index(folder)
+    is_packed = any(name.endswith(".weight_packed") for name in names)
+    ends = (f".{OPTIONAL}", ".weight") if is_packed else (f".{OPTIONAL}",)
+    return any(".experts." in name and name.endswith(ends) for name in names)
 
 
 def load_unpacked(folder: Path, dtype: str, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -89,6 +93,20 @@ def decompress(model: Any) -> None:
 
         model.hf_quantizer.compressor.decompress_model(model)
         remove_dispatch(model, onload_tensors=True)
+
+
+@contextmanager
+def unrounded(model: Any) -> Iterator[None]:
+    """Inside, the activations of a compressed-tensors model are not rounded to fewer bits; others are left alone."""
+    rounding = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+    before = [getattr(module, "quantization_enabled", True) for module in rounding]
+    for module in rounding:
+        module.quantization_enabled = False
+    try:
+        yield
+    finally:
+        for module, enabled in zip(rounding, before, strict=True):
+            module.quantization_enabled = enabled
 
 
 def check_layout(folder: Path) -> None:

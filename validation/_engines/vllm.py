@@ -76,8 +76,13 @@ def require() -> None:
         )
 
 
-def load_vllm(artifact: Path, context: int, trust_remote_code: bool) -> tuple[Any, Kernels]:
-    """A ``vllm.LLM`` of the folder ``artifact`` and the kernels that it chose; Unsound when vLLM refuses it."""
+def load_vllm(
+    artifact: Path, context: int, trust_remote_code: bool, cache: str | None = None
+) -> tuple[Any, Kernels]:
+    """A ``vllm.LLM`` of the folder ``artifact`` and the kernels that it chose; Unsound when vLLM refuses it.
+
+    ``cache`` fp8 is a cache in FP8, with the scales that the folder has (1 without); all else is vLLM's own choice.
+    """
     require()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -92,6 +97,7 @@ def load_vllm(artifact: Path, context: int, trust_remote_code: bool) -> tuple[An
             max_logprobs=LIKELIEST,
             enforce_eager=True,
             trust_remote_code=trust_remote_code,
+            kv_cache_dtype="fp8" if cache == "fp8" else "auto",
         )
     except (ValueError, KeyError, RuntimeError, AssertionError, NotImplementedError) as error:
         raise Unsound(f"vLLM cannot load it: {type(error).__name__}: {error}") from error
@@ -112,7 +118,9 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     source, plan = Path(request["source"]), HeadPlan.of(request["head"])
     try:
         # One token more: vLLM wants room for the token that it generates.
-        model, kernels = load_vllm(Path(folder), request["context"] + 1, request["trust_remote_code"])
+        model, kernels = load_vllm(
+            Path(folder), request["context"] + 1, request["trust_remote_code"], request.get("cache")
+        )
         entries = int(model.llm_engine.model_config.get_vocab_size())
         head = Head(source, plan, common_vocabulary(entries_of(source, plan), entries, request["tokens"]))
         for ids, hidden, output in zip(texts, request["hidden"], outputs, strict=True):
@@ -174,9 +182,11 @@ def divergence(log_p: Tensor, listed: Sequence[dict[int, float]], targets: Tenso
 
 
 @contextmanager
-def load_engine(artifact: Path, context: int, trust_remote_code: bool) -> Iterator[Engine]:
+def load_engine(
+    artifact: Path, context: int, trust_remote_code: bool, cache: str | None = None
+) -> Iterator[Engine]:
     """The folder ``artifact`` as an ``Engine``."""
-    model, _ = load_vllm(artifact, context, trust_remote_code)
+    model, _ = load_vllm(artifact, context, trust_remote_code, cache)
     yield VllmEngine(model, context)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def of_gguf(
     Another file with the same keys may have been asked before, unless ``anew`` wants this one loaded.
     """
     log = case.workspace.logs / f"vocabulary-{case.name.replace('/', '-')}.log"
-    probes = [asdict(text) for text in texts]
+    probes = [vars(text) for text in texts]
     stages = [Stage("vocabulary", gguf_key(case, LLAMA_CPP))]
     if texts:
         stages.append(Stage("vocabulary-texts", gguf_key(case, LLAMA_CPP, probes)))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantool.config.sampling import GENERATION
 from quantool.formats.safetensors import INDEX, TensorHeader, some
 from quantool.plugins.contract import Case
 from quantool.records import Finding, sha256_of
@@ -24,10 +25,11 @@ HEADER = 1 << 16
 
 def judge_companions(case: Case, build: FindingBuilder) -> Finding:
     """Tokenizer, chat template and generation settings of the source are there; what this run made has their bytes."""
+    rewritten = {GENERATION} if case.source.sampling else set()  # the check of its name reads that one
     names = {
         file.name: file.sha256
         for file in case.source.files
-        if not file.name.endswith((".safetensors", ".md")) and file.name not in OWN
+        if not file.name.endswith((".safetensors", ".md")) and file.name not in (*OWN, *rewritten)
     }
     missing = [name for name in names if not (case.artifact / name).is_file()]
     other = [
@@ -54,7 +56,7 @@ def _needed(name: str, folder: Path) -> bool:
     if name == TEMPLATE:
         settings = folder / "tokenizer_config.json"
         return not settings.is_file() or b'"chat_template"' not in settings.read_bytes()
-    return name in ("generation_config.json", "tokenizer_config.json")
+    return name in (GENERATION, "tokenizer_config.json")
 
 
 def _differs(found: Path, original: Path, digest: str) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 from quantool.formats.gguf_header import SHARD
 from quantool.formats.safetensors import some
-from quantool.formats.tensor_types import pattern, stock_level
+from quantool.formats.tensor_types import ENDING, pattern, read_recipe
+from quantool.gates import FITTED
 from quantool.plugins.contract import Case
 from quantool.records import Finding
 from quantool.runtime import toolchain
@@ -87,12 +88,14 @@ def judge_level(case: Case, header: Header, build: FindingBuilder) -> list[Findi
 
 def named_levels(case: Case, known: Sequence[str]) -> list[tuple[str, str]]:
     """Levels that the plan or the case's name and the file's name end with: where, and which."""
-    stem = stock_level(SHARD.sub(r"\g<stem>", case.artifact.name).removesuffix(".gguf"))
+    texts = [
+        case.name.removesuffix(".gguf"),
+        SHARD.sub(r"\g<stem>", case.artifact.name).removesuffix(".gguf"),
+    ]
+    if recipe_of(case):  # without it nothing says what a file of chosen types should be
+        texts = [FITTED.sub("", text) for text in texts]
     found = []
-    for where, text in (
-        ("the plan", stock_level(case.name.removesuffix(".gguf"))),
-        ("the file's name", stem),
-    ):
+    for where, text in zip(("the plan", "the file's name"), texts, strict=True):
         matches = [
             name for name in (*known, *ALIASES) if re.search(rf"(?:^|[-./]){name}$", text, re.IGNORECASE)
         ]
@@ -102,10 +105,8 @@ def named_levels(case: Case, known: Sequence[str]) -> list[tuple[str, str]]:
 
 def options_of(case: Case) -> Mapping[str, Any]:
     """The method's options: the plan's, else all that the configuration says."""
-    recipe = case.details.get("recipe")
-    if isinstance(recipe, dict):  # it says more than any option: the type of each tensor
+    if types := recipe_of(case):  # it says more than any option: the type of each tensor
         options = case.output.options if case.output is not None else {}
-        types = {pattern(name): str(kind) for name, kind in recipe.items()}
         return {**options, "tensor_types": types, "token_embedding_type": None, "output_tensor_type": None}
     if case.output is not None:
         return case.output.options
@@ -113,6 +114,16 @@ def options_of(case: Case) -> Mapping[str, Any]:
     for entry in case.config.quantizations:
         found |= entry.quantization_config
     return found
+
+
+def recipe_of(case: Case) -> dict[str, str]:
+    """Expression to type of a file whose types were chosen, by its record or the recipe beside it; empty for others."""
+    recorded = case.details.get("recipe")
+    if isinstance(recorded, dict):
+        return {pattern(name): str(kind) for name, kind in recorded.items()}
+    stem = SHARD.sub(r"\g<stem>", case.artifact.name).removesuffix(".gguf")
+    beside = case.artifact.with_name(f"{stem}{ENDING}")
+    return read_recipe(beside) if FITTED.search(stem) and beside.is_file() else {}
 
 
 def demanded(name: str, options: Mapping[str, Any]) -> str | None:

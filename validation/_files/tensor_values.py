@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantool.formats.gguf_header import read_header
+from quantool.formats.gguf_keys import ADAPTER
 from quantool.formats.safetensors import BITS, TensorHeader, check_index
 from quantool.plugins.contract import Case
 
 PIECE = 1 << 16
 """Bytes that are read at first at the beginning, in the middle and at the end of a tensor."""
 CHUNK = 1 << 24
+GLANCE = 1 << 12
+"""Bytes of each part of a tensor that tell most that their values differ."""
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -34,11 +37,19 @@ class HeldTensor:
         """Whether its elements are plain floats."""
         return self.dtype in FLOATS
 
+    def part(self, number: int) -> HeldTensor:
+        """What stands at ``number`` along the first axis, as a tensor of its own."""
+        size = self.bytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], start=self.start + number * size, bytes=size)
+
 
 def gguf_tensors(case: Case) -> dict[str, HeldTensor]:
-    """The tensors of all shards of the case's GGUF, by name. Raises SourceError for a file that is damaged or missing."""
+    """The tensors of all shards of the case's GGUF and of its adapter, by name. Raises SourceError for a file that is damaged or missing."""
     planned = case.output.files if case.output is not None else ()
     shards = [case.artifact.parent / file.name for file in planned if file.name.endswith(".gguf")]
+    shards = shards or [case.artifact]
+    if name := read_header(shards[0]).value(ADAPTER):
+        shards.append(shards[0].with_name(Path(str(name)).name))
     return {
         tensor.name: HeldTensor(
             tensor.name,
@@ -49,7 +60,7 @@ def gguf_tensors(case: Case) -> dict[str, HeldTensor]:
             tensor.bytes,
             max(1, tensor.bytes * tensor.block // max(1, tensor.elements)),
         )
-        for path in shards or [case.artifact]
+        for path in shards
         for tensor in read_header(path).tensors
     }
 
@@ -97,3 +108,15 @@ def is_constant(tensor: HeldTensor) -> int | None:
     if not first.any():
         return 0
     return 1 if count > 1 else None
+
+
+def constant_parts(tensor: HeldTensor) -> dict[int, int]:
+    """Number along the first axis to the answer of ``is_constant``, of those parts that hold one value only."""
+    import numpy as np
+
+    count, units = tensor.shape[0], tensor.bytes // tensor.shape[0] // tensor.unit
+    data = np.memmap(tensor.path, np.uint8, "r", tensor.start, (count, units, tensor.unit))
+    glance = data[:, : max(1, GLANCE // tensor.unit)]
+    suspects = np.flatnonzero((glance == glance[:, :1]).all(axis=(1, 2)))
+    found = {int(number): is_constant(tensor.part(int(number))) for number in suspects}
+    return {number: constant for number, constant in found.items() if constant is not None}

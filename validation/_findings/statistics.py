@@ -82,15 +82,15 @@ def summarize(tokens: Tokens) -> Scores:
     nll, nll_reference = tokens.nll.astype(np.float64), tokens.nll_reference.astype(np.float64)
     kld = np.sort(tokens.kld.astype(np.float64))
     change = np.exp(-nll) - np.exp(-nll_reference)
-    square = _mean(change**2)
+    square = mean(change**2)
     rms = math.sqrt(square.value)
     share = float(tokens.same_top.mean(dtype=np.float64))
     return Scores(
         tokens=len(nll),
-        perplexity=_exponential(_mean(nll)),
-        perplexity_reference=_exponential(_mean(nll_reference)),
-        ln_ppl_ratio=_mean(nll - nll_reference),
-        mean_kld=_mean(kld),
+        perplexity=_exponential(mean(nll)),
+        perplexity_reference=_exponential(mean(nll_reference)),
+        ln_ppl_ratio=mean(nll - nll_reference),
+        mean_kld=mean(kld),
         kld_median=_quantile(kld, 0.5),
         kld_99=_quantile(kld, 0.99),
         kld_999=_quantile(kld, 0.999),
@@ -100,7 +100,8 @@ def summarize(tokens: Tokens) -> Scores:
     )
 
 
-def _mean(values: NDArray[np.float64]) -> Estimate:
+def mean(values: NDArray[np.float64]) -> Estimate:
+    """The mean of at least two ``values`` and its standard error."""
     return Estimate(float(values.mean()), math.sqrt(float(values.var()) / (len(values) - 1)))
 
 

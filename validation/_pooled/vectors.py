@@ -103,6 +103,11 @@ def prepare_reference(cases: Sequence[Case], progress: Progress) -> None:
     reference_vectors(cases[0], progress)
 
 
+def compare_vectors(case: Case, progress: Progress, /) -> None:
+    """Compute the reference."""
+    reference_vectors(case, progress)
+
+
 def reference_vectors(case: Case, progress: Progress) -> tuple[ReferenceVectors, ...]:
     """The reference's vectors on every corpus; SourceError when transformers cannot run the source."""
     config, source = case.config, case.source

@@ -77,10 +77,12 @@ def base_of(case: Case) -> Path | None:
 
 def own_file(case: Case, reference: Reference) -> ScoresFile:
     """The scores of an artifact."""
-    corpus = reference.windows.corpus.name
+    corpus, cache = reference.windows.corpus.name, []
+    if case.cache is not None:
+        corpus, cache = f"{corpus}.{case.cache}", [case.cache]
     return ScoresFile(
         f"scores/{case.name}/{corpus}",
-        artifact_key(case, SCORES, reference.key),
+        artifact_key(case, SCORES, reference.key, *cache),
         case.workspace.work / "scores" / case.name / f"{corpus}.npz",
     )
 

@@ -96,7 +96,7 @@ def score(request: dict[str, Any], report: Callable[[float, float], None]) -> di
     Request: ``models`` (paths), ``outputs`` (for each model the .npz path for each corpus, null where it is not wanted),
     ``windows`` and ``hidden`` (paths, one for each corpus), ``spans`` (optional: [corpus, first, last] of the windows to
     score, which then stand for the corpora in all else), ``source`` (folder with the head), ``head``, ``tokens``
-    (entries of the tokenizer), ``context``, ``gpu``, and ``base``: null, or its ``path``, ``outputs`` (as those of a
+    (entries of the tokenizer), ``context``, ``gpu``, ``cache`` (type of the attention cache or null), and ``base``: null, or its ``path``, ``outputs`` (as those of a
     model), ``windows`` (how many of each corpus) and ``divided`` (as ``outputs``, for the comparison with the base).
     Result: ``failures``, for each model None or why it cannot be scored, ``types``, each one's ``general.file_type``, and the
     same of the base, ``base_failure`` and ``base_type``. A comparison with the base is left out where vocabularies differ.
@@ -280,7 +280,8 @@ class _Scoring:
         if member.weights is None:  # it failed to load, so nobody asks
             raise AssertionError
         try:
-            with make_context(member.weights, self.layout, self.context, self.group.log) as model:
+            cache = self.group.request.get("cache")
+            with make_context(member.weights, self.layout, self.context, self.group.log, cache) as model:
                 self.group.log.brief = True
                 for step in steps:
                     yield step, self._decode(model, step)

@@ -57,11 +57,16 @@ def answer(
     }
     if base is None:
         return scored
-    try:
-        alone = _Round([], base, known, first).run(progress)
-    except WorkerError as error:
-        alone = {"base_failure": crash(error, first.engine), "base_type": None}
+    alone = score_base(first, base, known, progress)
     return scored | {name: alone[name] for name in ("base_failure", "base_type")}
+
+
+def score_base(case: Case, base: Path, known: Sequence[Reference], progress: Progress) -> dict[str, Any]:
+    """The worker's answer about the base of ``case`` alone."""
+    try:
+        return _Round([], base, known, case).run(progress)
+    except WorkerError as error:
+        return {"base_failure": crash(error, case.engine), "base_type": None}
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,12 @@ class _Round:
         return [base_file(self.first, self.base, reference), *divided]
 
     def _files(self, span: Span) -> list[ScoresFile]:
-        return [*self._own(span), *self._beside(span)]
+        beside = self._beside(span)
+        return [*self._own(span), *(beside[1:] if beside and self._is_kept(beside[0]) else beside)]
+
+    def _is_kept(self, base: ScoresFile) -> bool:
+        """Whether the base was scored before: several nodes judge artifacts of one base at the same time."""
+        return base.record(self.first) is not None
 
     def _parts(self, span: Span) -> Iterator[Path]:
         """What is missing of a span."""
@@ -159,7 +169,8 @@ class _Round:
 
         def of_base(number: int) -> list[str | None]:
             return wanted(
-                (span, files[number] if files else None) for span, files in zip(share, beside, strict=True)
+                (span, files[number] if files and (number or not self._is_kept(files[0])) else None)
+                for span, files in zip(share, beside, strict=True)
             )
 
         return {
@@ -175,6 +186,7 @@ class _Round:
             "tokens": self.known[0].windows.vocabulary,
             "context": self._context,
             "gpu": device == "cuda",
+            "cache": self.first.cache,
             "device": device,
             "trust_remote_code": self.first.source.trust_remote_code,
             "base": self.base

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantool.errors import ConfigError
 from quantool.plugins.contract import Case
@@ -16,7 +17,7 @@ from quantool.validation._findings.builder import without_folders
 from quantool.validation._findings.statistics import Tokens
 from quantool.validation._score.conversion_loss import UNQUANTIZED, BaseScores
 from quantool.validation._score.score_files import base_file, base_of, divided_file, own_file
-from quantool.validation._score.score_workers import ENGINES, answer
+from quantool.validation._score.score_workers import ENGINES, answer, score_base
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ def compute(cases: Sequence[Case], known: Sequence[Reference], progress: Progres
             _score(part, base_of(part[0]), texts, progress)
 
 
+def compute_base(case: Case, known: Sequence[Reference], progress: Progress) -> None:
+    """Score the base of ``case`` on all of ``known`` by itself, unless that is kept."""
+    base = base_of(case)
+    if base is None:
+        return
+    with case.workspace.alone([f"base-scores/{base.stem}"]):
+        if any(base_file(case, base, reference).record(case) is None for reference in known):
+            _keep_base(case, base, known, score_base(case, base, known, progress))
+
+
 def kept_scores(case: Case, known: Sequence[Reference]) -> ArtifactScores:
     """The kept scores of an artifact that ``compute`` was called for."""
     files = [own_file(case, reference) for reference in known]
@@ -111,12 +122,8 @@ def _lacking(case: Case, reference: Reference) -> bool:
 def _score(cases: list[Case], base: Path | None, known: list[Reference], progress: Progress) -> None:
     """Score all of ``cases`` on all of ``known`` and keep what was found."""
     scored = answer(cases, base, known, progress)
-    base_type = scored.get("base_type")
-    if base is not None and base_type is not None and base_type not in UNQUANTIZED:
-        raise ConfigError(
-            f"the base {base} is quantized (general.file_type {base_type})",
-            hint=f"give the file before quantization, {', '.join(UNQUANTIZED.values())}",
-        )
+    if base is not None:
+        _keep_base(cases[0], base, known, scored)
     failures = [
         reason and without_folders(reason, case.artifact.parent)
         for case, reason in zip(cases, scored["failures"], strict=True)
@@ -129,6 +136,18 @@ def _score(cases: list[Case], base: Path | None, known: list[Reference], progres
             own_file(case, reference).keep(case, failure, file_type, kernels, execution)
             if base is not None:
                 divided_file(case, base, reference).keep(case, failure, file_type)
-        if base is not None:
-            reason = scored.get("base_failure") and without_folders(scored["base_failure"], base.parent)
-            base_file(cases[0], base, reference).keep(cases[0], reason, base_type)
+
+
+def _keep_base(case: Case, base: Path, known: Sequence[Reference], scored: Mapping[str, Any]) -> None:
+    """Keep the base's scores where none are; ConfigError for a base that is quantized itself."""
+    base_type = scored.get("base_type")
+    if base_type is not None and base_type not in UNQUANTIZED:
+        raise ConfigError(
+            f"the base {base} is quantized (general.file_type {base_type})",
+            hint=f"give the file before quantization, {', '.join(UNQUANTIZED.values())}",
+        )
+    reason = scored.get("base_failure") and without_folders(scored["base_failure"], base.parent)
+    for reference in known:
+        file = base_file(case, base, reference)
+        if file.record(case) is None:
+            file.keep(case, reason, base_type)

@@ -32,15 +32,17 @@ MAX_NEW_TOKENS = 256
 """Tokens of an answer where the task does not say: lm-eval's own default."""
 
 
-def adapted(tokenizer: Any, load_engine: EngineLoader, longest: int, report: Report) -> Any:
+def adapted(
+    tokenizer: Any, load_engine: EngineLoader, longest: int, report: Report, *, chat: bool = False
+) -> Any:
     """Make an ``lm_eval.api.model.LM`` that answers through an engine; its ``notes`` count what was done otherwise.
 
     ``longest`` is the number of tokens that the source reads. The model is loaded for each kind of request, for no more
-    tokens than the longest of them has.
+    tokens than the longest of them has. With ``chat`` prompts come out of the chat template, which writes BOS itself.
     """
     from lm_eval.api.model import TemplateLM
 
-    return type("Adapted", (Adapter, TemplateLM), {})(tokenizer, load_engine, longest, report)
+    return type("Adapted", (Adapter, TemplateLM), {})(tokenizer, load_engine, longest, report, chat=chat)
 
 
 @dataclass
@@ -57,14 +59,17 @@ class _Writing:
 class Adapter:
     """What ``TemplateLM`` leaves to the one who knows the model."""
 
-    def __init__(self, tokenizer: Any, load_engine: EngineLoader, longest: int, report: Report) -> None:
+    def __init__(
+        self, tokenizer: Any, load_engine: EngineLoader, longest: int, report: Report, *, chat: bool
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.notes: Counter[str] = Counter()
         self._load_engine = load_engine
         self._longest = longest
         self._report = report
-        self._beginning = beginning(tokenizer)
+        self._chat = chat
+        self._beginning = [] if chat else beginning(tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -81,6 +86,23 @@ class Adapter:
                 "the source's tokenizer has neither BOS nor EOS, so a text cannot be scored from its start"
             )
         return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By what lm-eval keeps requests, which it is not asked to."""
+        return ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as the template renders it; without a prompt its last message, of the assistant, is continued."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Ids:
         """Ids of a text, with BOS in front where the tokenizer puts it and the text does not begin with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,10 @@ from quantool.validation._tasks.lm_eval_adapter import adapted
 
 DRAWS = 200
 """Bootstrap samples of a metric that is no mean over documents (F1 of a class, BLEU, perplexity)."""
+
+
+JUDGED = re.compile(r"(?<![a-z])judged?(?![a-z])", re.IGNORECASE)
+"""A task or metric for which a model is asked over the network (``pisa_en_llm_judged``); not ``causal_judgement``."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,16 @@ def look_up_tasks(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 @preloaded("transformers")
+def fetch_tasks(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Worker: bring the documents of ``tasks`` into the cache of ``datasets``."""
+    if request["cache_dir"]:
+        os.environ["HF_DATASETS_CACHE"] = request["cache_dir"]  # read when datasets is imported
+    _loaded(request)
+    report(1, 1)
+    return {}
+
+
+@preloaded("transformers")
 def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Worker: let a model do ``tasks``.
 
@@ -65,10 +80,17 @@ def ask(request: dict[str, Any], report: Report) -> dict[str, Any]:
     tasks = {task.task_name: task for found in leaves.values() for task in found}
     tokenizer = load_tokenizer(request["tokenizer"], trust_remote_code=request["trust_remote_code"])
 
-    model = adapted(tokenizer, partial(load_engine, request), request["context"], report)
+    engine = partial(load_engine, request)
+    model = adapted(tokenizer, engine, request["context"], report, chat=request["chat"])
     try:
         found = evaluate(
-            model, {"tasks": tasks, "groups": {}}, limit=request["limit"], bootstrap_iters=0, log_samples=True
+            model,
+            {"tasks": tasks, "groups": {}},
+            limit=request["limit"],
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=request["chat"],
+            fewshot_as_multiturn=request["multiturn"],
         )
     except Unsound as outcome:
         return {"failure": str(outcome)}
@@ -151,6 +173,7 @@ def _loaded(request: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
         loaded = manager.load([name])["tasks"].values()
         leaves[name] = [seen.setdefault(task.task_name, task) for task in loaded]
     for name, task in seen.items():
+        refuse_judged(task, name)
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             why = (
                 "runs code that a model wrote"
@@ -167,6 +190,16 @@ def _loaded(request: dict[str, Any]) -> tuple[dict[str, list[Any]], list[str]]:
         task.set_config(key="num_fewshot", value=shots if shots is not None else own or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return leaves, notes
+
+
+def refuse_judged(task: Any, name: str) -> None:
+    """ConfigError for a task whose answers another model grades."""
+    if any(JUDGED.search(word) for word in (name, *task.aggregation())):
+        raise ConfigError(
+            f"validation.lm_eval.tasks: {name} is not supported: another model judges its answers, so its figure depends "
+            "on that one and cannot be compared",
+            hint="take the form of the task that is graded by rule, where there is one",
+        )
 
 
 def _fingerprint(samples: Mapping[str, list[dict[str, Any]]]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from quantool.errors import QuantizationError
 from quantool.formats.gguf_header import read_header
-from quantool.formats.tensor_types import pattern, stock_level, write_recipe
+from quantool.formats.tensor_types import ENDING, pattern, write_recipe
+from quantool.gates import stock_level
 from quantool.methods._llama_cpp import dry_run, imatrix
 from quantool.methods._llama_cpp.fit import costs, outline, search, yardstick
 from quantool.methods._llama_cpp.fit.live_model import NO_REUSE
@@ -36,10 +37,6 @@ CODE = (
     "../../_fit/allocation.py",
 )
 """Files, beside this one, that decide what is measured and chosen."""
-
-
-ENDING = ".tensor-types.txt"
-"""Of the name of a recipe beside its file."""
 
 
 @dataclass(frozen=True)

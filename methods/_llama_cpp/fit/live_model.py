@@ -265,7 +265,7 @@ def forward(
 
 
 def _quantizer() -> Any:
-    """The library of ggml with the functions that quantize, and that read and write a model's tensors."""
+    """Ggml's library with the functions that quantize, and that read and write a model's tensors."""
     library = ggml_library()
     pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
     library.ggml_backend_tensor_set.argtypes = [pointer, pointer, size, size]

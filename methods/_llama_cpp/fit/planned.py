@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantool.formats.tensor_types import stock_level
+from quantool.gates import stock_level
 from quantool.ledger import CHOSEN
 from quantool.methods._llama_cpp import dry_run, imatrix, level_plan
 from quantool.methods._llama_cpp.fit import outline, yardstick

@@ -296,7 +296,7 @@ def counted(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_model_that_reads_padding_answers_one_by_one(
-    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opened("transformers", CHAT) as engine:
         expected = [engine.generate([prompt], 6)[0] for prompt in drawn]
@@ -314,6 +314,27 @@ def test_a_model_that_reads_padding_answers_one_by_one(
         answers = engine.generate(drawn, 6)
     assert set(calls) == {1}
     assert [answer.ids for answer in answers] == [answer.ids for answer in expected]
+    assert capsys.readouterr().out.count("of the largest: every prompt is answered by itself") == 1
+
+
+def test_padding_is_tried_without_rounding_activations(
+    drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened("transformers", fp8_of("qwen3", "FP8_DYNAMIC")[0]) as engine:
+        parts = [part for part in engine._model.modules() if hasattr(part, "quantization_scheme")]  # type: ignore[attr-defined]
+        rounding: list[set[bool]] = []
+        trial = engine._trial  # type: ignore[attr-defined]
+
+        def noted(*asked: Any) -> Any:
+            rounding.append({getattr(part, "quantization_enabled", True) for part in parts})
+            return trial(*asked)
+
+        monkeypatch.setattr(engine, "_trial", noted)
+        monkeypatch.setattr(transformers_answers, "PADDING_TOLERANCE", -1.0)
+        engine.generate(drawn, 6)
+        assert rounding == [{False}, {False}]
+        assert {getattr(part, "quantization_enabled", True) for part in parts} == {True}
+    assert "every prompt is answered by itself" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("level", ["FP8_DYNAMIC", "W4A16_ASYM"])

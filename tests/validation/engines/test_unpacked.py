@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import structures
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 
 from quantool.validation._engines import unpacked
@@ -31,8 +32,6 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A mixture of experts in W4A16_ASYM, and the unquantized model of the same numbers."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # type: ignore[import-untyped]
-
     plain = structures.write_moe(tmp_path_factory.mktemp("checkpoints") / "plain")
     folder = structures.write_moe(tmp_path_factory.mktemp("checkpoints") / "packed")
     source = load_file(plain / "model.safetensors")
@@ -72,3 +71,24 @@ def test_only_what_transformers_cannot_load_is_unpacked(packed: tuple[Path, Path
     dense = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     save_file(dense, tmp_path / "model.safetensors")
     assert not unpacked.must_unpack(tmp_path)
+
+
+def test_experts_that_were_left_alone_beside_packed_layers(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    """transformers would look for packed experts, and find none."""
+    folder, plain = packed
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+    source = load_file(plain / "model.safetensors")
+    name = next(name for name in source if name.endswith("q_proj.weight"))
+    level, zero, scale, numbers = rounded(source[name])
+    module = name.removesuffix(".weight")
+    stored = {other: tensor for other, tensor in source.items() if other != name}
+    stored[f"{module}.weight_packed"] = pack_to_int32(level, 4)
+    stored[f"{module}.weight_zero_point"] = pack_to_int32(zero, 4, packed_dim=0).contiguous()
+    stored[f"{module}.weight_scale"] = scale
+    stored[f"{module}.weight_shape"] = torch.tensor(source[name].shape)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = load_model(plain, "auto", "cpu", trust_remote_code=False).state_dict()
+    for tensor, held in load_model(tmp_path, "auto", "cpu", trust_remote_code=False).state_dict().items():
+        assert torch.equal(held, numbers if tensor == name else expected[tensor]), tensor

@@ -84,7 +84,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def case(path: Path, workspace: Workspace, base: Path | None = None) -> Case:
-    validation = Validation(corpora=(Corpus(name="en", path=TEXT),), context=CONTEXT, max_tokens=4096)
+    validation = Validation(corpora=(Corpus(name="en", path=TEXT),), context=CONTEXT, max_tokens=1536)
     config = Config(model_id=str(CHAT), method="gguf", validation=validation, device="cpu")
     source = resolve(config, weights=True, progress=QUIET)
     return Case(path, "llama.cpp", f"t/{path.stem}", source, config, GATES, workspace, base=base)

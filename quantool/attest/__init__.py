@@ -1,0 +1,1 @@
+"""What goes with a release so that others can check it, and the checking: canary, provenance, signature, proofs."""

@@ -1,0 +1,194 @@
+"""``quantool verify``: every proof that a release offers, in order; nothing is taken from a record that failed before it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantool.attest import proofs
+from quantool.attest.digests import sha256_of_files
+from quantool.attest.proofs import Proof, Proven
+from quantool.attest.release import (
+    CANARY,
+    LIMITS,
+    SUMS,
+    Release,
+    ReleasedOutput,
+    read_release,
+    read_sums,
+)
+from quantool.attest.signature import Trust
+from quantool.errors import ConfigError, SourceError
+from quantool.formats.json_file import read_json
+from quantool.plugins import find
+from quantool.plugins.contract import Download
+from quantool.records import FileRecord, Finding, Verdict, sha256_of
+from quantool.report.finding_text import number
+from quantool.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of a release is to be proven, and who is trusted."""
+
+    trust: Trust = field(default_factory=Trust)
+    levels: tuple[str, ...] = ()
+    """Of these outputs alone the files are read; empty: of all."""
+    replays: bool = True
+    """Whether the artifacts are run."""
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+def verify(folder: Path, scope: Scope, progress: Progress) -> tuple[Proof, ...]:
+    """The proofs of the release in ``folder``. Raises ConfigError where there is none, or it has no such level."""
+    try:
+        release: Release | None = read_release(folder)
+        damage = ""
+    except SourceError as error:
+        release, damage = None, error.message.replace(f"{folder}/", "")
+    try:
+        sums = read_sums(folder)
+    except SourceError as error:
+        return (proofs.failed("hashes", error.message),)
+    chosen = _chosen(release, scope.levels)
+    found, hashed = _hashes(folder, sums, release, chosen, progress)
+    signed = proofs.signature(folder, {**sums, SUMS: sha256_of(folder / SUMS)}, scope.trust)
+    if release is None:
+        return (signed, hashed, proofs.failed("record", damage))
+    held = [
+        proofs.file_names(folder, sums, release),
+        proofs.record(folder, release),
+        proofs.provenance(folder, sums, release),
+        *(proofs.tensors(folder, output) for output in chosen),
+    ]
+    sound = {name for name, digest in found.items() if digest == sums[name]}
+    replayed = _replayed(release, chosen, sound, scope, progress) if scope.replays else ()
+    return (signed, hashed, *held, *replayed)
+
+
+def _chosen(release: Release | None, levels: Sequence[str]) -> tuple[ReleasedOutput, ...]:
+    if release is None:
+        return ()
+    by_level = {output.report.artifact.level: output for output in release.outputs}
+    if strange := [level for level in levels if level not in by_level]:
+        raise ConfigError(f"no output of level {', '.join(strange)}", hint=f"there are {', '.join(by_level)}")
+    return tuple(output for level, output in by_level.items() if not levels or level in levels)
+
+
+def _hashes(
+    folder: Path,
+    sums: Mapping[str, str],
+    release: Release | None,
+    chosen: Sequence[ReleasedOutput],
+    progress: Progress,
+) -> tuple[Mapping[str, str | None], Proof]:
+    """The hashes of all files but those of outputs that were not chosen."""
+    outputs = release.outputs if release is not None else ()
+    left_out = {
+        file.name for output in outputs if output not in chosen for file in output.report.artifact.files
+    }
+    wanted = [name for name in sums if name not in left_out]
+    total = sum((folder / name).stat().st_size for name in wanted if (folder / name).is_file())
+    started, done = time.monotonic(), 0
+    with progress.bar(f"hash {folder.name}", "B") as bar:
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.move(done, total)
+
+        found = sha256_of_files(folder, wanted, advance)
+    return found, proofs.hashes(sums, found, total, time.monotonic() - started)
+
+
+def _replayed(
+    release: Release,
+    chosen: Sequence[ReleasedOutput],
+    sound: set[str],
+    scope: Scope,
+    progress: Progress,
+) -> list[Proof]:
+    """What the checks left at the release, compared with what the artifacts compute here."""
+    try:
+        left: dict[str, Any] = read_json(release.folder / CANARY, LIMITS) if CANARY in sound else {}
+    except SourceError as error:
+        return [proofs.failed(CANARY, error.message.replace(f"{release.folder}/", ""))]
+    made: list[Proof] = []
+    for output in chosen:
+        level = output.report.artifact.level
+        kept = {name: entry[output.id] for name, entry in left.items() if output.id in entry}
+        if not kept:
+            reason = f"quantool {release.version} left nothing to compare with"
+            made.append(proofs.unchecked(f"canary {level}", reason))
+        elif damaged := [file.name for file in output.report.artifact.files if file.name not in sound]:
+            made.append(proofs.unchecked(f"canary {level}", f"not run: {damaged[0]} was changed"))
+        else:
+            with progress.step(f"replay {level}"):
+                for name, entry in kept.items():
+                    made += _replay(release.folder, output, name, entry, scope, progress)
+    return made
+
+
+def _replay(
+    folder: Path,
+    output: ReleasedOutput,
+    check: str,
+    left: Mapping[str, Any],
+    scope: Scope,
+    progress: Progress,
+) -> list[Proof]:
+    artifact = output.report.artifact
+    title = f"{check} {artifact.level}"
+    replay = find.find_check(check).replay
+    if replay is None:
+        return [proofs.unchecked(title, f"this quantool's {check} replays nothing")]
+    files = tuple(
+        FileRecord(name=file.name, bytes=(folder / file.name).stat().st_size, sha256=file.sha256)
+        for file in artifact.files
+    )
+    with tempfile.TemporaryDirectory(prefix="quantool-verify-") as scratch:
+        download = Download(
+            artifact=folder / files[0].name if output.engine == "llama.cpp" else folder,
+            engine=output.engine,
+            name=output.id,
+            left=left,
+            files=files,
+            scratch=Path(scratch),
+            device=scope.device,
+            trust_remote_code=scope.trust_remote_code,
+        )
+        try:
+            return [_proof(finding, artifact.level) for finding in replay(download, progress)]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # of what stands in canary.json
+            return [proofs.failed(title, f"{CANARY} is damaged ({type(error).__name__}: {error})")]
+
+
+def _proof(finding: Finding, level: str) -> Proof:
+    name = f"{finding.metric} {level}"
+    if finding.verdict is Verdict.SKIPPED:
+        return proofs.unchecked(name, finding.detail)
+    if finding.verdict.fails:
+        return proofs.failed(name, finding.detail)
+    limit = f", limit {number(finding.threshold)}" if finding.threshold is not None else ""
+    shown = number(finding.measured) + limit + (f"; {finding.detail}" if finding.detail else "")
+    return Proof(name=name, outcome=Proven.OK, detail=shown)
+
+
+def table(made: Sequence[Proof]) -> str:
+    """The proofs as text, one line each."""
+    width = max(len(entry.name) for entry in made)
+    outcomes = max(len(entry.outcome) for entry in made)
+    return "\n".join(
+        f"{entry.name.ljust(width)}  {entry.outcome.ljust(outcomes)}  {entry.detail}".rstrip()
+        for entry in made
+    )
+
+
+def is_proven(made: Sequence[Proof]) -> bool:
+    """Whether none failed."""
+    return all(entry.outcome is not Proven.FAILED for entry in made)
