@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantool.errors import QuantizationError
+from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.int4_layouts import (
     BITS,
     COMPRESSED_PARTS,
@@ -20,6 +20,8 @@ from quantool.formats.int4_layouts import (
 )
 from quantool.formats.safetensors import TensorHeader, read_headers
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, write_index
+from quantool.methods._compressed.schemes import HEAD, Selection, WeightScheme
+from quantool.records import Source
 from quantool.runtime.worker import Report, preloaded
 
 if TYPE_CHECKING:
@@ -37,6 +39,28 @@ def tensors(layer: TensorHeader, group: int) -> list[Stored]:
         Stored(f"{name}.qzeros", "I32", (groups, words)),
         Stored(f"{name}.scales", "F16", (groups, rows)),
     ]
+
+
+def refuse(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
+    """ConfigError for what this layout cannot hold."""
+    if not source.facts.task.generates:
+        raise ConfigError(
+            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
+            hint="leave format out: transformers and vLLM read compressed-tensors",
+        )
+    if scheme.bits != 4:
+        raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
+    if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
+        raise ConfigError(
+            "format: autoawq keeps the output head in full precision",
+            hint="put lm_head into quantization_config.ignore",
+        )
+    odd = [layer.name for layer in selection.layers if layer.shape[0] % PER_WORD]
+    if odd:
+        raise ConfigError(
+            f"format: autoawq packs eight outputs a word, which {', '.join(odd[:3])} cannot",
+            hint="put them into quantization_config.ignore",
+        )
 
 
 @preloaded("torch")

@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field
 
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError, SourceError
-from quantool.formats.int4_layouts import PER_WORD
 from quantool.formats.json_file import read_json
 from quantool.formats.safetensors import INDEX, TensorHeader
 from quantool.formats.safetensors_layout import Stored, as_stored, by_shard, file_size, index_bytes
@@ -32,7 +31,6 @@ from quantool.methods._compressed.mappings import check, decoder_of
 from quantool.methods._compressed.mtp import Treatment, kept_patterns
 from quantool.methods._compressed.schemes import (
     FLOATS,
-    HEAD,
     Pattern,
     Selection,
     WeightScheme,
@@ -191,7 +189,7 @@ def task_of(recipe: Recipe, level: str, options: Any, source: Source) -> LevelTa
     if options.fit is not None:
         refuse_combination(source.facts.task, autoawq=autoawq)
     if autoawq:
-        _check_autoawq(level, scheme, selection, source)
+        _autoawq.refuse(level, scheme, selection, source)
     head = head_tensors(located, source.facts.layers) if calibrated else ()
     scope = None if options.fit is None else scope_of(options.fit, level, scheme, selection, located)
     return LevelTask(recipe, level, scheme, selection, calibrated, autoawq, cache, head, kept, scope)
@@ -204,27 +202,6 @@ def _check_loadable(level: str, scheme: WeightScheme, located: Mapping[str, Tens
             f"{level} cannot be judged: transformers {version('transformers')} joins no experts ({experts[0]} …) of a "
             "model whose weights are 8-bit integers",
             hint="fp8 (FP8_DYNAMIC) takes as much room; awq W8A16 keeps 8-bit integers, with activations as they are",
-        )
-
-
-def _check_autoawq(level: str, scheme: WeightScheme, selection: Selection, source: Source) -> None:
-    if not source.facts.task.generates:
-        raise ConfigError(
-            f"format: autoawq is for models that write text; {source.name} is for {source.facts.task.kind}",
-            hint="leave format out: transformers and vLLM read compressed-tensors",
-        )
-    if scheme.bits != 4:
-        raise ConfigError(f"format: autoawq holds 4-bit weights, not {level}", hint="W4A16 or W4A16_ASYM")
-    if any(layer.name == f"{HEAD}.weight" for layer in selection.layers):
-        raise ConfigError(
-            "format: autoawq keeps the output head in full precision",
-            hint="put lm_head into quantization_config.ignore",
-        )
-    odd = [layer.name for layer in selection.layers if layer.shape[0] % PER_WORD]
-    if odd:
-        raise ConfigError(
-            f"format: autoawq packs eight outputs a word, which {', '.join(odd[:3])} cannot",
-            hint="put them into quantization_config.ignore",
         )
 
 
