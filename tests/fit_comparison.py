@@ -130,7 +130,7 @@ def scores_of(config: Config, files: Sequence[Path], workspace: Workspace) -> di
 def fitted(config: Config, sizes: Sequence[int]) -> list[Path]:
     """Files of at most these sizes, their types chosen by quantool."""
     fit = [{"size": f"{size}B"} for size in sizes]
-    options = config.quantization_config | {"fit": fit}
+    options = (config.quantization_config or {}) | {"fit": fit}
     _, artifacts = making.make(config.model_copy(update={"quantization_config": options}))
     chosen = [one for one in artifacts if one.details.get("fit")]
     return [one.folder / one.files[0].name for one in sorted(chosen, key=lambda one: one.bytes())]
