@@ -293,6 +293,15 @@ def test_texts_that_a_search_cannot_use_are_refused(tmp_path: Path) -> None:
         plan([{"bpw": 5}], keys={"dataset_path": short})
 
 
+def test_a_model_without_predictions_is_refused() -> None:
+    wanted = making.config(
+        making.MODELS / "tiny-embedding", making.room() / "never-written", "Q8_0",
+        quantization_config={"pre_tokenizer": None, "fit": [{"bpw": 5}]}, **TEXT,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="model for embedding"):
+        pipeline.plan(wanted, making.QUIET)
+
+
 @pytest.mark.parametrize(
     ("types", "message", "hint"),
     [

@@ -178,6 +178,15 @@ def _nearest(
     return f"{'vram' if target.vram is not None else 'size'}: {number:g}{unit}"
 
 
+def refuse_task(source: Source) -> None:
+    """ConfigError for a model that predicts no text: what is measured is its predictions."""
+    if not source.facts.task.generates:
+        raise ConfigError(
+            f"fit: {source.name} is a model for {source.facts.task.kind}, and what a search measures is predicted text",
+            hint="name levels, or types in tensor_types; an entry recipe needs no search",
+        )
+
+
 def refuse_texts(config: Config) -> None:
     """ConfigError without calibration text, and for one that is a held-out text as well: what is chosen by it would look good on it."""
     origin = corpus.calibration_corpus(config)

@@ -54,6 +54,7 @@ def planned(
     """
     targets = options.fit
     if any(target.recipe is None for target in targets):
+        outline.refuse_task(request.source)
         outline.refuse_texts(request.config)
         yardstick.require_text(imatrix.tokens_at_most(request.config) // imatrix.IMATRIX_CONTEXT)
     extra = imatrix.metadata_bytes(options.imatrix, request.config, names[0])
