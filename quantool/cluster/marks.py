@@ -9,13 +9,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
 
-from quantool.errors import QuantoolError
+from quantool.errors import DependencyError, QuantoolError
 from quantool.record import Record
 from quantool.runtime.workspace import Workspace, write_text
 
@@ -107,8 +107,10 @@ def marked(workspace: Workspace, stage: str) -> Iterator[None]:
     try:
         yield
     except QuantoolError as error:
-        told = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-        _save(workspace, begun.model_copy(update={"outcome": Outcome.FAILED, "ended": time.time(), **told}))
+        cause = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+        failed = begun.model_copy(update={"outcome": Outcome.FAILED, "ended": time.time(), **cause})
+        with suppress(DependencyError):  # the disk that is full, which the error itself says better
+            _save(workspace, failed)
         raise
     _save(workspace, begun.model_copy(update={"outcome": Outcome.DONE, "ended": time.time()}))
 

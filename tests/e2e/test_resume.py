@@ -28,6 +28,7 @@ Q8, Q4 = "tiny-5.2M-chat-Q8_0.gguf", "tiny-5.2M-chat-Q4_K_M.gguf"
 MATRIX = "tiny-5.2M-chat-imatrix.gguf"
 ALWAYS = (
     "plan.json",
+    "order.json",
     "README.md",
     "Modelfile",
     "quantool.json",
@@ -69,7 +70,7 @@ def stamps(run: Run) -> dict[str, int]:
     return {
         str(path.relative_to(run.output)): path.stat().st_mtime_ns
         for path in run.output.rglob("*")
-        if path.is_file() and not path.name.endswith(ALWAYS) and "logs" not in path.parts
+        if path.is_file() and not path.name.endswith(ALWAYS) and not {"logs", "marks"} & set(path.parts)
     }
 
 
