@@ -59,9 +59,9 @@ def do_stage(root: Path, name: str, progress: Progress) -> None:
     order = read_order(workspace)
     if order is None:
         raise DependencyError(f"nothing was ordered in {root}", hint="quantool submit CONFIG")
-    os.chdir(order.folder)
     _require_before(workspace, order, name)
     with workspace.share(name), marked(workspace, name):
+        _enter(order.folder)
         _refuse_other_versions(order)
         config = config_of(order, root)
         with progress.whole():
@@ -72,6 +72,17 @@ def do_stage(root: Path, name: str, progress: Progress) -> None:
                     f"the plan has no stage {name!r} any more", hint="quantool submit CONFIG"
                 )
             _Doing(config, plan, machine, workspace, progress).do(stage)
+
+
+def _enter(folder: str) -> None:
+    """Work where relative paths of the configuration begin; DependencyError where this machine has no such folder."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise DependencyError(
+            f"the run was ordered in {folder}, which cannot be entered here: {error.strerror}",
+            hint="submit from a folder on the shared file system",
+        ) from error
 
 
 def _require_before(workspace: Workspace, order: RunOrder, name: str) -> None:
