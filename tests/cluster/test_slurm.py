@@ -329,6 +329,33 @@ def test_a_folder_that_this_machine_has_not_is_said_by_status(
     assert "which cannot be entered here" in submitting.look(output)[1].note
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("model.norm"), "this should not happen: KeyError: 'model.norm'"),
+        (OSError(5, "Input/output error", "/gpfs/a"), "Input/output error: /gpfs/a"),
+    ],
+    ids=["fault", "disk"],
+)
+def test_what_nobody_foresaw_in_a_stage_is_said_by_status(
+    config_file: Write,
+    quantool: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    told: str,
+) -> None:
+    output = ordered(config_file, quantool, tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "graph_of", fail)
+    assert quantool("stage", output, "make fake/Q8_0").code != 0
+    failed = submitting.look(output)[1]
+    assert (failed.phase.value, failed.note) == ("failed", told)
+
+
 def test_what_was_made_is_published_as_the_newest_submission_says(
     config_file: Write, quantool: Callable[..., Any], site: Callable[..., None], tmp_path: Path
 ) -> None:
