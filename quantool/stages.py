@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from quantool import judging, making
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import OrderedStage, Outcome, RunOrder, marked, read_marks, read_order
 from quantool.config.schema import Config
-from quantool.errors import DependencyError, PublicationError
+from quantool.errors import DependencyError, PublicationError, QuantoolError
 from quantool.plugins import find
 from quantool.plugins.contract import Case
 from quantool.preparing import planned_beside_others, save_plan
@@ -26,6 +27,7 @@ from quantool.runtime.gpus import devices
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
+from quantool.unforeseen import written_down
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def do_stage(root: Path, name: str, progress: Progress) -> None:
     order = read_order(workspace)
     if order is None:
         raise DependencyError(f"nothing was ordered in {root}", hint="quantool submit CONFIG")
-    os.chdir(order.folder)
     _require_before(workspace, order, name)
-    with workspace.share(name), marked(workspace, name):
+    with workspace.share(name), marked(workspace, name), _known_errors():
+        _enter(order.folder)
         _refuse_other_versions(order)
         config = config_of(order, root)
         with progress.whole():
@@ -72,6 +74,31 @@ def do_stage(root: Path, name: str, progress: Progress) -> None:
                     f"the plan has no stage {name!r} any more", hint="quantool submit CONFIG"
                 )
             _Doing(config, plan, machine, workspace, progress).do(stage)
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """Raise nothing but QuantoolError, which a mark keeps for ``status``: what nobody foresaw, with the place of its traceback."""
+    try:
+        yield
+    except QuantoolError:
+        raise
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        raise DependencyError(f"{error.strerror or error}{place}") from error
+    except Exception as error:
+        raise written_down(error) from error
+
+
+def _enter(folder: str) -> None:
+    """Work where relative paths of the configuration begin; DependencyError where this machine has no such folder."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise DependencyError(
+            f"the run was ordered in {folder}, which cannot be entered here: {error.strerror}",
+            hint="submit from a folder on the shared file system",
+        ) from error
 
 
 def _require_before(workspace: Workspace, order: RunOrder, name: str) -> None:

@@ -12,7 +12,7 @@ from quantool import judging
 from quantool.attest.signature import require_signer
 from quantool.attest.since import earlier_releases
 from quantool.cluster.find_scheduler import find_scheduler
-from quantool.cluster.graph import RunStage, graph_of, waiting
+from quantool.cluster.graph import graph_of, waiting
 from quantool.cluster.marks import (
     Mark,
     Outcome,
@@ -35,7 +35,7 @@ from quantool.preparing import planned_to_submit
 from quantool.publish.package import pack
 from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import Plan
-from quantool.runtime import gpus
+from quantool.runtime import claims, gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import WHOLE_RUN, Workspace
 from quantool.stages import StageJob, config_of, done_stages, order_of, require_devices
@@ -96,8 +96,13 @@ def _send(
     graph = graph_of(plan, config)
     done = done_stages(config, plan, machine, workspace, graph)
     todo = [stage for stage in waiting(graph, done) if stage.name not in alive]
+    if not todo and alive:
+        return f"{shown(config.output_path)}\nnothing to send: {len(alive)} stages are on their way already"
     if not todo:
-        return _nothing_to_send(config, workspace, graph, alive)
+        if not dry_run:  # what `status` goes by, and where `status --wait` publishes to
+            save_order(workspace, order_of(config, plan, graph, machine.seconds, cluster.name))
+            mark_done(workspace, [stage.name for stage in graph])
+        return _nothing_to_send(config)
     needed = resources_of(todo, plan, config, node)
     require_time(needed, node.minutes, "cluster.slurm.time" if _own_time(cluster) else "the partition")
     going = {stage.name for stage in todo} | alive.keys()
@@ -161,12 +166,7 @@ def _refuse_another(before: RunOrder, config: Config, alive: dict[str, str]) -> 
         )
 
 
-def _nothing_to_send(
-    config: Config, workspace: Workspace, graph: Sequence[RunStage], alive: dict[str, str]
-) -> str:
-    if alive:
-        return f"{shown(config.output_path)}\nnothing to send: {len(alive)} stages are on their way already"
-    mark_done(workspace, [stage.name for stage in graph])
+def _nothing_to_send(config: Config) -> str:
     end = (
         f"quantool status {config.output_path} --wait"
         if config.push_to_hub
@@ -239,6 +239,7 @@ def wait(output: Path, progress: Progress, *, allow_regression: bool = False) ->
     result = RunResult(plan, tuple(report for report in found if report is not None))
     config = config_of(order, workspace.root)
     if config.push_to_hub:
+        _wait_for_claims(workspace)
         ready = {stage.name.removeprefix("pack ") for stage in stages if stage.phase is Phase.DONE}
         with workspace.lock():  # packed anew: what changed since the release before is told by the Hub alone
             packed = pack(plan, result.reports, workspace, ready, earlier_releases(config, plan, progress))
@@ -247,6 +248,13 @@ def wait(output: Path, progress: Progress, *, allow_regression: bool = False) ->
         result = replace(result, publications=done, refused=refused)
     _raise_failed(stages, read_marks(workspace))
     return result
+
+
+def _wait_for_claims(workspace: Workspace) -> None:
+    """Let go by the claims of stages that have ended: a killed one's on another node lives until it lapses."""
+    until = time.monotonic() + 2 * claims.LAPSE
+    while any(name.startswith("stage ") for name in workspace.holders()) and time.monotonic() < until:
+        time.sleep(claims.POLL)
 
 
 def _watched(output: Path, progress: Progress) -> tuple[Progressing, ...]:

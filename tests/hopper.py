@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "
 PROMPT, ANSWER = 128, 256
 SHARD = 5 << 30
 WRITERS = 4
-REPEATED = 5
+ROUNDS = 5
+"""Of a text of 15,448 tokens: more than 128 samples of 512."""
 MEASURED = {"fp8": "FP8_DYNAMIC", "awq": "W4A16"}
 
 
@@ -145,6 +147,13 @@ def quantize(model: Path, output: Path, calibration: Path) -> None:
         )
 
 
+def long_text(rounds: int) -> str:
+    """The paragraphs of the tests' calibration text so many times, every time in another order: no two samples are alike."""
+    paragraphs = (TINY.parent / "text" / "calibration.txt").read_text(encoding="utf-8").split("\n\n")
+    dice = random.Random(0)
+    return "\n\n".join(text for _ in range(rounds) for text in dice.sample(paragraphs, len(paragraphs)))
+
+
 JOB = """\
 model_id: {model}
 quantizations:
@@ -172,8 +181,7 @@ def run(model: Path, output: Path, levels: list[str], checks: str, gpus: str, me
         for level in levels
         if level in compressed
     ]
-    text = (TINY.parent / "text" / "calibration.txt").read_text(encoding="utf-8")
-    (output / "calibration.txt").write_text(text * REPEATED, encoding="utf-8")  # else it has 31 samples
+    (output / "calibration.txt").write_text(long_text(ROUNDS), encoding="utf-8")
     job = output / "job.yaml"
     job.write_text(
         JOB.format(
@@ -277,9 +285,7 @@ def scores(model: Path, artifacts: list[Path], output: Path, tokens: int, gpus: 
     os.environ |= _capped(memory)
     output.mkdir(parents=True)
     text = output / "text.txt"
-    text.write_text(
-        (TINY.parent / "text" / "calibration.txt").read_text(encoding="utf-8") * 200, encoding="utf-8"
-    )
+    text.write_text(long_text(200), encoding="utf-8")
     validation = Validation(corpora=(Corpus(name="text", path=text),), max_tokens=tokens)
     config = Config(model_id=str(model), method="gguf", validation=validation, device=f"cuda:{gpus}")
     progress = Progress()

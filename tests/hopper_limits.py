@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -50,22 +51,19 @@ def measure(model: Path, output: Path) -> Speeds:
 
 def show(calls: Path, model: Path, output: Path, speeds: Speeds) -> None:
     """Print the workers that took a second or more, when they began, what they took, and what their bytes alone take."""
-    weights = _bytes(model)
-    made = {folder.name: _bytes(folder) for folder in output.iterdir() if folder.is_dir()}
-    files = {path.stem.rpartition("-")[2]: path.stat().st_size for path in output.glob("*-GGUF/*.gguf")}
+    weights = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
+    made = _made(output)
 
     def least(work: str, log: str) -> float | None:
         """Seconds: files are read from memory and written to the disk at once, a GPU reads weights once a layer."""
         module = work.partition(":")[0].removeprefix("quantool.")
-        compressed = next(
-            (size for name, size in made.items() if log.partition("-")[2].split(".")[0] in name), 0
-        )
+        written = made.get(log.replace("quantize-", "gguf-"), math.nan) / speeds.write
         table: dict[str, Callable[[], float]] = {
             "methods._llama_cpp.convert": lambda: max(weights / speeds.write, weights / speeds.read),
-            "methods._llama_cpp.quantize": lambda: files.get(log.removeprefix("quantize-"), 0) / speeds.write,
-            "methods._compressed.stream": lambda: max(weights / speeds.read, compressed / speeds.write),
-            "methods._compressed.calibrate": lambda: weights / speeds.read + compressed / speeds.write,
-            "methods._compressed.torchrun": lambda: weights / speeds.read + compressed / speeds.write,
+            "methods._llama_cpp.quantize": lambda: written,
+            "methods._compressed.stream": lambda: max(weights / speeds.read, written),
+            "methods._compressed.calibrate": lambda: weights / speeds.read + written,
+            "methods._compressed.torchrun": lambda: weights / speeds.read + written,
             "methods._llama_cpp.imatrix_collect": lambda: weights / speeds.read,
             "validation._engines.reference": lambda: weights / speeds.read,
             "validation._chat.answers": lambda: weights / speeds.read + 48 * weights / GPU_BYTES,
@@ -93,5 +91,10 @@ def _pace(marks: list[tuple[float, float]]) -> str:
     return f"; first move {marks[0][0]:.1f} s, last {marks[-1][0]:.1f} s, at the pace between {whole:.1f} s"
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+def _made(output: Path) -> dict[str, int]:
+    """Bytes of each output's files by its id as logs are named after it: ``awq-W4A16``."""
+    ending = ".artifact.json"
+    return {
+        path.name.removesuffix(ending): sum(file["bytes"] for file in json.loads(path.read_bytes())["files"])
+        for path in output.glob(f"records/*{ending}")
+    }

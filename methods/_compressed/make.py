@@ -173,7 +173,7 @@ def _work(
     if task.calibrated:
         plain = replace(task, autoawq=False)  # that layout is converted from this one
         fused = located.keys() != headers(source).keys()
-        count = 1 if fused else _processes(job.config, source, progress)
+        count = _processes(job.config, source, progress, fused=fused)
         return torchrun.quantize if count > 1 else calibrate.quantize, request | {
             "processes": count,
             "dtypes": {tensor.name: tensor.dtype for tensor in plain.tensors(located)},
@@ -194,10 +194,16 @@ def _work(
     }
 
 
-def _processes(config: Config, source: Source, progress: Progress) -> int:
-    """How many share the calibration samples: one for each GPU, if memory that processes share holds the weights."""
+def _processes(config: Config, source: Source, progress: Progress, *, fused: bool) -> int:
+    """How many share the calibration samples: one for each GPU, if memory that processes share holds the weights.
+
+    Experts that are ``fused`` in the checkpoint are calibrated by one: they are taken apart before, in its own memory.
+    """
     count = min(len(devices(config.device).each()), config.sample_size)
     if count == 1:
+        return 1
+    if fused:
+        progress.warn(f"calibration uses one of {count} GPUs: the experts of this checkpoint are fused")
         return 1
     weights = sum(file.bytes for file in source.files if file.name.endswith(".safetensors"))
     room = shutil.disk_usage(torchrun.SHARED_MEMORY).total

@@ -106,7 +106,7 @@ class LocalScheduler:
 
     def states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """Those whose process lives."""
-        return {job: JobState("running") for job in jobs if _lives(job)}
+        return {job: JobState("running", begins_again=False) for job in jobs if _lives(job)}
 
 
 def executor_of(folder: Path) -> Any:

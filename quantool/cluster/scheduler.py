@@ -35,6 +35,8 @@ class JobState:
     node: str = ""
     reason: str = ""
     """Why it waits."""
+    begins_again: bool = True
+    """Whether a stage of it that has failed may be begun again by the scheduler itself."""
 
 
 class Scheduler(Protocol):

@@ -123,12 +123,12 @@ class SlurmScheduler:
         program = ["-c", "from quantool.cluster.probe import main; main()", str(token)]
         try:
             probed = _run([*request, sys.executable, *program], 4 * PATIENCE)
-        except subprocess.TimeoutExpired:
-            progress.warn("no node was free to be probed: the first job does it")
+        except DependencyError as error:
+            progress.warn(f"{error.message}: no node was probed, the first job does it")
             return
         finally:
             token.unlink(missing_ok=True)
-        told = next((line for line in probed.stdout.splitlines() if line.startswith("{")), None)
+        told = next((line for line in probed.stdout.splitlines() if line.startswith('{"host"')), None)
         if told is None and ("nable to allocate" in probed.stderr or "expired" in probed.stderr):
             progress.say(f"no node is free to be probed, the first job does it ({_one_line(probed.stderr)})")
         elif told is None:
@@ -156,7 +156,10 @@ class SlurmScheduler:
     def submit(
         self, orders: Sequence[StageOrder], jobs: Mapping[str, str], keep: Callable[[str, str], None]
     ) -> None:
-        """Send the stages; those that wait for the same ones as one array."""
+        """Send the stages; those that wait for the same ones as one array.
+
+        Raises DependencyError with Slurm's own message where it takes no more of them; those sent before stay.
+        """
         known = dict(jobs)
         left = list(orders)
         while left:
@@ -164,12 +167,10 @@ class SlurmScheduler:
             left = [order for order in left if order not in ready]
             for group in _alike(ready):
                 needed = [known[name] for name in group[0].after if name in known]
-                executor = self._executor(group, needed)
-                with executor.batch():
-                    sent = [executor.submit(order.work) for order in group]
+                sent = _send(self._executor(group, needed), group)
                 for order, job in zip(group, sent, strict=True):
-                    known[order.stage] = str(job.job_id)
-                    keep(order.stage, str(job.job_id))
+                    known[order.stage] = job
+                    keep(order.stage, job)
 
     def _executor(self, orders: Sequence[StageOrder], jobs: Sequence[str]) -> Any:
         """submitit's, for orders that are sent together, behind ``jobs``."""
@@ -231,10 +232,7 @@ class SlurmScheduler:
         """Lines that a command of Slurm's prints; DependencyError with its own message where it fails."""
         if shutil.which(words[0]) is None:
             raise DependencyError(NO_SLURM, hint=WHERE)
-        try:
-            answered = _run([*words])
-        except subprocess.TimeoutExpired as error:
-            raise DependencyError(f"{words[0]} did not answer in {PATIENCE} s") from error
+        answered = _run([*words])
         if answered.returncode:
             raise DependencyError(f"{words[0]}: {_one_line(answered.stderr)}")
         return [line for line in answered.stdout.splitlines() if line]
@@ -256,6 +254,21 @@ def compare_node(seen: Mapping[str, Any], output: Path) -> None:
             f"quantool is {__version__} here and {seen['quantool']} on {seen['host']}",
             hint="let both use the same environment, on a folder that both see",
         )
+
+
+def _send(executor: Any, orders: Sequence[StageOrder]) -> list[str]:
+    """The jobs of orders sent as one array; DependencyError where sbatch refuses it."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        with executor.batch():
+            sent = [executor.submit(order.work) for order in orders]
+    except FailedJobError as error:
+        raise DependencyError(
+            f"Slurm did not take {', '.join(order.stage for order in orders)}: {_one_line(str(error))}",
+            hint="what was sent before goes on; `quantool submit` again sends what is missing",
+        ) from error
+    return [str(job.job_id) for job in sent]
 
 
 def limit_minutes(text: str | None) -> int | None:
@@ -301,6 +314,10 @@ def _one_line(text: str) -> str:
 
 
 def _run(words: Sequence[str], seconds: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
-    )
+    """A command of Slurm's that has ended, well or not; DependencyError for one that does not in so many seconds."""
+    try:
+        return subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DependencyError(f"{words[0]} did not answer in {seconds:.0f} s") from error

@@ -53,10 +53,13 @@ def phases(
     found: dict[str, Progressing] = {}
     for stage in order.stages:
         mark, job = marks.get(stage.name), jobs.get(stage.job or "")
+        failed = [before for before in stage.after if before in found and not _may_end_well(found[before])]
+        has_failed = mark is not None and mark.outcome is Outcome.FAILED
+        if job is not None and not job.begins_again and (failed or has_failed):
+            job = None
         alive = job is not None or is_run
         place = mark.host if mark is not None else ""
         phase, note = Phase.WAITING, ""
-        failed = [before for before in stage.after if before in found and not _may_end_well(found[before])]
         if mark is not None and mark.outcome is Outcome.DONE:
             phase, note = Phase.DONE, span((mark.ended or mark.began) - mark.began)
         elif mark is not None and mark.outcome is Outcome.BEGUN and alive:

@@ -144,6 +144,7 @@ def _take(path: Path, own: Holder, *, wait: bool) -> None:
     try:
         while True:
             if _put(offer, path):
+                os.utime(path)  # the offer may be hours old: the first sign of life
                 return
             holder, beat = holder_of(path), _last_beat(path)
             if holder is None and beat is None:  # released meanwhile
@@ -165,17 +166,20 @@ def _take(path: Path, own: Holder, *, wait: bool) -> None:
 
 
 def _put(offer: Path, path: Path) -> bool:
-    """Give the file ``offer`` the name ``path`` too, unless something has it: by a hard link, or where there are none, a new file."""
-    with suppress(FileExistsError):
-        try:
-            os.link(offer, path)
-        except FileExistsError:
-            raise
-        except OSError:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(offer.read_text(encoding="utf-8"))
-        return True
-    return False
+    """Give the file ``offer`` the name ``path`` too, unless something has it: by a hard link, or where there are none, a new file.
+
+    What the path says then decides: NFS may have made a link whose answer was lost, and calls the second try an error
+    (link(2), BUGS).
+    """
+    try:
+        os.link(offer, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+            file.write(offer.read_text(encoding="utf-8"))
+    there, offered = holder_of(path), holder_of(offer)
+    return there is not None and offered is not None and there.token == offered.token
 
 
 def _is_beating(path: Path, holder: Holder) -> bool:

@@ -8,21 +8,23 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantool import __version__, stages, submitting
+from quantool.cluster import slurm as slurm_engine
 from quantool.cluster.local import LocalScheduler
-from quantool.cluster.marks import forget_marks, read_order
+from quantool.cluster.marks import forget_marks, read_order, save_order
 from quantool.cluster.resources import GIB, Resources
 from quantool.cluster.scheduler import StageOrder
 from quantool.cluster.slurm import SlurmScheduler, limit_minutes
 from quantool.config.cluster import Cluster
-from quantool.errors import ConfigError
+from quantool.errors import ConfigError, DependencyError
 from quantool.preparing import planned_to_submit
-from quantool.runtime import gpus
+from quantool.runtime import claims, gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
@@ -156,6 +158,36 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     assert read_order(Workspace(tmp_path / "out")) is None
 
 
+def test_what_slurm_refuses_while_stages_are_sent_is_said_and_what_was_sent_is_known(
+    config_file: Write, quantool: Callable[..., Any], site: Callable[..., None], tmp_path: Path
+) -> None:
+    full = "sbatch: error: QOSMaxSubmitJobPerUserLimit"
+    once = f"""case $1 in --test-only) exit 0;; esac
+mkdir {tmp_path}/sent 2>/dev/null && echo 'Submitted batch job 71' || {{ echo '{full}' >&2; exit 1; }}"""
+    site(sbatch=once)
+    ended = quantool("submit", config_file(), "--set", "cluster={slurm: {}}", "-q")
+    assert ended.code == 3, ended.err
+    assert "Slurm did not take make fake/Q8_0, make fake/Q4_K_M: QOSMaxSubmitJobPerUserLimit" in ended.err
+    known = read_order(Workspace(tmp_path / "out"))
+    assert known is not None
+    assert [stage.job for stage in known.stages] == ["71", *[None] * 5]
+
+
+def test_commands_that_hang(
+    tmp_path: Path,
+    site: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(slurm_engine, "PATIENCE", 0.2)
+    site(srun="exec sleep 60")
+    scheduler(tmp_path).check([order("source")], Progress())
+    assert "no node was probed, the first job does it" in capsys.readouterr().err
+    site(sbatch="exec sleep 60")
+    with pytest.raises(DependencyError, match="sbatch did not answer"):
+        scheduler(tmp_path).check([order("source")], Progress())
+
+
 def test_a_probe_that_gets_no_node_leaves_it_to_the_first_job(
     tmp_path: Path, site: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +315,74 @@ def test_stages_one_by_one_make_what_a_run_makes(
         assert quantool("stage", output, stage.name).code == 0
     assert lasting(output / "model-FAKE") == expected
     assert (output / "done.txt").read_text().splitlines().count("made Q8_0") == 1
+
+
+def test_a_folder_that_this_machine_has_not_is_said_by_status(
+    config_file: Write, quantool: Callable[..., Any], tmp_path: Path
+) -> None:
+    output = ordered(config_file, quantool, tmp_path)
+    known = read_order(Workspace(output))
+    assert known is not None
+    save_order(Workspace(output), known.model_copy(update={"folder": str(tmp_path / "elsewhere")}))
+    ended = quantool("stage", output, "make fake/Q8_0")
+    assert (ended.code, "elsewhere, which cannot be entered here" in ended.err) == (3, True), ended.err
+    assert "which cannot be entered here" in submitting.look(output)[1].note
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("model.norm"), "this should not happen: KeyError: 'model.norm'"),
+        (OSError(5, "Input/output error", "/gpfs/a"), "Input/output error: /gpfs/a"),
+    ],
+    ids=["fault", "disk"],
+)
+def test_what_nobody_foresaw_in_a_stage_is_said_by_status(
+    config_file: Write,
+    quantool: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    told: str,
+) -> None:
+    output = ordered(config_file, quantool, tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "graph_of", fail)
+    assert quantool("stage", output, "make fake/Q8_0").code != 0
+    failed = submitting.look(output)[1]
+    assert (failed.phase.value, failed.note) == ("failed", told)
+
+
+def test_what_was_made_is_published_as_the_newest_submission_says(
+    config_file: Write, quantool: Callable[..., Any], site: Callable[..., None], tmp_path: Path
+) -> None:
+    output = ordered(config_file, quantool, tmp_path)
+    wanted = ("--set", "cluster={slurm: {}}", "--set", "private=false", "--set", "repo_id=org/model-FAKE")
+    told = quantool("submit", config_file(), *wanted, "-q")
+    assert told.out.startswith("nothing to send: everything is done"), (told.out, told.err)
+    known = read_order(Workspace(output))
+    assert known is not None
+    assert (known.engine, known.config["private"]) == ("slurm", False)
+    assert {each.phase.value for each in submitting.look(output)} == {"done"}
+
+
+def test_publishing_waits_for_the_claims_of_stages_that_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "LAPSE", 1.0)
+    monkeypatch.setattr(claims, "POLL", 0.02)
+    workspace = Workspace(tmp_path)
+    killed = replace(claims.Holder.myself(), host="as17", space="another node's")
+    workspace.claims.mkdir(parents=True)
+    (workspace.claims / "stage pack a.claim").write_text(json.dumps(asdict(killed)))
+    with pytest.raises(DependencyError, match="on as17"), workspace.lock():
+        pass
+    submitting._wait_for_claims(workspace)
+    with workspace.lock():
+        assert "stage pack a" not in workspace.holders()
 
 
 # --- this machine's own GPUs

@@ -82,6 +82,21 @@ def test_a_requeued_job_waits_or_runs_whatever_it_did_before() -> None:
     assert (first.phase, first.note) == (Phase.WAITING, "BeginTime")
 
 
+def test_a_failed_stage_of_a_scheduler_that_begins_none_again_has_failed_while_others_run() -> None:
+    order = ORDER.model_copy(
+        update={"engine": "local", "stages": tuple(each.model_copy(update={"job": "9"}) for each in STAGES)}
+    )
+    known = marks(
+        mark("source", Outcome.DONE, 1001),
+        mark("make a", Outcome.BEGUN),
+        mark("make b", Outcome.FAILED, 1002),
+    )
+    found = phases(order, known, {"9": JobState("running", begins_again=False)}, is_run=False, now=1003)
+    assert [each.phase for each in found] == [
+        Phase.DONE, Phase.RUNNING, Phase.FAILED, Phase.WAITING, Phase.HELD,
+    ]  # fmt: skip
+
+
 def test_a_run_on_one_machine() -> None:
     order = ORDER.model_copy(update={"engine": ""})
     known = marks(mark("source", Outcome.DONE, 1001), mark("make a", Outcome.BEGUN))

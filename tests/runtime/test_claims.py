@@ -254,3 +254,35 @@ def test_a_run_of_this_machine_that_died_in_another_container_is_no_hindrance(tm
     path.write_text(json.dumps(asdict(replace(Holder.myself(), space=f"{boot} pid:[1]", token="x"))))  # noqa: S106
     with workspace.lock():
         assert workspace.holds_all
+
+
+def test_a_claim_that_was_waited_for_long_lives_from_the_first_moment(tmp_path: Path) -> None:
+    path = tmp_path / "result base.claim"
+    seen: list[list[str]] = []
+
+    def wait() -> None:
+        with claimed(path, wait=True):
+            seen.append([*living(tmp_path)])
+
+    with claimed(path, wait=False):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(claims.LAPSE + 0.2)
+    waiting.join(10)
+    assert seen == [["result base"]]
+
+
+@pytest.mark.parametrize("error", [FileExistsError(), OSError(5, "Input/output error")])
+def test_a_link_whose_answer_was_lost_is_a_claim_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    link = os.link
+
+    def lost(source: Path, target: Path) -> None:
+        link(source, target)
+        raise error
+
+    monkeypatch.setattr(os, "link", lost)
+    with claimed(tmp_path / "run.claim", wait=False):
+        assert {*living(tmp_path)} == {"run"}
+    assert not (tmp_path / "run.claim").exists()

@@ -127,9 +127,12 @@ def test_a_process_for_each_gpu_where_memory_holds_the_weights(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=shared))
     config = Config(model_id="m", method="awq", device=device, sample_size=sample_size)
     source: Any = SimpleNamespace(files=[SimpleNamespace(name="model.safetensors", bytes=40 * GIB)])
-    assert make._processes(config, source, Progress(quiet=True)) == count
+    assert make._processes(config, source, Progress(quiet=True), fused=False) == count
     warned = "calibration uses one of 4 GPUs" in capsys.readouterr().err
     assert warned == (shared == 40 * GIB)
+    assert make._processes(config, source, Progress(quiet=True), fused=True) == 1
+    warned = "GPUs: the experts of this checkpoint are fused" in capsys.readouterr().err
+    assert warned == (min(len(gpus.devices(device).each()), sample_size) > 1)
 
 
 @pytest.mark.e2e
@@ -150,7 +153,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
         if count > 1:
             place = str(Path(__file__).parent / "cpu_ranks")
             monkeypatch.syspath_prepend(place)  # for torchrun's processes: here it was imported long ago
-            monkeypatch.setattr(make, "_processes", lambda *_, count=count: count)
+            monkeypatch.setattr(make, "_processes", lambda *_, fused, count=count: count)
         (artifact,) = pipeline.make(config, Progress(quiet=True))
         assert artifact.details["processes"] == count
         assert artifact.details["tokens"] == 4 * 32
