@@ -48,7 +48,7 @@ class Release:
     @property
     def version(self) -> str:
         """The quantool that made it."""
-        return str(self.plan.get("versions", {}).get("quantool", "unknown"))
+        return str(self.plan["versions"].get("quantool", "unknown"))
 
 
 def read_release(folder: Path) -> Release:
@@ -64,7 +64,12 @@ def read_release(folder: Path) -> Release:
         outputs = tuple(_output(folder, planned, entry) for entry in record["reports"])
         if unjudged := planned.keys() - {output.id for output in outputs}:
             raise SourceError(f"{RECORD} has no report of {', '.join(sorted(unjudged))}")
-        return Release(folder, dict(record["plan"]), outputs)
+        if len(outputs) != len({output.id for output in outputs}):
+            raise SourceError(f"{RECORD} has two reports of one output")
+        plan = dict(record["plan"])
+        for part in ("source", "config", "versions"):
+            plan[part] = dict(plan[part].items())
+        return Release(folder, plan, outputs)
     except (ValidationError, LookupError, TypeError, ValueError, AttributeError) as error:
         kind = type(error).__name__
         raise SourceError(f"{folder / RECORD} is damaged: no record of a release ({kind})") from error
@@ -74,6 +79,8 @@ def _output(folder: Path, planned: Mapping[str, Any], entry: Mapping[str, Any]) 
     fields = {key: value for key, value in entry.items() if key != "verdict"}
     report = Report.model_validate(fields | {"artifact": {**entry["artifact"], "folder": str(folder)}})
     output = planned[report.artifact.output]
+    if not report.artifact.files:
+        raise ValueError("an output without files")
     ledger = output.get("ledger")
     return ReleasedOutput(
         id=report.artifact.output,
