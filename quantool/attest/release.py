@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,6 +49,17 @@ class Release:
     def version(self) -> str:
         """The quantool that made it."""
         return str(self.plan["versions"].get("quantool", "unknown"))
+
+    def of_levels(self, levels: Sequence[str]) -> tuple[ReleasedOutput, ...]:
+        """The outputs of ``levels``, all where there are none. Raises ConfigError for a level that no output has."""
+        known = dict.fromkeys(output.report.artifact.level for output in self.outputs)
+        if strange := [level for level in levels if level not in known]:
+            raise ConfigError(
+                f"no output of level {', '.join(strange)}", hint=f"there are {', '.join(known)}"
+            )
+        return tuple(
+            output for output in self.outputs if not levels or output.report.artifact.level in levels
+        )
 
 
 def read_release(folder: Path) -> Release:

@@ -23,7 +23,7 @@ from quantool.attest.release import (
     read_sums,
 )
 from quantool.attest.signature import Trust
-from quantool.errors import ConfigError, SourceError
+from quantool.errors import SourceError
 from quantool.formats.json_file import read_json
 from quantool.plugins import find
 from quantool.plugins.contract import Download
@@ -60,7 +60,7 @@ def verify(folder: Path, scope: Scope, progress: Progress) -> tuple[Proof, ...]:
         sums = read_sums(folder)
     except SourceError as error:
         return (proofs.failed("hashes", error.message),)
-    chosen = _chosen(release, scope.levels)
+    chosen = () if release is None else release.of_levels(scope.levels)
     found, hashed = _hashes(folder, sums, release, chosen, progress)
     signed = proofs.signature(folder, {**sums, SUMS: sha256_of(folder / SUMS)}, scope.trust)
     if release is None:
@@ -74,15 +74,6 @@ def verify(folder: Path, scope: Scope, progress: Progress) -> tuple[Proof, ...]:
     sound = {name for name, digest in found.items() if digest == sums[name]}
     replayed = _replayed(release, chosen, sums, sound, scope, progress) if scope.replays else ()
     return (signed, hashed, *held, *replayed)
-
-
-def _chosen(release: Release | None, levels: Sequence[str]) -> tuple[ReleasedOutput, ...]:
-    if release is None:
-        return ()
-    known = dict.fromkeys(output.report.artifact.level for output in release.outputs)
-    if strange := [level for level in levels if level not in known]:
-        raise ConfigError(f"no output of level {', '.join(strange)}", hint=f"there are {', '.join(known)}")
-    return tuple(output for output in release.outputs if not levels or output.report.artifact.level in levels)
 
 
 def _hashes(

@@ -14,6 +14,7 @@ import pytest
 from quantool import pipeline
 from quantool.attest.release import CANARY, RECORD, SIGNATURE, SUMS, read_release
 from quantool.attest.signature import Trust
+from quantool.attest.target import locate
 from quantool.attest.verify import Scope, verify
 from quantool.config.load import load
 from quantool.errors import ConfigError, SourceError
@@ -21,6 +22,9 @@ from quantool.plugins import find
 from quantool.records import Finding, Verdict
 from quantool.validation.canary import CanaryRecord
 from tests.attest.releases import failed
+from tests.loopback import content
+from tests.loopback_hub import Repository
+from tests.pushing import WritableHub
 
 PASSED = Finding(check="canary", metric="noise", verdict=Verdict.PASS, measured=0.0001)
 
@@ -68,6 +72,18 @@ def test_files_of_two_outputs_of_one_level_are_both_read(release: Path) -> None:
         made = {entry.name: entry for entry in verify(release, Scope(replays=False), making.QUIET)}
         assert made["hashes"].detail == f"{name} was changed"
         (release / name).write_bytes(content)
+
+
+def test_of_a_level_that_a_repository_lacks_nothing_is_fetched(
+    release: Path, hub: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.repositories["org/fake"] = Repository(content(release))
+    with pytest.raises(ConfigError, match="no output of level Q8_1"):
+        locate("org/fake", ("Q8_1",), making.QUIET)
+    assert not [*(tmp_path / "cache").rglob("*.gguf")]
+    folder, _ = locate("org/fake", ("Q8_0",), making.QUIET)
+    assert [path.name for path in folder.glob("*.gguf")] == ["model-Q8_0.gguf"]
 
 
 @pytest.mark.parametrize("place", [".hidden/m.Q8_0.gguf", ".cache/m.Q8_0.gguf", ".hidden.json"])
