@@ -59,6 +59,8 @@ FLOAT32 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
 """Folders are replayed in float32, whatever the processor multiplies by itself (``runtime.arithmetic``): bfloat16 is
 0.002 nats away from it, float32 on another processor 1e-8."""
 
+LogProbability = Annotated[float, Field(le=0, allow_inf_nan=False)]
+
 
 class CanaryRecord(Record):
     """What is kept of an artifact; a release may have been changed, so all of it is looked at before it is used."""
@@ -74,7 +76,7 @@ class CanaryRecord(Record):
     chats: tuple[tuple[dict[str, JsonValue], str | None, tuple[int, ...] | str | None], ...]
     """Conversation, rendered text, ids; or null and why there is none."""
     ids: tuple[int, ...] = Field(min_length=1)
-    top: tuple[Annotated[tuple[tuple[int, float], ...], Field(min_length=1)], ...]
+    top: tuple[Annotated[tuple[tuple[int, LogProbability], ...], Field(min_length=1)], ...]
     """By position, the most likely tokens with their log-probabilities."""
     noise: float = Field(ge=0, le=LOUDEST, allow_inf_nan=False)
     """Mean divergence between batches, in nats."""
@@ -185,7 +187,7 @@ def _divergence(divergences: Sequence[float], noise: float) -> Finding:
         f"it computes something else than was judged: mean divergence {mean:.2g} nats, limit {limit:.2g}"
     )
     note = f"largest {max(divergences):.2g}; noise at the release {noise:.2g}"
-    return BUILD.fact("divergence", mean, problem if mean > limit else "", note=note).model_copy(
+    return BUILD.fact("divergence", mean, problem if not mean <= limit else "", note=note).model_copy(
         update={"threshold": limit}
     )
 

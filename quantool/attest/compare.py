@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quantool.attest.release import Release, ReleasedOutput
+from quantool.attest.release import RECORD, Release, ReleasedOutput
+from quantool.errors import SourceError
 from quantool.record import Record
 from quantool.records import Report
 from quantool.report.finding_text import figure, percent
@@ -31,23 +32,31 @@ class Change(Record):
 
 
 def changes(old: Release, new: Release) -> tuple[Change, ...]:
-    """What changed from ``old`` to ``new``, in the order in which a changelog tells it."""
+    """What changed from ``old`` to ``new``, in the order in which a changelog tells it.
+
+    Raises SourceError for a record that lacks what packing writes.
+    """
+    try:
+        return tuple(_changes(old, new))
+    except (LookupError, TypeError, AttributeError) as error:
+        kind = f"{type(error).__name__}: {error}"
+        raise SourceError(f"{RECORD} of one of the two is no record of a release ({kind})") from error
+
+
+def _changes(old: Release, new: Release) -> Iterator[Change]:
     before, after = _by_level(old), _by_level(new)
     both = [level for level in after if level in before]
-    found = [
-        *_entries("source", _source(old), _source(new)),
-        *_entries("version", old.plan["versions"], new.plan["versions"]),
-        *_entries("configuration", _flat(old.plan["config"]), _flat(new.plan["config"])),
-    ]
+    yield from _entries("source", _source(old), _source(new))
+    yield from _entries("version", old.plan["versions"], new.plan["versions"])
+    yield from _entries("configuration", _flat(old.plan["config"]), _flat(new.plan["config"]))
     for level in both:
         options = (_flat(_planned(release, level)["options"]) for release in (old, new))
-        found += [_prefixed(level, change) for change in _entries("option", *options)]
-    found += _entries("output", dict.fromkeys(before, "there"), dict.fromkeys(after, "there"))
+        yield from (_prefixed(level, change) for change in _entries("option", *options))
+    yield from _entries("output", dict.fromkeys(before, "there"), dict.fromkeys(after, "there"))
     for level in both:
-        found += _tensors(level, before[level], after[level])
+        yield from _tensors(level, before[level], after[level])
     for level in both:
-        found += figures(level, before[level].report, after[level].report)
-    return tuple(found)
+        yield from figures(level, before[level].report, after[level].report)
 
 
 def as_markdown(found: Sequence[Change]) -> str:

@@ -18,7 +18,7 @@ from quantool.attest.release import (
     Release,
     ReleasedOutput,
 )
-from quantool.attest.signature import SignatureError, Trust, check_signature, claimed
+from quantool.attest.signature import IGNORED, SignatureError, Trust, check_signature, claimed
 from quantool.errors import SourceError
 from quantool.formats.gguf_header import read_shards
 from quantool.formats.json_file import read_json
@@ -106,7 +106,7 @@ def file_names(folder: Path, sums: Mapping[str, str], release: Release) -> Proof
     beside = [
         path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and (path.relative_to(folder).parts[0] not in IGNORED or path.suffix == ".gguf")
     ]
     others = [name for name in beside if name not in sums and name not in (SUMS, SIGNATURE)]
     strange = [name for name in others if name.endswith(LOADED) or name in STEERING]
@@ -151,7 +151,7 @@ def record(folder: Path, release: Release) -> Proof:
 
 def _card_problems(folder: Path, release: Release) -> Iterator[str]:
     """The card's table is the one that this quantool makes of the reports; another version's is not compared."""
-    own_template = (release.plan.get("config") or {}).get("card", {}).get("template")
+    own_template = (release.plan["config"].get("card") or {}).get("template")
     if release.version != __version__ or own_template:
         return
     reports = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,7 +48,18 @@ class Release:
     @property
     def version(self) -> str:
         """The quantool that made it."""
-        return str(self.plan.get("versions", {}).get("quantool", "unknown"))
+        return str(self.plan["versions"].get("quantool", "unknown"))
+
+    def of_levels(self, levels: Sequence[str]) -> tuple[ReleasedOutput, ...]:
+        """The outputs of ``levels``, all where there are none. Raises ConfigError for a level that no output has."""
+        known = dict.fromkeys(output.report.artifact.level for output in self.outputs)
+        if strange := [level for level in levels if level not in known]:
+            raise ConfigError(
+                f"no output of level {', '.join(strange)}", hint=f"there are {', '.join(known)}"
+            )
+        return tuple(
+            output for output in self.outputs if not levels or output.report.artifact.level in levels
+        )
 
 
 def read_release(folder: Path) -> Release:
@@ -64,7 +75,12 @@ def read_release(folder: Path) -> Release:
         outputs = tuple(_output(folder, planned, entry) for entry in record["reports"])
         if unjudged := planned.keys() - {output.id for output in outputs}:
             raise SourceError(f"{RECORD} has no report of {', '.join(sorted(unjudged))}")
-        return Release(folder, dict(record["plan"]), outputs)
+        if len(outputs) != len({output.id for output in outputs}):
+            raise SourceError(f"{RECORD} has two reports of one output")
+        plan = dict(record["plan"])
+        for part in ("source", "config", "versions"):
+            plan[part] = dict(plan[part].items())
+        return Release(folder, plan, outputs)
     except (ValidationError, LookupError, TypeError, ValueError, AttributeError) as error:
         kind = type(error).__name__
         raise SourceError(f"{folder / RECORD} is damaged: no record of a release ({kind})") from error
@@ -74,6 +90,8 @@ def _output(folder: Path, planned: Mapping[str, Any], entry: Mapping[str, Any]) 
     fields = {key: value for key, value in entry.items() if key != "verdict"}
     report = Report.model_validate(fields | {"artifact": {**entry["artifact"], "folder": str(folder)}})
     output = planned[report.artifact.output]
+    if not report.artifact.files:
+        raise ValueError("an output without files")
     ledger = output.get("ledger")
     return ReleasedOutput(
         id=report.artifact.output,

@@ -39,8 +39,19 @@ class Trust:
 
     @property
     def is_given(self) -> bool:
-        """Whether anything was said."""
+        """Whether anybody is."""
         return self.key is not None or self.identity is not None
+
+    def require(self) -> None:
+        """ConfigError for what does not name one signer, or a key that is none; DependencyError without model-signing."""
+        if (self.identity is None) != (self.issuer is None) or "" in (self.identity, self.issuer):
+            raise ConfigError("--identity and --oidc-issuer belong together")
+        if self.key is not None and self.identity is not None:
+            raise ConfigError("a release has one signature: give --key, or --identity with --oidc-issuer")
+        if self.is_given:
+            _require_library()
+        if self.key is not None:
+            _require_public(self.key)
 
 
 class SignatureError(Exception):
@@ -91,9 +102,9 @@ def sign(folder: Path, digests: Mapping[str, str], settings: Sign) -> None:
 def check_signature(folder: Path, digests: Mapping[str, str], trust: Trust) -> str:
     """Who signed ``folder``; SignatureError unless ``model.sig`` is sound, of the one who is trusted, and over ``digests``.
 
-    Raises ConfigError for a key that is none, DependencyError without model-signing.
+    Raises as ``Trust.require`` does.
     """
-    _require_library()
+    trust.require()
     from model_signing import verifying
 
     path = folder / SIGNATURE
@@ -102,12 +113,9 @@ def check_signature(folder: Path, digests: Mapping[str, str], trust: Trust) -> s
     claimed(folder)
     config = _configured(verifying, folder, digests)
     if trust.key is not None:
-        _require_public(trust.key)
         config.use_elliptic_key_verifier(public_key=trust.key)
         signer = f"the key {trust.key.name} (SHA-256 {sha256_of(trust.key)[:12]})"
     else:
-        if not trust.identity or not trust.issuer:
-            raise ConfigError("--identity and --oidc-issuer belong together")
         config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer)
         signer = f"{trust.identity}, says {trust.issuer}"
     try:
@@ -126,7 +134,7 @@ def claimed(folder: Path) -> dict[str, str]:
     try:
         bundle = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
         payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True))
-        found = {entry["name"]: entry["digest"] for entry in payload["predicate"]["resources"]}
+        found = {str(entry["name"]): str(entry["digest"]) for entry in payload["predicate"]["resources"]}
         kind = str(bundle["mediaType"])
     except (
         OSError,

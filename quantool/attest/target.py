@@ -18,7 +18,7 @@ def locate(target: str, levels: tuple[str, ...], progress: Progress) -> tuple[Pa
     """The folder of a release with its files here, and the levels that are meant: all where there are none.
 
     Of a repository (``NAME/NAME[@REVISION]``) the files of other levels are not fetched. Raises ConfigError for what is
-    nothing of these, SourceError and DependencyError as a download does.
+    nothing of these and for a level that a repository lacks, SourceError and DependencyError as a download does.
     """
     path = Path(target)
     if path.is_dir():
@@ -69,13 +69,10 @@ def _levels_of(path: Path) -> tuple[str, ...]:
 
 
 def _other_files(folder: Path, levels: tuple[str, ...]) -> set[str]:
-    if not levels:
-        return set()
+    """Files of outputs of other levels; of a record that is damaged, none. Raises as ``Release.of_levels``."""
     try:
-        outputs = read_release(folder).outputs
-    except SourceError:
+        release = read_release(folder)
+    except SourceError:  # verify says what is wrong with it
         return set()
-    wanted = {output.id for output in outputs if output.report.artifact.level in levels}
-    kept = {file.name for output in outputs if output.id in wanted for file in output.report.artifact.files}
-    every = {file.name for output in outputs for file in output.report.artifact.files}
-    return every - kept if wanted else set()
+    kept = {file.name for output in release.of_levels(levels) for file in output.report.artifact.files}
+    return {file.name for output in release.outputs for file in output.report.artifact.files} - kept

@@ -15,6 +15,7 @@ from quantool.attest.proofs import Proof, Proven
 from quantool.attest.release import (
     CANARY,
     LIMITS,
+    RECORD,
     SUMS,
     Release,
     ReleasedOutput,
@@ -22,7 +23,7 @@ from quantool.attest.release import (
     read_sums,
 )
 from quantool.attest.signature import Trust
-from quantool.errors import ConfigError, SourceError
+from quantool.errors import SourceError
 from quantool.formats.json_file import read_json
 from quantool.plugins import find
 from quantool.plugins.contract import Download
@@ -45,7 +46,11 @@ class Scope:
 
 
 def verify(folder: Path, scope: Scope, progress: Progress) -> tuple[Proof, ...]:
-    """The proofs of the release in ``folder``. Raises ConfigError where there is none, or it has no such level."""
+    """The proofs of the release in ``folder``.
+
+    Raises ConfigError where there is none, or it has no such level, and as ``Trust.require`` does.
+    """
+    scope.trust.require()
     try:
         release: Release | None = read_release(folder)
         damage = ""
@@ -55,7 +60,7 @@ def verify(folder: Path, scope: Scope, progress: Progress) -> tuple[Proof, ...]:
         sums = read_sums(folder)
     except SourceError as error:
         return (proofs.failed("hashes", error.message),)
-    chosen = _chosen(release, scope.levels)
+    chosen = () if release is None else release.of_levels(scope.levels)
     found, hashed = _hashes(folder, sums, release, chosen, progress)
     signed = proofs.signature(folder, {**sums, SUMS: sha256_of(folder / SUMS)}, scope.trust)
     if release is None:
@@ -67,17 +72,8 @@ def verify(folder: Path, scope: Scope, progress: Progress) -> tuple[Proof, ...]:
         *(proofs.tensors(folder, output) for output in chosen),
     ]
     sound = {name for name, digest in found.items() if digest == sums[name]}
-    replayed = _replayed(release, chosen, sound, scope, progress) if scope.replays else ()
+    replayed = _replayed(release, chosen, sums, sound, scope, progress) if scope.replays else ()
     return (signed, hashed, *held, *replayed)
-
-
-def _chosen(release: Release | None, levels: Sequence[str]) -> tuple[ReleasedOutput, ...]:
-    if release is None:
-        return ()
-    by_level = {output.report.artifact.level: output for output in release.outputs}
-    if strange := [level for level in levels if level not in by_level]:
-        raise ConfigError(f"no output of level {', '.join(strange)}", hint=f"there are {', '.join(by_level)}")
-    return tuple(output for level, output in by_level.items() if not levels or level in levels)
 
 
 def _hashes(
@@ -109,29 +105,48 @@ def _hashes(
 def _replayed(
     release: Release,
     chosen: Sequence[ReleasedOutput],
+    sums: Mapping[str, str],
     sound: set[str],
     scope: Scope,
     progress: Progress,
 ) -> list[Proof]:
     """What the checks left at the release, compared with what the artifacts compute here."""
     try:
-        left: dict[str, Any] = read_json(release.folder / CANARY, LIMITS) if CANARY in sound else {}
+        left = _left(release.folder) if CANARY in sound else {}
     except SourceError as error:
         return [proofs.failed(CANARY, error.message.replace(f"{release.folder}/", ""))]
     made: list[Proof] = []
     for output in chosen:
-        level = output.report.artifact.level
-        kept = {name: entry[output.id] for name, entry in left.items() if output.id in entry}
-        if not kept:
+        level, files = output.report.artifact.level, [file.name for file in output.report.artifact.files]
+        kept = {name: entries[output.id] for name, entries in left.items() if output.id in entries}
+        if damaged := [name for name in (CANARY, *files) if name in sums and name not in sound]:
+            reason = f"not run: {damaged[0]} is not the one that was released"
+            made.append(proofs.unchecked(f"canary {level}", reason))
+            continue
+        lacking = [name for name in _replayed_checks(output) if name not in kept]
+        made += [proofs.failed(f"{name} {level}", f"{RECORD} has it, {CANARY} has not") for name in lacking]
+        if not kept and not lacking:
             reason = f"quantool {release.version} left nothing to compare with"
             made.append(proofs.unchecked(f"canary {level}", reason))
-        elif damaged := [file.name for file in output.report.artifact.files if file.name not in sound]:
-            made.append(proofs.unchecked(f"canary {level}", f"not run: {damaged[0]} was changed"))
-        else:
-            with progress.step(f"replay {level}"):
-                for name, entry in kept.items():
-                    made += _replay(release.folder, output, name, entry, scope, progress)
+        with progress.step(f"replay {level}"):
+            for name, entry in kept.items():
+                made += _replay(release.folder, output, name, entry, scope, progress)
     return made
+
+
+def _left(folder: Path) -> dict[str, dict[str, Any]]:
+    """canary.json: by check, then by output. Raises SourceError for what packing does not write."""
+    left = read_json(folder / CANARY, LIMITS)
+    if not all(isinstance(entries, dict) for entries in left.values()):
+        raise SourceError(f"{CANARY} is damaged: no tables by check and output")
+    return left
+
+
+def _replayed_checks(output: ReleasedOutput) -> list[str]:
+    """The checks that passed the output and leave something to replay."""
+    passed = (finding.check for finding in output.report.findings if finding.verdict is Verdict.PASS)
+    known = find.names("checks")
+    return [name for name in dict.fromkeys(passed) if name in known and find.find_check(name).replay]
 
 
 def _replay(
@@ -144,9 +159,9 @@ def _replay(
 ) -> list[Proof]:
     artifact = output.report.artifact
     title = f"{check} {artifact.level}"
-    replay = find.find_check(check).replay
+    replay = find.find_check(check).replay if check in find.names("checks") else None
     if replay is None:
-        return [proofs.unchecked(title, f"this quantool's {check} replays nothing")]
+        return [proofs.unchecked(title, f"this quantool replays no {check}")]
     files = tuple(
         FileRecord(name=file.name, bytes=(folder / file.name).stat().st_size, sha256=file.sha256)
         for file in artifact.files

@@ -1,6 +1,7 @@
 """The Modelfile for Ollama, and what the card says about Ollama: from what the check ``ollama`` found, nothing without it.
 
-A Modelfile without TEMPLATE leaves the chat to the file's own template (Ollama 0.30 and newer). Context and sampling have to
+A Modelfile without TEMPLATE leaves the chat to the file's own template (Ollama 0.30 and newer), unless Ollama has one of
+its own for a template that is nearly the same (``template/index.json``). Context and sampling have to
 be in it: Ollama reads neither from a GGUF, and has values of its own.
 """
 
@@ -52,8 +53,10 @@ def ollama(repo: str, reports: Sequence[Report], sampling: Mapping[str, float], 
             f"With `{MODELFILE}` beside the file (Ollama 0.30 or newer, which uses the file's own template):\n\n"
             f"```sh\nollama create {name} -f {MODELFILE}\nollama run {name}\n```\n\n"
             f"```\n{own}```\n\n"
-            "Without it Ollama takes a context and a sampling of its own; `ollama run hf.co/…` also takes a chat template "
-            "that the Hub derives, which was not compared.\n"
+            "Where Ollama knows a template that is much like the file's own, `ollama create` takes that instead, which was not "
+            "compared: a server that is started with `OLLAMA_GO_TEMPLATE=0` keeps to the file's.\n\n"
+            "Without the Modelfile Ollama takes a context and a sampling of its own; `ollama run hf.co/…` also takes a chat "
+            "template that the Hub derives, which was not compared either.\n"
         )
     tools = _found(chosen, "tools")
     if tools is not None and tools.verdict is not Verdict.PASS:

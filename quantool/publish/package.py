@@ -23,7 +23,7 @@ from quantool.config.schema import Config
 from quantool.plugins.contract import left_file
 from quantool.publish.leaks import refuse_leaks
 from quantool.publish.packed_folder import CARD, NOTICE, RECORD, SUMS, PackedFolder, packed_folder
-from quantool.records import FileRecord, OutputPlan, Plan, Report, Verdict, file_record, sha256_of
+from quantool.records import FileRecord, OutputPlan, Plan, Report, Verdict, file_record
 from quantool.report.finding_text import failures
 from quantool.report.plots import draw
 from quantool.runtime.workspace import Workspace, write_text
@@ -90,39 +90,76 @@ def _pack_folder(
     earlier: EarlierRelease | None,
 ) -> PackedFolder:
     drawn = [file_record(folder, name) for name in plots]
-    record: dict[str, Any] = {
-        "plan": published(plan) | {"outputs": [published(output) for output in outputs]},
-        "reports": [published(report) | {"verdict": report.verdict()} for report in reports],
-        "plots": [file.model_dump() for file in drawn],
-    }
-    texts = {
-        CARD: with_notice(with_changes(write_card(plan, outputs, reports, plots), earlier, reports), reports)
-    }
-    if left:
-        texts[CANARY] = json.dumps(left, ensure_ascii=False, separators=(",", ":")) + "\n"
-    named = {
+    record = _record(plan, outputs, reports, drawn)
+    texts = _texts(plan, outputs, reports, plots, left)
+    texts[CARD] = with_notice(with_changes(texts[CARD], earlier, reports), reports)
+    if MODELFILE in texts:
+        record["modelfile"] = _of_text(MODELFILE, texts[MODELFILE]).model_dump()
+    texts[RECORD] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    judged = {
         file.name: file for report in reports for file in (*report.artifact.files, *report.artifact.shared)
     }
-    sampling = chosen(plan.source, Config.model_validate(plan.config))
-    if (text := modelfile(reports, sampling, served_context(plan))) is not None:
-        texts[MODELFILE] = text
-        made = text.encode()
-        own = FileRecord(name=MODELFILE, bytes=len(made), sha256=hashlib.sha256(made).hexdigest())
-        record["modelfile"] = own.model_dump()
-    texts[RECORD] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    refuse_leaks(folder, named, texts, machine_folders, plan.source.folder)
+    refuse_leaks(folder, judged, texts, machine_folders, plan.source.folder)
     for name in {CANARY, MODELFILE} - texts.keys():
         (folder / name).unlink(missing_ok=True)
     for name, text in texts.items():
         write_text(folder / name, text)
-    named |= {file.name: file for file in (*(file_record(folder, name) for name in texts), *drawn)}
-    digests = {name: file.sha256 for name, file in named.items()}
-    write_text(folder / PROVENANCE, statement(record["plan"], digests, RECORD))
-    digests[PROVENANCE] = sha256_of(folder / PROVENANCE)
-    sums = dict(sorted(digests.items()))
-    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-    _sign(plan, folder, sums)
-    return packed_folder(folder, record, sums)
+    packed = judged | {file.name: file for file in (*(_of_text(*each) for each in texts.items()), *drawn)}
+    return packed_folder(folder, record, _attested(plan, folder, record["plan"], packed))
+
+
+def _record(
+    plan: Plan, outputs: Sequence[OutputPlan], reports: Sequence[Report], drawn: Sequence[FileRecord]
+) -> dict[str, Any]:
+    """quantool.json."""
+    return {
+        "plan": published(plan) | {"outputs": [published(output) for output in outputs]},
+        "reports": [published(report) | {"verdict": report.verdict()} for report in reports],
+        "plots": [file.model_dump() for file in drawn],
+    }
+
+
+def _texts(
+    plan: Plan,
+    outputs: Sequence[OutputPlan],
+    reports: Sequence[Report],
+    plots: Sequence[str],
+    left: Mapping[str, Mapping[str, Any]],
+) -> dict[str, str]:
+    """The card, and what else is read beside an artifact, where there is any."""
+    texts = {CARD: write_card(plan, outputs, reports, plots)}
+    if left:
+        texts[CANARY] = json.dumps(left, ensure_ascii=False, separators=(",", ":")) + "\n"
+    sampling = chosen(plan.source, Config.model_validate(plan.config))
+    if (text := modelfile(reports, sampling, served_context(plan))) is not None:
+        texts[MODELFILE] = text
+    return texts
+
+
+def _of_text(name: str, text: str) -> FileRecord:
+    content = text.encode()
+    return FileRecord(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _attested(
+    plan: Plan, folder: Path, record: Mapping[str, Any], files: Mapping[str, FileRecord]
+) -> dict[str, str]:
+    """SHA-256 by name, after provenance, signature and SHA256SUMS were written.
+
+    SHA256SUMS is the last: where signing fails, the folder is not one that can be published.
+    """
+    digests = {name: file.sha256 for name, file in files.items()}
+    origin = statement(record, digests, RECORD)
+    write_text(folder / PROVENANCE, origin)
+    sums = dict(sorted((digests | {PROVENANCE: _of_text(PROVENANCE, origin).sha256}).items()))
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    signer = Config.model_validate(plan.config).sign
+    if signer is None:
+        (folder / SIGNATURE).unlink(missing_ok=True)
+    else:
+        sign(folder, sums | {SUMS: _of_text(SUMS, text).sha256}, signer)
+    write_text(folder / SUMS, text)
+    return sums
 
 
 def _left(workspace: Workspace, reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
@@ -135,15 +172,6 @@ def _left(workspace: Workspace, reports: Sequence[Report]) -> dict[str, dict[str
             if file.is_file():
                 found.setdefault(check, {})[output] = json.loads(file.read_bytes())
     return found
-
-
-def _sign(plan: Plan, folder: Path, sums: Mapping[str, str]) -> None:
-    """Sign every file, SHA256SUMS among them; without a signer an earlier run's signature goes."""
-    signer = Config.model_validate(plan.config).sign
-    if signer is None:
-        (folder / SIGNATURE).unlink(missing_ok=True)
-    else:
-        sign(folder, {**sums, SUMS: sha256_of(folder / SUMS)}, signer)
 
 
 def with_notice(card: str, reports: Sequence[Report]) -> str:

@@ -10,6 +10,7 @@ from quantool import pipeline
 from quantool.attest.compare import as_markdown, changes
 from quantool.attest.release import RECORD, read_release
 from quantool.config.load import load
+from quantool.errors import SourceError
 from quantool.plugins import find
 from quantool.runtime.progress import Progress
 
@@ -41,6 +42,12 @@ def told(old: Path, new: Path) -> list[tuple[str, str, str, str]]:
 def test_the_same_release_has_no_changes(old: Path, new: Path) -> None:
     assert told(old, new) == []
     assert as_markdown(()) == "Nothing changed but, maybe, the bytes.\n"
+
+
+def test_a_record_without_its_source_is_a_mistake_of_the_user(old: Path, new: Path) -> None:
+    edit(new, lambda record: record["plan"]["source"].pop("files"))
+    with pytest.raises(SourceError, match="no record of a release"):
+        told(old, new)
 
 
 def test_changes_are_told_by_kind(old: Path, new: Path) -> None:

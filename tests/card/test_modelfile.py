@@ -40,6 +40,7 @@ def test_equal_conversations_make_a_modelfile(made: making.Made) -> None:
     card = ollama(NAME, reports, SAMPLING, 2048)
     assert "ollama create tiny-chat-gguf -f Modelfile\nollama run tiny-chat-gguf\n" in card
     assert text in card
+    assert "started with `OLLAMA_GO_TEMPLATE=0`" in card
     assert "llama-server" not in card
 
 

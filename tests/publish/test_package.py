@@ -13,7 +13,7 @@ from quantool.errors import PublicationError
 from quantool.pipeline import RunResult
 from quantool.plugins import find
 from quantool.publish.package import pack
-from quantool.publish.packed_folder import read_packed_folder
+from quantool.publish.packed_folder import outgoing_files, read_packed_folder
 from quantool.records import FileRecord, Finding, Verdict
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
@@ -115,6 +115,23 @@ def test_a_modelfile_is_packed_where_ollama_was_found_equal(
         read_packed_folder(folder)
     pack(outcome.plan, outcome.reports, Workspace(tmp_path / "out"))
     assert "Modelfile" not in (folder / "SHA256SUMS").read_text()
+
+
+def test_a_folder_whose_signing_failed_cannot_be_published(
+    tmp_path: Path, outcome: RunResult, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PublicationError("sigstore does not sign")
+
+    monkeypatch.setattr("quantool.publish.package.sign", refuse)
+    (folder / "model.sig").write_text("of the release before")
+    signed = outcome.plan.model_copy(update={"config": outcome.plan.config | {"sign": {"keyless": True}}})
+    more = Finding(check="size", metric="bits", verdict=Verdict.PASS, measured=8.0)
+    changed = [report.model_copy(update={"findings": (*report.findings, more)}) for report in outcome.reports]
+    with pytest.raises(PublicationError, match="sigstore"):
+        pack(signed, changed, Workspace(tmp_path / "out"))
+    with pytest.raises(PublicationError, match="not what was judged"):
+        outgoing_files(read_packed_folder(folder), Progress(quiet=True), hash_large=False)
 
 
 def test_files_that_nobody_made_are_left_alone(tmp_path: Path, outcome: RunResult, folder: Path) -> None:

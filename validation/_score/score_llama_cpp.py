@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 256 << 20
 """Log-probabilities of the reference that are held at once: one window of 512 at a vocabulary of 256,000."""
+LONG = 4096
+"""Tokens from which a window is a long one: as much less of it is held at once as it is longer, as its cache grows."""
 BASE_BYTES = 128 << 20
 """Log-probabilities of the base that are held at once; positions of a window beyond it are not compared with the base."""
 WEIGHTS_SHARE = 0.8
@@ -226,7 +228,7 @@ class _Scoring:
         base = [self.base] if self.base and compared else []
         for member in (*base, *wanted):
             member.scores, member.beside_base = [], []
-        size = max(1, BLOCK_BYTES // (4 * self.head.rows * len(scored(self.context))))
+        size = max(1, block_bytes(self.context) // (4 * self.head.rows * len(scored(self.context))))
         for first in range(0, len(self.text.ids), size):
             last = min(first + size, len(self.text.ids))
             self._block(first, last, base, wanted)
@@ -307,14 +309,19 @@ class _Scoring:
         return True
 
 
+def block_bytes(context: int) -> int:
+    """Of ``BLOCK_BYTES`` what windows of ``context`` tokens may take: the longer, the less, for their caches grow."""
+    return BLOCK_BYTES * LONG // max(LONG, context)
+
+
 class _Expected:
-    """The reference's log-probabilities of windows ``first`` to ``last``; kept when they are within ``BLOCK_BYTES``."""
+    """The reference's log-probabilities of windows ``first`` to ``last``; kept when they are within ``block_bytes``."""
 
     def __init__(self, head: Head, text: _CorpusText, first: int, last: int) -> None:
         self._head, self._text, self._first = head, text, first
         self._start = scored(text.ids.shape[1]).start
         self._rows = len(scored(text.ids.shape[1]))
-        fits = 4 * head.rows * self._rows * (last - first) <= BLOCK_BYTES
+        fits = 4 * head.rows * self._rows * (last - first) <= block_bytes(text.ids.shape[1])
         self._kept = head.log_probs(as_tensor(text.hidden[first:last]).flatten(0, 1)) if fits else None
         self.device = head.device
 

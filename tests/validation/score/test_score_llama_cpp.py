@@ -25,6 +25,7 @@ from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
 from quantool.validation._engines.head import Head, HeadPlan
 from quantool.validation._engines.hidden_states import as_tensor, read_hidden
+from quantool.validation._engines.windows import scored
 from quantool.validation._findings.statistics import Tokens, summarize
 from quantool.validation._score import score_llama_cpp
 
@@ -205,6 +206,14 @@ def test_blocks_that_do_not_fit_give_the_same_numbers(
     for metric in ("perplexity", "mean_kld", "same_top_p", "kld_99"):
         assert pieces[metric].measured == pytest.approx(whole[metric].measured, rel=0.02)
     assert float(pieces["quantization_kld"].measured or 0) > 0.1
+
+
+def test_of_a_long_window_less_is_held_at_once() -> None:
+    """A vocabulary of 4,096: all of 4,096 tokens is held, of 32,768 a part, for its cache is eight times as large."""
+    held = {context: 4 * 4096 * len(scored(context)) for context in (512, 4096, 16384, 32768)}
+    fits = {context: size <= score_llama_cpp.block_bytes(context) for context, size in held.items()}
+    assert fits == {512: True, 4096: True, 16384: False, 32768: False}
+    assert score_llama_cpp.block_bytes(512) == score_llama_cpp.BLOCK_BYTES
 
 
 @pytest.fixture(scope="module")
