@@ -110,7 +110,7 @@ def outline(request: Request, options: Options) -> Outline:
     return Outline(
         (*outputs, *fitted.outputs),
         (*_stages(request, rehearsal, options, kind), *fitted.stages, *_splitting(outputs, options)),
-        tuple(filter(None, (note, *dry_run.notes(rehearsal, source), *aliases, *coverage))),
+        tuple(filter(None, (note, *dry_run.notes(rehearsal, source), *aliases, *coverage, *fitted.notes))),
         {name: account.lines(source, rehearsal, own) for name, own in types.items()},
     )
 
@@ -166,6 +166,16 @@ def _is_done(request: Request, options: LevelOptions, kind: str, level: str, nam
         return False
     key = _level_key(source, options, kind, level, matrix, names, text)
     return workspace.recall(f"gguf/{level}", key) is not None
+
+
+def _is_made(job: Job, kind: str, matrix: str) -> bool:
+    own = Options.model_validate(job.output.options)
+    text = imatrix.known_text(job.config, job.plan.source, job.workspace) if _searches(own) else ""
+    if text is None:
+        return False
+    names = [file.name for file in job.output.files]
+    key = _level_key(job.plan.source, own, kind, job.output.level, matrix, names, text)
+    return job.workspace.recall(job.output.id, key) is not None
 
 
 def _searches(options: LevelOptions) -> bool:
@@ -285,13 +295,7 @@ def at_once(jobs: Sequence[Job], options: Options, progress: Progress) -> int:
     source, workspace = first.plan.source, first.workspace
     kind, _ = base_file.choose_type(source, options.base_type)
     _, matrix = imatrix.matrix(first, options, options.imatrix, kind, progress)
-    keys = {
-        job.output.id: _level_key(
-            source, options, kind, job.output.level, matrix, [file.name for file in job.output.files]
-        )
-        for job in jobs
-    }
-    waiting = [job.output for job in jobs if workspace.recall(job.output.id, keys[job.output.id]) is None]
+    waiting = [job.output for job in jobs if not _is_made(job, kind, matrix)]
     if not waiting:
         return 1
     base_file.base(first, options, kind, progress)

@@ -204,7 +204,8 @@ def placed(job: Job, base: Path) -> tuple[FileRecord, ...]:
         return ()
     (made,) = base.parent.glob(adapter_file("*"))
     target = job.folder / made.name
-    if not target.is_file() or file_record(base.parent, made.name) != file_record(job.folder, made.name):
-        with written(target) as part:
-            shutil.copyfile(made, part)
+    with job.workspace.alone([made.name]):  # levels are made side by side
+        if not target.is_file() or file_record(base.parent, made.name) != file_record(job.folder, made.name):
+            with written(target) as part:
+                shutil.copyfile(made, part)
     return (file_record(job.folder, made.name),)

@@ -119,7 +119,9 @@ def sentences(reports: Sequence[Report]) -> list[str]:
     lines = []
     for report in _by_size(filter(is_fitted, reports)):
         comparison = compared.get(id(report))
-        lines.append(_sentence(comparison) if comparison else _incomparable(report, reports))
+        lines.append(
+            (_sentence(comparison) if comparison else _incomparable(report, reports)) + _kept(report)
+        )
     return lines
 
 
@@ -140,6 +142,19 @@ def _sentence(comparison: Comparison) -> str:
         return f"`{file_name(report)}` is **not better** than stock levels at its size ({span} of their mean KLD).{figures}"
     where = ", ".join(comparison.losses)
     return f"`{file_name(report)}` has {span} of the mean KLD of stock levels at its size: **not better** on {where}.{figures}"
+
+
+def _kept(report: Report) -> str:
+    """Of a divergence that was asked for: what the calibration text said of it, and the held-out texts that exceed it."""
+    details = report.artifact.details
+    asked, measured, bound = (details.get(key) for key in ("kld", "measured", "bound"))
+    if not (isinstance(asked, float) and isinstance(measured, float) and isinstance(bound, float)):
+        return ""
+    above = ", ".join(
+        f"{corpus} ({value:.4g})" for corpus, value in divergences(report).items() if value > asked
+    )
+    chosen = f" Chosen to keep {asked:g} nats: {measured:.4g} on calibration text, with {bound:.4g} as the upper bound of that mean"
+    return f"{chosen}; **exceeded** on {above}: text unlike the calibration text." if above else f"{chosen}."
 
 
 def _incomparable(report: Report, reports: Sequence[Report]) -> str:

@@ -91,3 +91,16 @@ def test_the_report_says_it_too() -> None:
     text = as_markdown([*STOCK, fitted], {}, {})
     assert "## Types chosen by measuring\n\n- `m-Q4_K_M-fit.gguf` is **not better**" in text
     assert "Types chosen" not in as_markdown(STOCK, {}, {})
+
+
+def test_a_divergence_that_was_asked_for_is_held_against_every_text() -> None:
+    searched = {"fit": "kld: 0.06", "kld": 0.06, "measured": 0.0512, "bound": 0.0593}
+    fitted = report("Q4_K_M-fit", 3_990_000, en=0.024, eu=0.0585)
+    kept = fitted.model_copy(update={"artifact": fitted.artifact.model_copy(update={"details": searched})})
+    (sentence,) = sentences([*STOCK, kept])
+    assert sentence.endswith(
+        " Chosen to keep 0.06 nats: 0.0512 on calibration text, with 0.0593 as the upper bound of that mean."
+    )
+    searched["kld"] = 0.05
+    (sentence,) = sentences([*STOCK, kept])
+    assert sentence.endswith("of that mean; **exceeded** on eu (0.0585): text unlike the calibration text.")

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from quantool.errors import ConfigError, nearest
-
-SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
-BYTES = {
-    "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
-}  # fmt: skip
-
-
-def bytes_of(text: str) -> int:
-    """``24GB`` as bytes; ValueError for a unit that is none."""
-    found = SIZE.fullmatch(text.strip())
-    unit = found["unit"] if found else ""
-    known = {name.lower(): factor for name, factor in BYTES.items()}
-    if found is None or unit.lower() not in known:
-        raise ValueError(
-            f"{text!r} is no size{nearest(unit, list(BYTES)) and f' ({nearest(unit, list(BYTES))})'}; "
-            f"known units: {', '.join(BYTES)}"
-        )
-    return int(float(found["number"]) * known[unit.lower()])
+from quantool.errors import ConfigError
+from quantool.methods._fit.amounts import bytes_of
 
 
 class Budget(BaseModel):
@@ -35,7 +16,7 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: str | None = Field(None, description="Of the weight files, with a unit: 24GB.")
-    bpw: float | None = Field(None, gt=0, description="Bits per weight of the whole checkpoint.")
+    bpw: float | None = Field(None, gt=0, le=32, description="Bits per weight of the whole checkpoint.")
 
     @model_validator(mode="after")
     def _one(self) -> Budget:

@@ -8,6 +8,7 @@ round better than to nearest, for all groups alike; what is compared here is one
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +147,10 @@ class _Divergence:
             yield logits.float().log_softmax(-1)
 
     def of(self, model: PreTrainedModel) -> float:
-        """Mean divergence of the model as it is now, nats a token."""
+        """Mean divergence of the model as it is now, nats a token. Raises QuantizationError where that is no finite number."""
         total = 0.0
         for known, found in zip(self._reference, self._predictions(model), strict=True):
             total += float((known.exp() * (known - found)).sum())
+        if not math.isfinite(total):
+            raise QuantizationError("quantization_config.fit: the model computes logits that are not finite")
         return total / self.positions

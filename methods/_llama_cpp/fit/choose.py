@@ -78,7 +78,7 @@ def choose(
     """The types of a fitted file.
 
     ``keys`` are those of base and importance matrix; ``options.fit`` has one entry. Raises QuantizationError for a goal that
-    no choice reaches.
+    no choice reaches, ConfigError for a file that would have to be split.
     """
     (target,) = options.fit
     source, stock = job.plan.source, stock_level(job.output.level)
@@ -104,8 +104,11 @@ def choose(
         raise QuantizationError(
             f"fit: {target.describe()}: the chosen types take {size:,} bytes, {budget:,} are allowed"
         )
+    outline.refuse_split(target, size, options.split_bytes())
     own = {pattern(name): one for name, one in chosen.items()}
-    details = {key: found[key] for key in ("predicted", "measured", "rounds")}
+    details = {key: found[key] for key in ("predicted", "measured", "bound", "rounds")}
+    if target.kld is not None:
+        details["kld"] = target.kld
     return Chosen(
         options.tensor_types | own, _quantized(types | chosen), details | {"unread": measured["unread"]}
     )

@@ -44,6 +44,8 @@ class MatrixCost:
         if kind in self.divergence:
             return max(0.0, self.divergence[kind])
         coarse, fine = sorted(self.divergence, key=lambda name: -self.error[name])
+        if self.error[coarse] == self.error[fine]:  # of a matrix of zeros no type loses anything
+            return max(0.0, *self.divergence.values())
         steep = (self.divergence[coarse] - self.divergence[fine]) / (self.error[coarse] - self.error[fine])
         slope = max(steep, 0.0) or max(self.divergence[coarse], 0.0) / self.error[coarse]
         return slope * self.error[kind] + max(0.0, self.divergence[fine] - slope * self.error[fine])
@@ -72,8 +74,7 @@ def measure(request: dict[str, Any], report: Report) -> dict[str, Any]:
         unread = [name for name in wanted if name not in model.pointers]
         waiting = list(_waiting(wanted, known, unread))
         if waiting:
-            scores = Path(request["folder"]) / "single-scores.npy"
-            with yardstick(model, ids, scores, whole=False) as judged:
+            with yardstick(model, ids, Path(request["folder"]), whole=False) as judged:
                 for number, (name, kinds, anchors) in enumerate(waiting):
                     _measure(model, judged, name, kinds, anchors, file)
                     report(number + 1, len(waiting))

@@ -13,7 +13,7 @@ from quantool.errors import ConfigError, nearest
 from quantool.footprint import running_bytes
 from quantool.formats.tensor_types import read_recipe
 from quantool.methods._llama_cpp import dry_run, imatrix, level_plan
-from quantool.methods._llama_cpp.fit import candidates, yardstick
+from quantool.methods._llama_cpp.fit import candidates, search, yardstick
 from quantool.methods._llama_cpp.fit.costs import BASE_TYPES
 from quantool.methods._llama_cpp.fit.targets import CONTEXT, FitTarget
 from quantool.methods._llama_cpp.options import LevelOptions
@@ -152,11 +152,16 @@ def refuse(
             f"{bound:,} bytes",
             hint=f"the nearest that can be met: {_nearest(target, source, bound, rehearsal, room, up=small)}",
         )
-    if budget > limit:
+    refuse_split(target, budget, limit)
+
+
+def refuse_split(target: FitTarget, size: int, limit: int) -> None:
+    """ConfigError for a file of ``size`` bytes where files are split at ``limit``: a fitted one is not."""
+    if size > limit:
         raise ConfigError(
-            f"fit: {target.describe()} is more than one file may have ({limit:,} bytes, max_shard_size), and a fitted file "
-            "is one",
-            hint=f"set max_shard_size to {-(-budget // 10**9)}G or more",
+            f"fit: {target.describe()}: {size:,} bytes are more than one file may have ({limit:,} bytes, max_shard_size), and "
+            "a fitted file is one",
+            hint=f"set max_shard_size to {-(-size // 10**9)}G or more",
         )
 
 
@@ -215,6 +220,14 @@ def refuse_divergence(target: FitTarget) -> None:
             f"fit: kld: {target.kld:g} is lower than what arithmetic alone makes of an unquantized file",
             hint=f"the nearest that can be met: kld: {LOWEST_KLD:g}; or take the level F16 of the method fp16",
         )
+
+
+def note(target: FitTarget) -> str:
+    """What a divergence that is asked for means while types are chosen."""
+    return (
+        f"fit: {target.describe()}: kept by the upper {search.CONFIDENCE:.0%} bound of the mean over windows of the calibration "
+        "text, so the mean itself is lower; on held-out text it is a gate, which text unlike the calibration text may exceed"
+    )
 
 
 def recipe_types(target: FitTarget, rehearsal: dry_run.Rehearsal) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Fitted:
     outputs: tuple[OutputPlan, ...]
     stages: tuple[StagePlan, ...]
     types: Mapping[str, Mapping[str, str]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def planned(
         }
     searched = [output for output, target in zip(outputs, targets, strict=True) if target.recipe is None]
     stages = tuple(_stages(frame, found[0][0], searched)) if searched else ()
-    return Fitted(tuple(outputs), stages, types)
+    notes = tuple(outline.note(target) for target in targets if target.kld is not None)
+    return Fitted(tuple(outputs), stages, types, notes)
 
 
 def _placed(
@@ -90,12 +92,16 @@ def _placed(
         size = outline.stock_bytes(rehearsal, types[outline.STOCK[0]], frame.extra)
         level = outline.nearest_level(sizes, target, size)
         room = outline.room_of(rehearsal, options, level, stock[level], frame.extra)
-        return room, outline.stock_bytes(rehearsal, types[level], frame.extra), types[level]
+        size = outline.stock_bytes(rehearsal, types[level], frame.extra)
+        outline.refuse_split(target, size, options.split_bytes())
+        return room, size, types[level]
     outline.refuse_divergence(target)
     first = outline.room_of(rehearsal, options, outline.STOCK[0], stock[outline.STOCK[0]], frame.extra)
     budget = outline.budget_of(target, source, rehearsal, first)
     if budget is not None:
         outline.refuse(target, source, budget, first, rehearsal, options.split_bytes())
+    else:
+        outline.refuse_split(target, first.smallest, options.split_bytes())
     level = outline.nearest_level(sizes, target, budget)
     return outline.room_of(rehearsal, options, level, stock[level], frame.extra), budget, {}
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from quantool.errors import nearest
 from quantool.footprint import running_bytes
+from quantool.methods._fit.amounts import bytes_of
 from quantool.plugins.contract import Options
 from quantool.records import ModelFacts
 
-UNITS = {"B": 1} | {
-    f"{prefix}{mark}": base**power
-    for mark, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", 1)
-}
-AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
 CONTEXT = 8192
 """Tokens that a file for some memory has to have room for, where nobody says."""
 GOALS = ("size", "vram", "bpw", "kld", "recipe")
@@ -39,7 +32,10 @@ class FitTarget(Options):
     )
     bpw: float | None = Field(None, gt=0, le=32, description="Bits of tensor data a weight.")
     kld: float | None = Field(
-        None, gt=0, description="Mean KL divergence (nats) that the smallest file to be found keeps."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Mean KL divergence (nats) that the smallest file to be found keeps.",
     )
     recipe: Path | None = Field(
         None, description="File of lines tensor=type, as a search leaves it and llama-quantize takes it."
@@ -79,16 +75,3 @@ class FitTarget(Options):
                 facts, 0, self.context or min(CONTEXT, facts.context), self.kv or "f16"
             )
         return None
-
-
-def bytes_of(text: str) -> int:
-    """Bytes of an amount such as ``24GB`` (decimal) or ``24GiB`` (binary); ValueError naming the nearest unit."""
-    found = AMOUNT.fullmatch(text.strip())
-    if found is None:
-        raise ValueError(f"{text!r} is no amount of memory; write it as 24GB or 24GiB")
-    by_name = {unit.casefold(): size for unit, size in UNITS.items()}
-    if found[2].casefold() not in by_name:
-        raise ValueError(
-            f"{text!r} has the unknown unit {found[2]!r}; {nearest(found[2], list(UNITS)) or 'known: ' + ', '.join(UNITS)}"
-        )
-    return int(float(found[1]) * by_name[found[2].casefold()])

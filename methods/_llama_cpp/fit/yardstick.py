@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,11 +60,11 @@ class Yardstick:
     """``divergence()`` is the mean KL divergence (nats) of the model as it is from the model as it was."""
 
     def __init__(
-        self, run: Forward, ids: NDArray[np.int32], scored: range, file: Path, sequences: int
+        self, run: Forward, ids: NDArray[np.int32], scored: range, file: IO[bytes], sequences: int
     ) -> None:
         self.run, self.ids, self.scored, self.sequences = run, ids, scored, sequences
         shape = (len(ids) * len(scored), run.vocabulary)
-        self.reference: NDArray[np.float32] = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+        self.reference: NDArray[np.float32] = np.memmap(file, np.float32, "w+", shape=shape)
         for start, logits in self._logits():
             self.reference[start : start + len(logits)] = (
                 logits - logits.logsumexp(-1, keepdim=True)
@@ -75,33 +76,39 @@ class Yardstick:
 
     def divergence(self) -> float:
         """Over all scored positions. Raises QuantizationError for logits that are not finite."""
+        return float(self.by_window().mean())
+
+    def by_window(self) -> NDArray[np.float64]:
+        """The mean KL divergence (nats) of each window. Raises QuantizationError for logits that are not finite."""
         import torch
 
-        total = 0.0
+        found = np.empty(len(self.reference))
         for start, logits in self._logits():
             for row in range(0, len(logits), ROWS):
                 values = logits[row : row + ROWS]
-                log_p = torch.from_numpy(self.reference[start + row : start + row + len(values)])
+                part = slice(start + row, start + row + len(values))
+                log_p = torch.from_numpy(self.reference[part])
                 log_q = values - values.logsumexp(-1, keepdim=True)
-                total += float(torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum(dtype=torch.float64))
-        if not np.isfinite(total):
+                found[part] = torch.linalg.vecdot(log_p.exp(), log_p - log_q).numpy()
+        if not np.isfinite(found).all():
             raise QuantizationError("llama.cpp computes logits that are not finite")
-        return total / len(self.reference)
+        windows: NDArray[np.float64] = found.reshape(len(self.ids), -1).mean(1)
+        return windows
 
 
 @contextmanager
-def yardstick(model: LiveModel, ids: NDArray[np.int32], file: Path, *, whole: bool) -> Iterator[Yardstick]:
-    """One on windows ``ids`` of the model as it is now; ``file`` holds the log-probabilities meanwhile."""
+def yardstick(model: LiveModel, ids: NDArray[np.int32], folder: Path, *, whole: bool) -> Iterator[Yardstick]:
+    """One on windows ``ids`` of the model as it is now; a file in ``folder`` that has no name holds the log-probabilities."""
     context = ids.shape[1]
     scored = range(context // 2, context - 1) if whole else range(SHORT_SKIPPED, context - 1)
     sequences = max(
         1, min(len(ids), 2048 // context, LOGIT_BYTES // (4 * _vocabulary(model.handle) * len(scored)))
     )
-    try:
-        with forward(model, sequences=sequences, context=context, rows=len(scored)) as run:
-            yield Yardstick(run, ids, scored, file, sequences)
-    finally:
-        file.unlink(missing_ok=True)
+    with (
+        forward(model, sequences=sequences, context=context, rows=len(scored)) as run,
+        TemporaryFile(dir=folder) as file,
+    ):
+        yield Yardstick(run, ids, scored, file, sequences)
 
 
 def scored_bytes(vocabulary: int) -> int:

@@ -26,6 +26,11 @@ def test_a_fine_type_that_measures_worse_is_noise() -> None:
     assert 0 < cost.of("q4_k") < cost.of("q3_k") + 3e-6
 
 
+def test_a_matrix_of_zeros_loses_nothing_at_any_type() -> None:
+    cost = MatrixCost({"q3_k": 0.0, "q6_k": 0.0}, dict.fromkeys(ERRORS, 0.0))
+    assert [cost.of(kind) for kind in ERRORS] == [0.0] * 4
+
+
 def test_choices_have_a_cost_and_a_size() -> None:
     cost = MatrixCost({"q3_k": 0.2, "q6_k": 0.003}, ERRORS)
     assert [(one.type, one.bytes, one.cost) for one in choices(cost, {"q3_k": 7, "f16": 9})] == [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import adapters
 import ledger_structures
@@ -17,6 +21,7 @@ from quantool.methods._llama_cpp import lora
 from quantool.records import Source
 from quantool.runtime.progress import Progress
 from quantool.runtime.toolchain import Toolchain
+from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
 
 QUIET = Progress(quiet=True)
@@ -128,3 +133,26 @@ def test_a_merged_adapter_and_one_apart_have_other_keys(tmp_path: Path) -> None:
     assert merged.prepared is not None
     assert apart.prepared.identity()[-1] == "apart"
     assert "apart" not in merged.prepared.identity()
+
+
+def test_levels_made_side_by_side_place_the_adapter_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "work" / "base.gguf"
+    base.parent.mkdir()
+    (base.parent / lora.adapter_file("m")).write_bytes(b"adapter")
+    job = Mock(folder=tmp_path / "m-GGUF", workspace=Workspace(tmp_path))
+    monkeypatch.setattr(lora, "apart", lambda _: object())
+    copied, copyfile = [], shutil.copyfile
+
+    def slowly(source: Path, target: Path) -> None:
+        copied.append(target)
+        time.sleep(0.2)
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        left, right = threads.map(lambda _: lora.placed(job, base), range(2))
+    assert left == right
+    assert (job.folder / lora.adapter_file("m")).read_bytes() == b"adapter"
+    assert len(copied) == 1
