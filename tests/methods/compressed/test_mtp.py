@@ -68,9 +68,7 @@ def test_patterns_of_the_user_may_name_the_head(checkpoint: Path) -> None:
     assert task.selection.ignore.count(OURS) == 1
 
 
-def test_the_plan_counts_its_bytes(
-    checkpoint: Path, tmp_path: Path, planned: Planned
-) -> None:
+def test_the_plan_counts_its_bytes(checkpoint: Path, tmp_path: Path, planned: Planned) -> None:
     (output,) = planned(checkpoint, tmp_path / "out", "fp8", "FP8_DYNAMIC").outputs
     head = sum(check_index(checkpoint)[name].bytes for name in head_tensors(check_index(checkpoint), 4))
     without = models.write_mtp(tmp_path / "tiny-mtp", head=False)
