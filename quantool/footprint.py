@@ -29,6 +29,7 @@ def compute_bytes(facts: ModelFacts, context: int) -> int:
 
     The scores of the batch in float32, two of its hidden states, and the mask of attention in float16
     (llama.cpp prints the sum as "compute buffer size"; without flash attention it grows by the scores of every head).
+    What the experts of a mixture compute in is not counted: with an ordinary vocabulary the scores take more.
     """
     return 4 * BATCH * (facts.vocabulary + 2 * facts.hidden) + 2 * BATCH * context
 

@@ -288,8 +288,8 @@ def test_a_large_file_that_is_edited_after_a_run_made_it(
 ) -> None:
     monkeypatch.setattr(packed_folder, "HEAVY", 1)
 
-    def edited(*arguments: Any) -> Any:
-        folders = pack(*arguments)
+    def edited(*arguments: Any, **earlier: Any) -> Any:
+        folders = pack(*arguments, **earlier)
         (folders[0].folder / GGUFS[0]).write_bytes(b"edited")
         return folders
 
