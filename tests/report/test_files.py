@@ -208,8 +208,15 @@ def test_a_second_run_changes_no_byte(tmp_path: Path, config_file: Callable[...,
 
     def ran() -> dict[Path, bytes]:
         pipeline.run(job, QUIET)
-        state = {"lock", "plan.json", "order.json", "marks"}  # process, free disk, time left and times of the moment
-        files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and not state & {*path.parts}]
+        state = {
+            "lock",
+            "plan.json",
+            "order.json",
+            "marks",
+        }  # process, free disk, time left and times of the moment
+        files = [
+            path for path in (tmp_path / "out").rglob("*") if path.is_file() and not state & {*path.parts}
+        ]
         return {path: path.read_bytes() for path in files}
 
     assert ran() == ran()
