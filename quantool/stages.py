@@ -86,8 +86,11 @@ def _known_errors() -> Iterator[None]:
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         raise DependencyError(f"{error.strerror or error}{place}") from error
-    except Exception as error:
-        raise written_down(error) from error
+    except Exception as error:  # noqa: BLE001 - a bug: a file has its traceback, status the place of that
+        unforeseen = written_down(error)
+    else:
+        return
+    raise unforeseen
 
 
 def _enter(folder: str) -> None:

@@ -55,7 +55,7 @@ def test_a_run_ends_with_a_folder_to_publish(tmp_path: Path, config_file: Write)
         ".quantool", "junit.xml", "logs", "model-FAKE", "plan.json", "records", "report.json", "report.md",
     ]  # fmt: skip
     assert sorted(path.name for path in (out / "model-FAKE").iterdir()) == [
-        "README.md", "SHA256SUMS", "model-Q4_K_M.gguf", "model-Q8_0.gguf", "plots", "quantool.json",
+        "README.md", "SHA256SUMS", "model-Q4_K_M.gguf", "model-Q8_0.gguf", "plots", "provenance.json", "quantool.json",
     ]  # fmt: skip
     assert sorted(path.name for path in (out / "records").iterdir()) == [
         "fake-Q4_K_M.artifact.json", "fake-Q4_K_M.report.json",

@@ -9,7 +9,7 @@ from typing import Any
 import ledger_structures
 import pytest
 
-from quantool import pipeline
+from quantool import pipeline, preparing
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.records import Source
@@ -30,8 +30,8 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return found.model_copy(update={"commit": "0" * 40, "model_id": "us/toy"})
 
     missing: Callable[[Source], int] = lambda _source: 0 if asked[-1] else 12345  # noqa: E731
-    monkeypatch.setattr(pipeline, "resolve", look)
-    monkeypatch.setattr(pipeline, "to_fetch", missing)
+    monkeypatch.setattr(preparing, "resolve", look)
+    monkeypatch.setattr(preparing, "to_fetch", missing)
     return asked
 
 

@@ -16,7 +16,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(
 ) -> None:
     """Exit 1, the file that was at hand, and the traceback in the run's logs."""
 
-    def packed(*_: object) -> None:
+    def packed(*_: object, **_earlier: object) -> None:
         read = tmp_path / "model" / "config.json"
         raise KeyError(f"no key\nin {read.name}")
 
