@@ -12,10 +12,11 @@ from quantool.errors import ConfigError, nearest
 from quantool.formats.gguf_header import shard_names
 from quantool.gates import stock_level
 from quantool.methods._artifacts.files import finished, need_disk
-from quantool.methods._llama_cpp import account, base_file, dry_run, imatrix, level_files, level_plan, lora
+from quantool.methods._llama_cpp import account, base_file, dry_run, level_files, level_plan, lora
 from quantool.methods._llama_cpp.fit.choose import choice_key, choose, write_types
 from quantool.methods._llama_cpp.fit.planned import Fitted, planned
-from quantool.methods._llama_cpp.imatrix_file import check_matrix, expert_tokens, read_matrix
+from quantool.methods._llama_cpp.importance import imatrix
+from quantool.methods._llama_cpp.importance.imatrix_file import check_matrix, expert_tokens, read_matrix
 from quantool.methods._llama_cpp.level_plan import dry_runs
 from quantool.methods._llama_cpp.mtp import head_pattern, require_types, with_head
 from quantool.methods._llama_cpp.options import LevelOptions

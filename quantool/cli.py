@@ -173,8 +173,8 @@ def stage(
     quiet: Quiet = False,
 ) -> None:
     """Do one stage of what was ordered in OUTPUT, as a job of a cluster does."""
+    from quantool.run.stages import do_stage
     from quantool.runtime.progress import Progress
-    from quantool.stages import do_stage
 
     do_stage(output.absolute(), name, Progress(quiet=quiet))
 
@@ -233,8 +233,8 @@ def plan(
 ) -> None:
     """Say what a run would do: files with exact sizes, disk, memory, what is done already."""
     from quantool import pipeline
-    from quantool.preparing import require_room
     from quantool.report.table import planned, terminal_width
+    from quantool.run.preparing import require_room
 
     loaded, progress = _load(config, overrides, quiet=quiet)
     with progress.whole():

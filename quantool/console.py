@@ -47,7 +47,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except typer.Exit:
             raise
         except Exception as error:  # noqa: BLE001 - a bug: the user gets one line, who mends it the traceback
-            from quantool.unforeseen import written_down
+            from quantool.runtime.unforeseen import written_down
 
             show_error(written_down(error))
             raise typer.Exit(QuantoolError.exit_code) from None

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quantool import judging
 from quantool.attest.signature import require_signer
 from quantool.attest.since import earlier_releases
 from quantool.cluster.graph import Kind, RunStage, graph_of
@@ -17,10 +16,8 @@ from quantool.cluster.marks import forget_marks, mark_done, save_order
 from quantool.config.schema import Config
 from quantool.errors import PublicationError
 from quantool.given_artifacts import judged_by
-from quantool.making import lanes_of, make_all, make_one
 from quantool.plan import effort
 from quantool.plugins.contract import Case
-from quantool.preparing import checked_plan, planned
 from quantool.publish import preupload
 from quantool.publish.package import pack
 from quantool.publish.permissions import preflight
@@ -39,6 +36,10 @@ from quantool.records import (
 from quantool.report.files import write_report
 from quantool.report.plots import draw
 from quantool.report.sections import not_run
+from quantool.run import judging
+from quantool.run.making import lanes_of, make_all, make_one
+from quantool.run.preparing import checked_plan, planned
+from quantool.run.stages import order_of
 from quantool.runtime.parallel import in_threads
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import Workspace
@@ -47,7 +48,6 @@ from quantool.source.prepare import prepare, to_fetch
 from quantool.source.prepare import recall as recall_prepared
 from quantool.source.resolve import overlay, resolve
 from quantool.source.scan import forget_scan, recall_scan, scan_source
-from quantool.stages import order_of
 
 
 @dataclass(frozen=True)

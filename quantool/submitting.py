@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from quantool import judging
 from quantool.attest.signature import require_signer
 from quantool.attest.since import earlier_releases
 from quantool.cluster.find_scheduler import find_scheduler
@@ -31,14 +30,15 @@ from quantool.config.schema import Config
 from quantool.errors import BY_NAME, ConfigError, DependencyError, QuantizationError
 from quantool.pipeline import RunResult, ask_hub
 from quantool.plugins import find
-from quantool.preparing import planned_to_submit
 from quantool.publish.package import pack
 from quantool.publish.publish import Order, private_of, publish_passed
 from quantool.records import Plan
+from quantool.run import judging
+from quantool.run.preparing import planned_to_submit
+from quantool.run.stages import StageJob, config_of, done_stages, order_of, require_devices
 from quantool.runtime import claims, gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.workspace import WHOLE_RUN, Workspace
-from quantool.stages import StageJob, config_of, done_stages, order_of, require_devices
 from quantool.texts import corpus
 
 POLL = 10.0

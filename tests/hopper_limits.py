@@ -64,7 +64,7 @@ def show(calls: Path, model: Path, output: Path, speeds: Speeds) -> None:
             "methods._compressed.stream": lambda: max(weights / speeds.read, written),
             "methods._compressed.calibrate": lambda: weights / speeds.read + written,
             "methods._compressed.torchrun": lambda: weights / speeds.read + written,
-            "methods._llama_cpp.imatrix_collect": lambda: weights / speeds.read,
+            "methods._llama_cpp.importance.imatrix_collect": lambda: weights / speeds.read,
             "validation._engines.reference": lambda: weights / speeds.read,
             "validation._chat.answers": lambda: weights / speeds.read + 48 * weights / GPU_BYTES,
         }

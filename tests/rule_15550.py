@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.methods._llama_cpp.importance.imatrix_file import read_matrix
 from quantool.runtime.toolchain import ggml_types
 
 if TYPE_CHECKING:

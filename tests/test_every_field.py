@@ -19,7 +19,6 @@ from quantool import gates
 from quantool.config.cluster import Cluster
 from quantool.config.schema import Config
 from quantool.formats.safetensors import check_index
-from quantool.judging import findings_key
 from quantool.methods import gguf
 from quantool.methods._llama_cpp import dry_run
 from quantool.plan.depends import depends_of
@@ -27,6 +26,7 @@ from quantool.plan.make import options_of
 from quantool.plugins import find
 from quantool.plugins.contract import Case, Check, Request
 from quantool.records import Artifact, FileRecord, Gates, OutputPlan, Source, fingerprint
+from quantool.run.judging import findings_key
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import version_of
 from quantool.runtime.workspace import Workspace

@@ -35,7 +35,7 @@ GROUND = (
 )  # fmt: skip
 ROOMS = (
     "ground", "runtime", "formats", "hub", "config", "texts", "source", "plugins", "plan", "report", "card",
-    "attest", "publish", "cluster", "app",
+    "attest", "publish", "cluster", "run", "app",
 )  # fmt: skip
 """In the order of the house: a room imports from those before it, and from itself."""
 PLUGINS_IMPORT = {"ground", "runtime", "config", "plugins"}

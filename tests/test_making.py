@@ -15,10 +15,10 @@ import pytest
 from quantool import pipeline
 from quantool.config.load import load
 from quantool.errors import QuantizationError
-from quantool.making import lanes_of
 from quantool.methods import gguf
 from quantool.plugins import find
 from quantool.plugins.contract import Job
+from quantool.run.making import lanes_of
 from quantool.runtime import gpus, machine
 from quantool.runtime.progress import Progress
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from quantool import gates, judging, pipeline
+from quantool import gates, pipeline
 from quantool.config.load import load
 from quantool.config.schema import Config
 from quantool.errors import (
@@ -25,6 +25,7 @@ from quantool.plugins.find import find_check
 from quantool.plugins.keys import Depends
 from quantool.publish.packed_folder import outgoing_files, read_packed_folder, require_publishable
 from quantool.records import Artifact, FileRecord, Finding, Plan, Report, Verdict, sha256_of
+from quantool.run import judging
 from quantool.runtime.progress import Progress
 from tests.checkpoint import tensors
 

@@ -9,10 +9,11 @@ from typing import Any
 import ledger_structures
 import pytest
 
-from quantool import pipeline, preparing
+from quantool import pipeline
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, SourceError
 from quantool.records import Source
+from quantool.run import preparing
 from quantool.runtime.progress import Progress
 from quantool.source.resolve import resolve
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantool.errors import ConfigError, DependencyError, QuantizationError, nearest
-from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.methods._llama_cpp.importance.imatrix_file import read_matrix
 from quantool.runtime.llama_cpp import LlamaLog, LoadError, load_gguf
 from quantool.runtime.toolchain import ggml_types
 from quantool.runtime.worker import Report

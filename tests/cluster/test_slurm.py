@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from quantool import __version__, stages, submitting
+from quantool import __version__, submitting
 from quantool.cluster import slurm as slurm_engine
 from quantool.cluster.local import LocalScheduler
 from quantool.cluster.marks import forget_marks, read_order, save_order
@@ -23,7 +23,8 @@ from quantool.cluster.scheduler import StageOrder
 from quantool.cluster.slurm import SlurmScheduler, limit_minutes
 from quantool.config.cluster import Cluster
 from quantool.errors import ConfigError, DependencyError
-from quantool.preparing import planned_to_submit
+from quantool.run import stages
+from quantool.run.preparing import planned_to_submit
 from quantool.runtime import claims, gpus
 from quantool.runtime.progress import Progress
 from quantool.runtime.versions import versions

@@ -18,11 +18,11 @@ import pytest
 import tampering
 from tampering import edited, fp8_of, spoilt, tampered
 
-from quantool import judging
 from quantool.config.schema import Config
 from quantool.given_artifacts import artifact_of
 from quantool.plugins.contract import Case
 from quantool.records import Gates, Report, Source, Verdict
+from quantool.run import judging
 from quantool.runtime.workspace import Workspace
 from quantool.source.resolve import resolve
 from quantool.source.scan import scan_source

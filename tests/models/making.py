@@ -22,9 +22,9 @@ import structures
 
 from quantool import pipeline
 from quantool.config.schema import Config
-from quantool.making import make_one
 from quantool.plan.make import make_plan
 from quantool.records import Artifact, FileRecord, Plan
+from quantool.run.making import make_one
 from quantool.runtime import process, toolchain
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Report

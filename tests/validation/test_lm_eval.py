@@ -16,12 +16,13 @@ import making
 import pytest
 import tampering
 
-from quantool import judging, pipeline
+from quantool import pipeline
 from quantool.config.schema import Config
 from quantool.errors import ConfigError, DependencyError
 from quantool.plugins.contract import Case
 from quantool.plugins.find import find_check
 from quantool.records import Artifact, Finding, Gates, Verdict
+from quantool.run import judging
 from quantool.runtime import process
 from quantool.runtime.progress import Progress
 from quantool.runtime.worker import Work

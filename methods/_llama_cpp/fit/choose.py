@@ -11,10 +11,11 @@ from quantool.errors import QuantizationError
 from quantool.formats.gguf_header import read_header
 from quantool.formats.tensor_types import ENDING, pattern, write_recipe
 from quantool.gates import stock_level
-from quantool.methods._llama_cpp import dry_run, imatrix
+from quantool.methods._llama_cpp import dry_run
 from quantool.methods._llama_cpp.fit import costs, outline, search, yardstick
 from quantool.methods._llama_cpp.fit.live_model import NO_REUSE
 from quantool.methods._llama_cpp.fit.outline import Room
+from quantool.methods._llama_cpp.importance import imatrix
 from quantool.methods._llama_cpp.level_plan import dry_runs
 from quantool.methods._llama_cpp.options import LevelOptions
 from quantool.plugins.contract import Job

@@ -22,7 +22,7 @@ from quantool.methods._fit.allocation import Choice
 from quantool.methods._llama_cpp.fit import candidates
 from quantool.methods._llama_cpp.fit.live_model import Importance, LiveModel, live_model
 from quantool.methods._llama_cpp.fit.yardstick import Yardstick, single_windows, yardstick
-from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.methods._llama_cpp.importance.imatrix_file import read_matrix
 from quantool.runtime.worker import Report, preloaded
 
 SAMPLED_ROWS = 128

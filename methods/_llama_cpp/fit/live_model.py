@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from quantool.errors import QuantizationError
 from quantool.formats.gguf_header import GgufHeader, GgufTensor, read_shards
-from quantool.methods._llama_cpp.activations import GgmlTensor, ggml_library
+from quantool.methods._llama_cpp.importance.activations import GgmlTensor, ggml_library
 from quantool.runtime.llama_cpp import LlamaLog, fill, load_gguf
 from quantool.runtime.toolchain import ggml_types
 

@@ -12,10 +12,11 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, nearest
 from quantool.footprint import running_bytes
 from quantool.formats.tensor_types import read_recipe
-from quantool.methods._llama_cpp import dry_run, imatrix, level_plan
+from quantool.methods._llama_cpp import dry_run, level_plan
 from quantool.methods._llama_cpp.fit import candidates, search, yardstick
 from quantool.methods._llama_cpp.fit.costs import BASE_TYPES
 from quantool.methods._llama_cpp.fit.targets import CONTEXT, FitTarget
+from quantool.methods._llama_cpp.importance import imatrix
 from quantool.methods._llama_cpp.options import LevelOptions
 from quantool.records import Source
 from quantool.runtime.toolchain import ggml_types

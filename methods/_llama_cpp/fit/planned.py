@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from quantool.gates import stock_level
 from quantool.ledger import CHOSEN
-from quantool.methods._llama_cpp import dry_run, imatrix, level_plan
+from quantool.methods._llama_cpp import dry_run, level_plan
 from quantool.methods._llama_cpp.fit import outline, yardstick
 from quantool.methods._llama_cpp.fit.outline import Room
 from quantool.methods._llama_cpp.fit.targets import FitTarget
+from quantool.methods._llama_cpp.importance import imatrix
 from quantool.methods._llama_cpp.options import LevelOptions
 from quantool.plugins.contract import Request
 from quantool.records import Gates, OutputPlan, PlannedFile, StagePlan

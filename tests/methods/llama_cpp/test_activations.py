@@ -5,8 +5,8 @@ import ctypes
 import pytest
 import torch
 
-from quantool.methods._llama_cpp import activations
-from quantool.methods._llama_cpp.activations import Collector, by_expert
+from quantool.methods._llama_cpp.importance import activations
+from quantool.methods._llama_cpp.importance.activations import Collector, by_expert
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 
 from quantool.config.schema import Config
 from quantool.errors import ConfigError
-from quantool.methods._llama_cpp import imatrix_collect
-from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.methods._llama_cpp.importance import imatrix_collect
+from quantool.methods._llama_cpp.importance.imatrix_file import read_matrix
 from quantool.runtime import process
 from quantool.texts import corpus
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantool.errors import ConfigError
-from quantool.methods._llama_cpp.imatrix_file import check_matrix, read_matrix
+from quantool.methods._llama_cpp.importance.imatrix_file import check_matrix, read_matrix
 from tests.gguf_bytes import Info, array, gguf, string, text, u32
 
 KEYS = {"imatrix.datasets": array(8, 1, text("docs.txt")), "imatrix.chunk_count": u32(7)}

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantool.errors import ConfigError, QuantizationError
-from quantool.methods._llama_cpp.activations import Collector
+from quantool.methods._llama_cpp.importance.activations import Collector
 from quantool.runtime.llama_cpp import LlamaLog, LoadError, fill, load_gguf
 from quantool.runtime.worker import Report, preloaded
 

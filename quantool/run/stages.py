@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantool import judging, making
 from quantool.cluster.graph import Kind, RunStage, graph_of
 from quantool.cluster.marks import OrderedStage, Outcome, RunOrder, marked, read_marks, read_order
 from quantool.config.schema import Config
 from quantool.errors import DependencyError, PublicationError, QuantoolError
 from quantool.plugins import find
 from quantool.plugins.contract import Case
-from quantool.preparing import planned_beside_others, save_plan
 from quantool.publish.package import SUMS, pack
 from quantool.publish.packed_folder import read_packed_folder
 from quantool.records import MachineState, OutputPlan, Plan, Report
 from quantool.report.files import write_report
 from quantool.report.sections import not_run
+from quantool.run import judging, making
+from quantool.run.preparing import planned_beside_others, save_plan
 from quantool.runtime.gpus import devices
 from quantool.runtime.progress import Progress
+from quantool.runtime.unforeseen import written_down
 from quantool.runtime.versions import versions
 from quantool.runtime.workspace import Workspace
-from quantool.unforeseen import written_down
 
 
 @dataclass(frozen=True)

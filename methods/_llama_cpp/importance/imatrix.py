@@ -10,8 +10,9 @@ from quantool.config.schema import Config
 from quantool.errors import ConfigError, QuantizationError
 from quantool.formats.json_file import read_json
 from quantool.gates import MIN_EXPERT_TOKENS
-from quantool.methods._llama_cpp import base_file, imatrix_collect
-from quantool.methods._llama_cpp.imatrix_file import read_matrix
+from quantool.methods._llama_cpp import base_file
+from quantool.methods._llama_cpp.importance import imatrix_collect
+from quantool.methods._llama_cpp.importance.imatrix_file import read_matrix
 from quantool.plugins.contract import Job, Request
 from quantool.plugins.keys import Depends, key_of
 from quantool.records import FileRecord, Source, file_record, sha256_of

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from quantool import judging
 from quantool.cluster.graph import entry_of
 from quantool.cluster.marks import marked_in_run
 from quantool.config.schema import Config
@@ -16,6 +15,7 @@ from quantool.plan.depends import depends_of
 from quantool.plugins import find
 from quantool.plugins.contract import Job
 from quantool.records import Artifact, OutputPlan, Plan
+from quantool.run import judging
 from quantool.runtime import gpus, machine
 from quantool.runtime.gpus import devices
 from quantool.runtime.parallel import in_threads
